@@ -1,5 +1,14 @@
 """Exact large-vocabulary cross-entropy in chunks: the logits never exist as a whole."""
 
-from chunked_ce.functional import linear_cross_entropy
+from chunked_ce.functional import LossStats, cross_entropy, linear_cross_entropy, linear_logprobs
+from chunked_ce.modules import LinearCrossEntropyLoss
+from chunked_ce.options import ChunkOptions
 
-__all__ = ["linear_cross_entropy"]
+__all__ = [
+    "ChunkOptions",
+    "LinearCrossEntropyLoss",
+    "LossStats",
+    "cross_entropy",
+    "linear_cross_entropy",
+    "linear_logprobs",
+]

@@ -1,0 +1,153 @@
+"""Arguments are checked at the door: each error names the argument, what it was and what is allowed."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from chunked_ce.options import ChunkOptions
+
+__all__ = ["check_keywords", "check_options", "check_tensors"]
+
+
+def check_tensors(
+    input: Tensor,
+    linear_weight: Tensor | None,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    token_weight: Tensor | None,
+    *,
+    input_name: str = "input",
+) -> None:
+    """Shapes, dtypes and devices of the tensors; ``linear_weight`` is None where the input is logits already."""
+    _tensor(input_name, input)
+    if input.dim() < 1:
+        raise ValueError(f"{input_name} must have at least one dimension, had shape {_shape(input)}")
+    vocab_size = input.shape[-1]
+    if linear_weight is not None:
+        _tensor("linear_weight", linear_weight)
+        vocab_size = _vocab_size(linear_weight, input)
+    elif vocab_size < 1:
+        raise ValueError(f"{input_name} must have at least one class, had shape {_shape(input)}")
+    _tensor("target", target, floating=False)
+    if target.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"target must be int32 or int64 class indices, was {target.dtype}")
+    if target.shape != input.shape[:-1]:
+        raise ValueError(
+            f"target must have the shape of {input_name} without its last dimension, {_shape(input, -1)}, "
+            f"had {_shape(target)}"
+        )
+    for name, tensor, shape in (
+        ("linear_bias", linear_bias, (vocab_size,)),
+        ("weight", weight, (vocab_size,)),
+        ("token_weight", token_weight, tuple(target.shape)),
+    ):
+        if tensor is None:
+            continue
+        _tensor(name, tensor, floating=name != "token_weight")
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape}, had {_shape(tensor)}")
+    for name, tensor in (("weight", weight), ("token_weight", token_weight)):
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(
+                f"{name} requires grad, but the loss is not differentiated in it: detach it, or use "
+                "reduction='none' and weight the losses"
+            )
+    others = {
+        "linear_weight": linear_weight,
+        "target": target,
+        "linear_bias": linear_bias,
+        "weight": weight,
+        "token_weight": token_weight,
+    }
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != input.device:
+            raise ValueError(f"{name} must be on {input_name}'s device {input.device}, was on {tensor.device}")
+
+
+def check_keywords(
+    *,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    num_tokens: float | Tensor | None = None,
+    vocab: None = None,
+) -> None:
+    """Values of the options of the loss."""
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', was {reduction!r}")
+    if not isinstance(ignore_index, int | torch.SymInt) or isinstance(ignore_index, bool):
+        raise TypeError(f"ignore_index must be an integer, was {ignore_index!r}")
+    if not 0.0 <= _number("label_smoothing", label_smoothing) <= 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1], was {label_smoothing!r}")
+    if not 0.0 <= _number("z_loss", z_loss) < math.inf:
+        raise ValueError(f"z_loss must be finite and >= 0, was {z_loss!r}")
+    if softcap is not None and not 0.0 < _number("softcap", softcap) < math.inf:
+        raise ValueError(f"softcap must be None or finite and > 0, was {softcap!r}")
+    if not math.isfinite(_number("logit_scale", logit_scale)):
+        raise ValueError(f"logit_scale must be finite, was {logit_scale!r}")
+    if isinstance(num_tokens, Tensor):
+        if num_tokens.numel() != 1 or num_tokens.is_complex():
+            raise ValueError(
+                f"num_tokens must be one number >= 0, was a {num_tokens.dtype} tensor of shape {_shape(num_tokens)}"
+            )
+    elif num_tokens is not None and not 0 <= _number("num_tokens", num_tokens) < math.inf:
+        raise ValueError(f"num_tokens must be finite and >= 0, was {num_tokens!r}")
+    if vocab is not None:
+        raise ValueError(f"vocab must be None, was {vocab!r}")
+
+
+def check_options(options: ChunkOptions | None, reduction: str | None) -> ChunkOptions:
+    """The options, those that choose well for None; ``reduction`` is None where there is none to choose."""
+    if options is None:
+        return ChunkOptions()
+    if not isinstance(options, ChunkOptions):
+        raise TypeError(f"options must be a ChunkOptions or None, was {options!r}")
+    if options.gradients == "forward" and reduction == "none":
+        raise ValueError(
+            "options.gradients='forward' needs one loss to differentiate, reduction 'mean' or 'sum', "
+            "was given with 'none': use gradients='backward' or 'auto'"
+        )
+    return options
+
+
+def _vocab_size(linear_weight: Tensor, input: Tensor) -> int:
+    if linear_weight.numel() == 0:
+        partitioned = " (this one is partitioned by DeepSpeed)" if hasattr(linear_weight, "ds_id") else ""
+        raise ValueError(
+            f"linear_weight must be (V, D) with at least one row, had shape {_shape(linear_weight)}. Under ZeRO-3 "
+            f"a parameter holds no elements outside the engine's forward{partitioned}: call the loss inside it, or "
+            "gather the head with deepspeed.zero.GatheredParameters"
+        )
+    if linear_weight.dim() != 2 or linear_weight.shape[1] != input.shape[-1]:
+        raise ValueError(
+            f"linear_weight must be (V, D) with D = {input.shape[-1]}, the last dimension of input, "
+            f"had shape {_shape(linear_weight)}"
+        )
+    return linear_weight.shape[0]
+
+
+def _tensor(name: str, value: object, floating: bool = True) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, was {type(value).__name__}")
+    if floating and not value.is_floating_point():
+        raise TypeError(f"{name} must be of a floating-point dtype, was {value.dtype}")
+    if value.is_complex():
+        raise TypeError(f"{name} must be real, was {value.dtype}")
+
+
+def _number(name: str, value: object) -> float:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, was {value!r}")
+    return value
+
+
+def _shape(tensor: Tensor, stop: int | None = None) -> tuple[int, ...]:
+    return tuple(tensor.shape[:stop])

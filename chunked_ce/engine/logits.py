@@ -1,0 +1,58 @@
+"""The two halves of the loss of logits that exist: statistics of their rows, and their gradients."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from chunked_ce.engine import rows as row_kernels
+from chunked_ce.engine.counted import CountedTokens
+from chunked_ce.engine.rows import Slopes, Wanted
+from chunked_ce.objective import Logits, RowStatistics
+
+__all__ = ["gradients", "statistics"]
+
+
+def statistics(
+    products: Tensor,  # (N, V), the logits before scale and softcap
+    target: Tensor,  # (N,)
+    class_weight: Tensor | None,  # (V,)
+    logits: Logits,
+    ignore_index: int,
+    wanted: Wanted,
+) -> RowStatistics:
+    """The statistics of every row, (N,) each and 0 for tokens that do not count."""
+    tokens = CountedTokens(target, ignore_index, products.shape[-1])
+    found = row_kernels.empty_statistics(len(target), products.dtype, products.device, wanted)
+    for rows in tokens.blocks(row_kernels.rows_in_flight(products.shape[-1], products.device.type)):
+        block = tokens.select(products, rows)
+        part = row_kernels.statistics(
+            block, tokens.target[rows], class_weight, logits, wanted, overwrite=tokens.copied
+        )
+        tokens.put_statistics(found, rows, part)
+    return found
+
+
+def gradients(
+    products: Tensor,  # (N, V)
+    target: Tensor,  # (N,)
+    class_weight: Tensor | None,  # (V,)
+    logits: Logits,
+    known: RowStatistics,  # (N,) each
+    slopes: Slopes,  # (N,) each
+    ignore_index: int,
+) -> Tensor:
+    """The gradient of the products, in their dtype, from statistics and the slopes of the loss in them."""
+    tokens = CountedTokens(target, ignore_index, products.shape[-1])
+    slopes = slopes.map(lambda slope: tokens.mask(tokens.select(slope)) * logits.scale)
+    known = known.map(tokens.select)
+    total = torch.empty_like(products) if tokens.all_kept else torch.zeros_like(products)
+    for rows in tokens.blocks(row_kernels.rows_in_flight(products.shape[-1], products.device.type)):
+        block = tokens.select(products, rows)
+        out = block if tokens.copied else total[rows]
+        row_kernels.logit_gradients(
+            block, tokens.target[rows], class_weight, logits, slopes.at(rows), known.at(rows), out=out
+        )
+        if tokens.copied:
+            tokens.put(total, rows, out)
+    return total

@@ -1,0 +1,443 @@
+"""The chunk loops as operators that autograd and ``torch.compile`` know.
+
+Operators take tensors and plain numbers only, so the settings travel flat; an optional result that nobody asked for
+is a tensor of no elements. Derivatives of derivatives go through `chunked_ce.engine.plain`.
+"""
+
+from collections.abc import Sequence
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from chunked_ce import plan
+from chunked_ce.engine import linear, logits, plain, rows
+from chunked_ce.engine.linear import Gradients, Head, Settings
+from chunked_ce.engine.rows import Slopes, Wanted
+from chunked_ce.objective import Logits, Objective, RowStatistics
+
+__all__ = ["linear_loss", "linear_statistics", "logits_statistics"]
+
+# How much a saved gradient is rescaled at a time: small beside the gradient, large beside a cache.
+_RESCALED_ROWS = 4096
+
+
+def linear_statistics(
+    hidden: Tensor,  # (N, D)
+    head: Head,
+    target: Tensor,  # (N,)
+    ignore_index: int,
+    wanted: Wanted,
+    settings: Settings,
+) -> RowStatistics:
+    """`chunked_ce.engine.linear.statistics`, differentiable: the backward way."""
+    found = _linear_statistics(
+        hidden, head.weight, head.bias, target, head.class_weight, *head.logits, ignore_index, list(wanted), *settings
+    )
+    return RowStatistics(*found[:3], *_wanted(found[3:], wanted))
+
+
+def linear_loss(
+    hidden: Tensor,  # (N, D)
+    head: Head,
+    target: Tensor,  # (N,)
+    token_weight: Tensor | None,  # (N,)
+    upstream: Tensor,  # () the gradient to prepare for
+    objective: Objective,
+    ignore_index: int,
+    wanted: Wanted,
+    needed: tuple[bool, bool, bool],
+    settings: Settings,
+) -> tuple[Tensor, RowStatistics]:
+    """`chunked_ce.engine.linear.loss_and_gradients`, differentiable: the forward way. The statistics are not."""
+    loss, _, _, _, *found = _linear_loss(
+        hidden,
+        head.weight,
+        head.bias,
+        target,
+        head.class_weight,
+        token_weight,
+        upstream,
+        *head.logits,
+        objective.label_smoothing,
+        objective.z_loss,
+        ignore_index,
+        list(wanted),
+        list(needed),
+        *settings,
+    )
+    return loss, RowStatistics(*found[:3], *_wanted(found[3:], wanted))
+
+
+def logits_statistics(
+    products: Tensor,  # (N, V)
+    target: Tensor,  # (N,)
+    class_weight: Tensor | None,  # (V,)
+    logits: Logits,
+    ignore_index: int,
+    wanted: Wanted,
+) -> RowStatistics:
+    """The statistics of the rows of logits that exist, differentiable; (N,) each and 0 where ignored."""
+    found = _logits_statistics(products, target, class_weight, *logits, ignore_index, list(wanted))
+    return RowStatistics(*found[:3], *_wanted(found[3:], wanted))
+
+
+def _wanted(found: Sequence[Tensor], wanted: Wanted) -> list[Tensor | None]:
+    return [part if want else None for part, want in zip(found, wanted, strict=True)]
+
+
+def _filled(parts: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
+    return tuple(like.new_empty(0) if part is None else part for part in parts)
+
+
+def _no_autocast(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, enabled=False)
+
+
+def _fake_statistics(num_tokens: int, dtype: torch.dtype, device: torch.device, wanted: list[bool]):
+    found = rows.empty_statistics(num_tokens, dtype, device, Wanted(*wanted))
+    return _filled(found, found.log_sum)
+
+
+def _of_wanted(upstream: Sequence[Tensor | None], wanted: list[bool]) -> list[Tensor | None]:
+    """Upstream gradients of log_sum, target, weighted and mean; None for those that nobody asked for."""
+    present = (True, True, *wanted[:2])
+    return [grad if here else None for grad, here in zip(upstream, present, strict=False)]
+
+
+def _slopes_or_zero(slopes: Sequence[Tensor | None], log_sum: Tensor) -> Slopes:
+    """Slopes in log_sum, target, weighted and mean, from upstream gradients that may be undefined."""
+    log_sum_slope, target_slope, weighted, mean = slopes
+    return Slopes(
+        torch.zeros_like(log_sum) if log_sum_slope is None else log_sum_slope,
+        torch.zeros_like(log_sum) if target_slope is None else target_slope,
+        weighted,
+        mean,
+    )
+
+
+def _differentiable(found: RowStatistics) -> list[Tensor | None]:
+    return [found.log_sum, found.target, found.weighted, found.mean]
+
+
+def _plain_gradients(
+    outputs: Sequence[Tensor | None],
+    upstream: Sequence[Tensor | None],
+    inputs: Sequence[Tensor | None],
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of outputs of a plain graph, themselves differentiable."""
+    pairs = [(o, g) for o, g in zip(outputs, upstream, strict=True) if o is not None and g is not None]
+    wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
+    found = iter(
+        torch.autograd.grad(
+            [o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, materialize_grads=True
+        )
+    )
+    return [next(found) if need else None for need in needed]
+
+
+# ---- the backward way: statistics now, gradients from logits formed again ----
+
+
+@torch.library.custom_op("chunked_ce::linear_statistics", mutates_args=())
+def _linear_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    target: Tensor,
+    class_weight: Optional[Tensor],
+    scale: float,
+    softcap: Optional[float],
+    ignore_index: int,
+    wanted: list[bool],
+    compute_dtype: torch.dtype,
+    accumulate_dtype: torch.dtype,
+    chunk_size: Optional[int],
+    memory_budget: Optional[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    head = Head(weight, bias, Logits(scale, softcap), class_weight)
+    settings = Settings(compute_dtype, accumulate_dtype, chunk_size, memory_budget)
+    with _no_autocast(hidden.device):
+        found = linear.statistics(hidden, head, target, ignore_index, Wanted(*wanted), settings)
+    return _filled(found, found.log_sum)
+
+
+@_linear_statistics.register_fake
+def _(hidden, weight, bias, target, class_weight, scale, softcap, ignore_index, wanted, compute_dtype, *_):
+    return _fake_statistics(hidden.shape[0], compute_dtype, hidden.device, wanted)
+
+
+@torch.library.custom_op("chunked_ce::linear_gradients", mutates_args=())
+def _linear_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    target: Tensor,
+    class_weight: Optional[Tensor],
+    maximum: Tensor,
+    log_sum: Tensor,
+    mean: Tensor,
+    log_sum_slope: Tensor,
+    target_slope: Tensor,
+    weighted_slope: Optional[Tensor],
+    mean_slope: Optional[Tensor],
+    scale: float,
+    softcap: Optional[float],
+    ignore_index: int,
+    needed: list[bool],
+    compute_dtype: torch.dtype,
+    accumulate_dtype: torch.dtype,
+    chunk_size: Optional[int],
+    memory_budget: Optional[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    head = Head(weight, bias, Logits(scale, softcap), class_weight)
+    known = RowStatistics(maximum, log_sum, log_sum, mean=mean if mean_slope is not None else None)
+    slopes = Slopes(log_sum_slope, target_slope, weighted_slope, mean_slope)
+    settings = Settings(compute_dtype, accumulate_dtype, chunk_size, memory_budget)
+    with _no_autocast(hidden.device):
+        found = linear.gradients(hidden, head, target, known, slopes, ignore_index, tuple(needed), settings)
+    return _filled(found, hidden)
+
+
+@_linear_gradients.register_fake
+def _(hidden, weight, bias, *_, needed, compute_dtype, accumulate_dtype, chunk_size, memory_budget):
+    tensors = (hidden, weight, bias)
+    return _filled(
+        [torch.empty_like(t) if need else None for t, need in zip(tensors, needed, strict=True)], hidden
+    )
+
+
+def _save_linear_statistics(ctx, inputs, output):
+    hidden, weight, bias, target, class_weight, *ctx.settings = inputs
+    maximum, log_sum, _, _, mean, correct = output
+    ctx.save_for_backward(hidden, weight, bias, target, class_weight, maximum, log_sum, mean)
+    ctx.mark_non_differentiable(maximum, correct)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_of_linear_statistics(ctx, _maximum, *upstream):
+    hidden, weight, bias, target, class_weight, maximum, log_sum, mean = ctx.saved_tensors
+    scale, softcap, ignore_index, wanted, *settings = ctx.settings
+    upstream = _of_wanted(upstream, wanted)
+    needed = list(ctx.needs_input_grad[:3])
+    if torch.is_grad_enabled():
+        head = Head(weight, bias, Logits(scale, softcap), class_weight)
+        found = plain.linear_statistics(hidden, head, target, ignore_index, Wanted(*wanted), settings[0])
+        grads = _plain_gradients(_differentiable(found), upstream, (hidden, weight, bias), needed)
+    else:
+        grads = _linear_gradients(
+            hidden,
+            weight,
+            bias,
+            target,
+            class_weight,
+            maximum,
+            log_sum,
+            mean,
+            *_slopes_or_zero(upstream, log_sum),
+            scale,
+            softcap,
+            ignore_index,
+            needed,
+            *settings,
+        )
+    return (*(grad if need else None for grad, need in zip(grads, needed, strict=True)), *[None] * 10)
+
+
+_linear_statistics.register_autograd(_backward_of_linear_statistics, setup_context=_save_linear_statistics)
+
+
+# ---- the forward way: gradients with the loss, rescaled in the backward ----
+
+
+@torch.library.custom_op("chunked_ce::linear_loss", mutates_args=())
+def _linear_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],
+    target: Tensor,
+    class_weight: Optional[Tensor],
+    token_weight: Optional[Tensor],
+    upstream: Tensor,
+    scale: float,
+    softcap: Optional[float],
+    label_smoothing: float,
+    z_loss: float,
+    ignore_index: int,
+    wanted: list[bool],
+    needed: list[bool],
+    compute_dtype: torch.dtype,
+    accumulate_dtype: torch.dtype,
+    chunk_size: Optional[int],
+    memory_budget: Optional[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with _no_autocast(hidden.device):
+        loss, grads, found = linear.loss_and_gradients(
+            hidden,
+            Head(weight, bias, Logits(scale, softcap), class_weight),
+            target,
+            token_weight,
+            upstream,
+            Objective(label_smoothing, z_loss, len(weight)),
+            ignore_index,
+            Wanted(*wanted),
+            tuple(needed),
+            Settings(compute_dtype, accumulate_dtype, chunk_size, memory_budget),
+        )
+    return loss, *_filled(grads, hidden), *_filled(found, found.log_sum)
+
+
+@_linear_loss.register_fake
+def _(hidden, weight, bias, *_, wanted, needed, compute_dtype, **settings):
+    found = _fake_statistics(hidden.shape[0], compute_dtype, hidden.device, wanted)
+    total_dtype = plan.head_sum_dtype(
+        hidden.shape[0], *weight.shape, compute_dtype=compute_dtype, head_dtype=weight.dtype, **settings
+    )
+    tensors = ((hidden, hidden.dtype), (weight, total_dtype), (bias, total_dtype))
+    grads = [
+        torch.empty_like(tensor, dtype=dtype) if need else None
+        for (tensor, dtype), need in zip(tensors, needed, strict=True)
+    ]
+    return found[0].new_empty(()), *_filled(grads, hidden), *found
+
+
+def _save_linear_loss(ctx, inputs, output):
+    *tensors, scale, softcap, label_smoothing, z_loss, ignore_index, _, _, compute_dtype, _, _, _ = inputs
+    objective = Objective(label_smoothing, z_loss, len(inputs[1]))
+    ctx.maths = Logits(scale, softcap), objective, ignore_index, compute_dtype
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*tensors, *output[1:4])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_of_linear_loss(ctx, grad, *_):
+    none = [None] * 15
+    if grad is None:
+        return (None, None, None, *none)
+    *tensors, hidden_grad, weight_grad, bias_grad = ctx.saved_tensors
+    hidden, weight, bias, target, class_weight, token_weight, upstream = tensors
+    needed = list(ctx.needs_input_grad[:3])
+    if torch.is_grad_enabled():
+        logits_of, objective, ignore_index, compute_dtype = ctx.maths
+        head = Head(weight, bias, logits_of, class_weight)
+        loss = plain.linear_loss(hidden, head, target, token_weight, objective, ignore_index, compute_dtype)
+        return (*_plain_gradients([loss], [grad], (hidden, weight, bias), needed), *none)
+    saved = Gradients(hidden_grad, weight_grad, bias_grad)
+    ratio = grad / upstream
+    grads = [
+        _rescaled(total, ratio, like.dtype) if need else None
+        for total, like, need in zip(saved, (hidden, weight, bias), needed, strict=True)
+    ]
+    return (*grads, *none)
+
+
+_linear_loss.register_autograd(_backward_of_linear_loss, setup_context=_save_linear_loss)
+
+
+def _rescaled(
+    total: Tensor,
+    ratio: Tensor,  # ()
+    dtype: torch.dtype,
+) -> Tensor:
+    """``ratio * total`` in ``dtype``: in the memory of ``total`` if the graph ends with this backward."""
+    if type(total) is not Tensor:
+        return (total * ratio).to(dtype)  # traced by a compiler, which places memory itself
+    last = not torch._C._autograd._get_current_graph_task_keep_graph()
+    if last and total.dtype == dtype:
+        unchanged = total.device.type == "cpu" and bool(ratio == 1)
+        return total if unchanged else total.mul_(ratio)
+    scaled = torch.empty_like(total, dtype=dtype)
+    for part, source in zip(scaled.split(_RESCALED_ROWS), total.split(_RESCALED_ROWS), strict=True):
+        part.copy_(source * ratio)
+    return scaled
+
+
+# ---- logits that exist ----
+
+
+@torch.library.custom_op("chunked_ce::logits_statistics", mutates_args=())
+def _logits_statistics(
+    products: Tensor,
+    target: Tensor,
+    class_weight: Optional[Tensor],
+    scale: float,
+    softcap: Optional[float],
+    ignore_index: int,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    with _no_autocast(products.device):
+        found = logits.statistics(
+            products, target, class_weight, Logits(scale, softcap), ignore_index, Wanted(*wanted)
+        )
+    return _filled(found, found.log_sum)
+
+
+@_logits_statistics.register_fake
+def _(products, target, class_weight, scale, softcap, ignore_index, wanted):
+    return _fake_statistics(products.shape[0], products.dtype, products.device, wanted)
+
+
+@torch.library.custom_op("chunked_ce::logits_gradients", mutates_args=())
+def _logits_gradients(
+    products: Tensor,
+    target: Tensor,
+    class_weight: Optional[Tensor],
+    maximum: Tensor,
+    log_sum: Tensor,
+    mean: Tensor,
+    log_sum_slope: Tensor,
+    target_slope: Tensor,
+    weighted_slope: Optional[Tensor],
+    mean_slope: Optional[Tensor],
+    scale: float,
+    softcap: Optional[float],
+    ignore_index: int,
+) -> Tensor:
+    known = RowStatistics(maximum, log_sum, log_sum, mean=None if mean_slope is None else mean)
+    slopes = Slopes(log_sum_slope, target_slope, weighted_slope, mean_slope)
+    with _no_autocast(products.device):
+        return logits.gradients(
+            products, target, class_weight, Logits(scale, softcap), known, slopes, ignore_index
+        )
+
+
+@_logits_gradients.register_fake
+def _(products, *_):
+    return torch.empty_like(products)
+
+
+def _save_logits_statistics(ctx, inputs, output):
+    products, target, class_weight, *ctx.settings = inputs
+    maximum, log_sum, _, _, mean, correct = output
+    ctx.save_for_backward(products, target, class_weight, maximum, log_sum, mean)
+    ctx.mark_non_differentiable(maximum, correct)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_of_logits_statistics(ctx, _maximum, *upstream):
+    products, target, class_weight, maximum, log_sum, mean = ctx.saved_tensors
+    scale, softcap, ignore_index, wanted = ctx.settings
+    upstream = _of_wanted(upstream, wanted)
+    if torch.is_grad_enabled():
+        found = plain.logits_statistics(
+            products, target, class_weight, Logits(scale, softcap), ignore_index, Wanted(*wanted)
+        )
+        (grad,) = _plain_gradients(_differentiable(found), upstream, [products], [True])
+    else:
+        grad = _logits_gradients(
+            products,
+            target,
+            class_weight,
+            maximum,
+            log_sum,
+            mean,
+            *_slopes_or_zero(upstream, log_sum),
+            scale,
+            softcap,
+            ignore_index,
+        )
+    return (grad, *[None] * 6)
+
+
+_logits_statistics.register_autograd(_backward_of_logits_statistics, setup_context=_save_logits_statistics)

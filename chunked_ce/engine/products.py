@@ -1,0 +1,64 @@
+"""The three matrix products, with sums over chunks in a wider dtype than the products'."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["add_product_", "project", "product_rows"]
+
+# Rows of the head in one product on a CPU. Its block of the head is packed once and stays in cache: with 512 tokens,
+# D=768 and V=50257 on two cores, the logits took 0.073 s in bf16 and 0.421 s in fp32, one product 0.124 and 0.467.
+_CPU_ROWS = 2048
+
+
+def product_rows(rows: int, device_type: str) -> int:
+    """How many rows of the head, or of a gradient in another dtype than its products, one product covers."""
+    return min(rows, _CPU_ROWS) if device_type == "cpu" else rows
+
+
+def project(
+    hidden: Tensor,  # (n, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    out: Tensor,  # (n, V)
+) -> Tensor:
+    """``hidden @ weight.T + bias`` into ``out``."""
+    step = max(1, product_rows(len(weight), weight.device.type))
+    for start in range(0, len(weight), step):
+        block = slice(start, start + step)
+        if bias is None:
+            torch.mm(hidden, weight[block].t(), out=out[:, block])
+        else:
+            torch.addmm(bias[block], hidden, weight[block].t(), out=out[:, block])
+    return out
+
+
+def add_product_(
+    total: Tensor,  # (m, k)
+    left: Tensor,  # (m, j)
+    right: Tensor,  # (j, k)
+    *,
+    first: bool,
+) -> None:
+    """``total += left @ right``, or ``total = left @ right`` if it is the first of a sum.
+
+    Where ``total`` is wider than the factors, a bf16 product is rounded to bf16 before it is added; an fp16 product,
+    which could overflow, is formed in the dtype of ``total``.
+    """
+    if total.dtype == left.dtype:
+        if first:
+            torch.mm(left, right, out=total)
+        else:
+            total.addmm_(left, right)
+        return
+    factors = total.dtype if left.dtype == torch.float16 else left.dtype
+    right = right.to(factors)
+    step = max(1, product_rows(len(total), total.device.type))
+    for start in range(0, len(total), step):
+        block = slice(start, start + step)
+        part = left[block].to(factors) @ right
+        if first:
+            total[block] = part
+        else:
+            total[block].add_(part)

@@ -1,0 +1,207 @@
+"""Row kernels in torch: statistics of rows of logits, and the gradients of the logits.
+
+Rows are visited a few at a time, so that the fp32 copy of a bf16 row, its exponentials and its gradient stay in
+cache and each logit is read from and written to memory once. `chunked_ce.objective` is the slow twin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from chunked_ce.objective import Logits, RowStatistics
+
+__all__ = [
+    "Slopes",
+    "Wanted",
+    "empty_statistics",
+    "logit_gradients",
+    "rows_in_flight",
+    "statistics",
+    "statistics_and_gradients_",
+    "work_dtype",
+]
+
+_CACHED_ELEMENTS = 2**19  # fp32 numbers in flight: about the second-level caches of two cores
+_DEVICE_ELEMENTS = 2**24  # on an accelerator a kernel must be worth its launch
+_EXP_IS_ZERO = -1000.0  # exp of it is 0 in fp32 and fp64, and 0 times it is 0, unlike 0 times -inf
+
+
+class Slopes(NamedTuple):
+    """Derivatives of the loss in each row's statistics, (n,); None is 0 for all rows."""
+
+    log_sum: Tensor
+    target: Tensor
+    weighted: Tensor | None = None
+    mean: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Slopes:
+        """``function`` of every slope there is."""
+        return Slopes(*(None if part is None else function(part) for part in self))
+
+    def at(self, rows: slice) -> Slopes:
+        return self.map(lambda part: part[rows])
+
+
+class Wanted(NamedTuple):
+    """Which statistics to compute besides ``maximum``, ``log_sum`` and ``target``."""
+
+    weighted: bool = False
+    mean: bool = False
+    correct: bool = False
+
+
+def work_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of softmax, loss and statistics for products in ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def empty_statistics(num_tokens: int, dtype: torch.dtype, device: torch.device, wanted: Wanted) -> RowStatistics:
+    """Zeros (num_tokens,) for every statistic wanted: what ignored tokens have."""
+    needed = (True, True, True, *wanted)
+    return RowStatistics(
+        *(torch.zeros(num_tokens, dtype=work_dtype(dtype), device=device) if need else None for need in needed)
+    )
+
+
+def rows_in_flight(vocab_size: int, device_type: str) -> int:
+    """How many rows are visited at a time."""
+    elements = _CACHED_ELEMENTS if device_type == "cpu" else _DEVICE_ELEMENTS
+    return max(1, elements // max(1, vocab_size))
+
+
+def statistics(
+    products: Tensor,  # (n, V)
+    target: Tensor,  # (n,)
+    class_weight: Tensor | None,  # (V,)
+    logits: Logits,
+    wanted: Wanted,
+    *,
+    overwrite: bool,
+) -> RowStatistics:
+    """The statistics of each row; with ``overwrite`` the products are scratch afterwards."""
+    found = empty_statistics(len(products), products.dtype, products.device, wanted)
+    for rows, z in _visit(products, logits, overwrite):
+        _store(found, rows, _exponentiate_(z, target[rows], class_weight, wanted)[0])
+    return found
+
+
+def statistics_and_gradients_(
+    products: Tensor,  # (n, V): the gradients when it returns
+    target: Tensor,  # (n,)
+    class_weight: Tensor | None,  # (V,)
+    logits: Logits,
+    wanted: Wanted,
+    slopes_of: Callable[[RowStatistics, slice], Slopes],
+) -> RowStatistics:
+    """The statistics of each row, and the gradients that ``slopes_of`` makes of them written over the products."""
+    found = empty_statistics(len(products), products.dtype, products.device, wanted)
+    for rows, z in _visit(products, logits, overwrite=True):
+        kept = z.clone() if logits.softcap is not None else None
+        block, sum_exp = _exponentiate_(z, target[rows], class_weight, wanted)
+        _store(found, rows, block)
+        slopes = slopes_of(block, rows)
+        gradients = _gradients_(z, sum_exp, target[rows], class_weight, slopes, logits, kept, block)
+        if gradients.data_ptr() != products[rows].data_ptr():
+            products[rows] = gradients
+    return found
+
+
+def logit_gradients(
+    products: Tensor,  # (n, V), or (n, B) for a block of the vocabulary
+    target: Tensor,  # (n,) column of the target; of any column where ``slopes.target`` is 0
+    class_weight: Tensor | None,  # (V,) or (B,)
+    logits: Logits,
+    slopes: Slopes,
+    known: RowStatistics,  # over the whole vocabulary
+    out: Tensor,  # as products; may be products itself
+) -> None:
+    """The gradients of the products, from statistics that are known."""
+    overwrite = out is products
+    for rows, z in _visit(products, logits, overwrite):
+        block = known.at(rows)
+        kept = z.clone() if logits.softcap is not None or slopes.mean is not None else None
+        z.sub_(block.maximum.unsqueeze(-1)).exp_()
+        gradients = _gradients_(
+            z, block.log_sum.exp(), target[rows], class_weight, slopes.at(rows), logits, kept, block
+        )
+        if gradients.data_ptr() != out[rows].data_ptr():
+            out[rows] = gradients
+
+
+def _visit(
+    products: Tensor,  # (n, V)
+    logits: Logits,
+    overwrite: bool,
+) -> Iterator[tuple[slice, Tensor]]:
+    """A few rows at a time and their logits in the work dtype, in the products' own memory where that may be."""
+    n, vocab_size = products.shape
+    step = rows_in_flight(vocab_size, products.device.type)
+    dtype = work_dtype(products.dtype)
+    scratch = None
+    if not overwrite or products.dtype != dtype:
+        scratch = products.new_empty(min(step, n), vocab_size, dtype=dtype)
+    for start in range(0, n, step):
+        rows = slice(start, min(start + step, n))
+        z = products[rows] if scratch is None else scratch[: rows.stop - start].copy_(products[rows])
+        if logits.softcap is not None:
+            z.mul_(logits.scale).div_(logits.softcap).tanh_().mul_(logits.softcap)
+        elif logits.scale != 1.0:
+            z.mul_(logits.scale)
+        yield rows, z
+
+
+def _store(found: RowStatistics, rows: slice, block: RowStatistics) -> None:
+    for whole, part in zip(found, block, strict=True):
+        if whole is not None:
+            whole[rows] = part
+
+
+def _exponentiate_(
+    z: Tensor,  # (r, V) logits; exp(z - maximum) when it returns
+    target: Tensor,  # (r,)
+    class_weight: Tensor | None,  # (V,)
+    wanted: Wanted,
+) -> tuple[RowStatistics, Tensor]:
+    """The statistics of a block of rows, and each row's sum of exponentials (r,)."""
+    maximum = z.amax(-1)
+    correct = (z.argmax(-1) == target).to(z.dtype) if wanted.correct else None
+    z.sub_(maximum.unsqueeze(-1))
+    at_target = z.gather(-1, target.unsqueeze(-1)).squeeze(-1)
+    weighted = None
+    if wanted.weighted:
+        weighted = z.sum(-1) if class_weight is None else z @ class_weight
+    shifted = z.clamp(min=_EXP_IS_ZERO) if wanted.mean else None
+    sum_exp = z.exp_().sum(-1)
+    mean = None if shifted is None else shifted.mul_(z).sum(-1).div_(sum_exp)
+    return RowStatistics(maximum, sum_exp.log(), at_target, weighted, mean, correct), sum_exp
+
+
+def _gradients_(
+    exponentials: Tensor,  # (r, V) exp(z - maximum); the gradients when it returns
+    sum_exp: Tensor,  # (r,)
+    target: Tensor,  # (r,)
+    class_weight: Tensor | None,  # (V,)
+    slopes: Slopes,
+    logits: Logits,
+    z: Tensor | None,  # (r, V) the logits, where softcap or mean need them
+    rows: RowStatistics,
+) -> Tensor:
+    """The formula of `chunked_ce.objective`, chained through the softcap. The scale is a factor of the slopes."""
+    if slopes.mean is None:
+        gradients = exponentials.mul_((slopes.log_sum / sum_exp).unsqueeze(-1))
+    else:
+        factor = (z - rows.maximum.unsqueeze(-1)).clamp_(min=_EXP_IS_ZERO)
+        factor.add_((1 - rows.mean).unsqueeze(-1)).mul_(slopes.mean.unsqueeze(-1))
+        factor.add_(slopes.log_sum.unsqueeze(-1)).div_(sum_exp.unsqueeze(-1))
+        gradients = exponentials.mul_(factor)
+    gradients.scatter_add_(-1, target.unsqueeze(-1), slopes.target.unsqueeze(-1))
+    if slopes.weighted is not None:
+        weighted = slopes.weighted.unsqueeze(-1)
+        gradients.add_(weighted if class_weight is None else weighted * class_weight)
+    if logits.softcap is not None:
+        gradients.mul_(1 - (z / logits.softcap).square_())
+    return gradients

@@ -1,0 +1,81 @@
+"""The functions as ``nn.Module``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chunked_ce.checks import check_keywords, check_options
+from chunked_ce.functional import LossStats, linear_cross_entropy
+from chunked_ce.options import ChunkOptions
+
+__all__ = ["LinearCrossEntropyLoss"]
+
+
+class LinearCrossEntropyLoss(nn.Module):
+    """`chunked_ce.linear_cross_entropy` as a module: the options stand at its making, the tensors at each call.
+
+    Takes every keyword of the function but the tensors ``linear_bias``, ``token_weight`` and ``num_tokens``, which
+    belong to a call. ``weight``, the class weights (V,), is a buffer that moves with the module.
+
+    >>> loss = LinearCrossEntropyLoss(label_smoothing=0.1)
+    >>> loss(torch.zeros(2, 4), torch.zeros(8, 4), torch.tensor([1, 2]))
+    tensor(2.0794)
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        weight: Tensor | None = None,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        vocab: None = None,
+        options: ChunkOptions | None = None,
+        return_stats: bool = False,
+    ) -> None:
+        super().__init__()
+        self._maths: dict[str, Any] = {
+            "reduction": reduction,
+            "ignore_index": ignore_index,
+            "label_smoothing": label_smoothing,
+            "z_loss": z_loss,
+            "softcap": softcap,
+            "logit_scale": logit_scale,
+            "vocab": vocab,
+        }
+        check_keywords(**self._maths)
+        check_options(options, reduction)
+        self._rest: dict[str, Any] = {"options": options, "return_stats": return_stats}
+        self.register_buffer("weight", weight, persistent=False)
+
+    def forward(
+        self,
+        input: Tensor,  # (..., D)
+        linear_weight: Tensor,  # (V, D)
+        target: Tensor,  # (...)
+        linear_bias: Tensor | None = None,  # (V,)
+        token_weight: Tensor | None = None,  # as target
+        num_tokens: float | Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, LossStats]:
+        return linear_cross_entropy(
+            input,
+            linear_weight,
+            target,
+            linear_bias=linear_bias,
+            weight=self.weight,
+            token_weight=token_weight,
+            num_tokens=num_tokens,
+            **self._maths,
+            **self._rest,
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in (self._maths | self._rest).items())

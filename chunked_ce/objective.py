@@ -1,0 +1,145 @@
+"""The maths of a row: what one token's logits contribute to the loss, and its derivative.
+
+Everything a row adds to the loss is a function of a few numbers of that row, its statistics. They are taken
+relative to the row's largest logit ``m``, so that a large common offset of the logits costs no precision:
+
+    log_sum   = log sum_v exp(z_v - m)          lse = m + log_sum
+    target    = z_y - m                         nll = log_sum - target
+    weighted  = sum_v w_v (z_v - m)             sum_v w_v (lse - z_v) = sum_v w_v * log_sum - weighted
+    mean      = sum_v p_v (z_v - m)             entropy = log_sum - mean
+
+With the slopes (s_lse, s_target, s_weighted, s_mean) of the loss in these four, the gradient of a logit is
+
+    dz_v = p_v * (s_lse + s_mean * (1 + z_v - m - mean)) + s_target * [v == y] + s_weighted * w_v
+
+This file holds the plain, differentiable torch code; `chunked_ce.engine.rows` is its fast twin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Logits", "Objective", "RowStatistics", "row_statistics"]
+
+
+class Logits(NamedTuple):
+    """How logits follow from the product of hidden states and head."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, product: Tensor) -> Tensor:
+        """``scale * product``, then ``softcap * tanh(. / softcap)``; any shape."""
+        logits = product if self.scale == 1.0 else product * self.scale
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+
+class RowStatistics(NamedTuple):
+    """Statistics of the rows, each (N,) and relative to ``maximum``; None where nobody asked for one."""
+
+    maximum: Tensor
+    log_sum: Tensor
+    target: Tensor
+    weighted: Tensor | None = None
+    mean: Tensor | None = None
+    correct: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> RowStatistics:
+        """``function`` of every statistic there is."""
+        return RowStatistics(*(None if part is None else function(part) for part in self))
+
+    def at(self, rows: slice) -> RowStatistics:
+        return self.map(lambda part: part[rows])
+
+    @property
+    def lse(self) -> Tensor:
+        return self.maximum + self.log_sum
+
+    @property
+    def nll(self) -> Tensor:
+        return self.log_sum - self.target
+
+    @property
+    def entropy(self) -> Tensor:
+        return self.log_sum - self.mean
+
+
+class Objective(NamedTuple):
+    """The loss of a token as a function of its row's statistics."""
+
+    label_smoothing: float
+    z_loss: float
+    vocab_size: int
+
+    def loss(
+        self,
+        rows: RowStatistics,
+        target_weight: Tensor | None,  # (N,) class weight of each target
+        weight_sum: Tensor | float,  # sum of the class weights
+    ) -> Tensor:
+        """The loss of each token before token weights, (N,)."""
+        loss = rows.nll if target_weight is None else target_weight * rows.nll
+        if self.label_smoothing:
+            share = self.label_smoothing / self.vocab_size
+            loss = (1 - self.label_smoothing) * loss + share * (weight_sum * rows.log_sum - rows.weighted)
+        if self.z_loss:
+            loss = loss + self.z_loss * rows.lse.square()
+        return loss
+
+    def slopes(
+        self,
+        rows: RowStatistics,
+        target_weight: Tensor | None,
+        weight_sum: Tensor | float,
+    ) -> tuple[Tensor, Tensor, float]:
+        """Derivatives of `loss` in ``log_sum`` (N,), ``target`` (N,) and ``weighted`` (one number for all rows)."""
+        hit = torch.ones_like(rows.log_sum) if target_weight is None else target_weight
+        hit = (1 - self.label_smoothing) * hit
+        share = self.label_smoothing / self.vocab_size
+        slope = hit + share * weight_sum if self.label_smoothing else hit
+        if self.z_loss:
+            slope = slope + 2 * self.z_loss * rows.lse
+        return slope, -hit, -share
+
+    def token_losses(
+        self,
+        rows: RowStatistics,  # 0 where ignored
+        target: Tensor,  # (N,)
+        ignore_index: int,
+        class_weight: Tensor | None,  # (V,)
+        token_weight: Tensor | None,  # (N,)
+    ) -> Tensor:
+        """The weighted loss of each token, (N,), 0 where ignored."""
+        counted = target != ignore_index
+        target_weight = None if class_weight is None else class_weight[target.where(counted, 0)]
+        weight_sum = float(self.vocab_size) if class_weight is None else class_weight.sum()
+        loss = self.loss(rows, target_weight, weight_sum)
+        return (loss if token_weight is None else loss * token_weight).where(counted, 0)
+
+
+def row_statistics(
+    logits: Tensor,  # (N, V), fp32 or fp64, scaled and capped
+    target: Tensor,  # (N,) in [0, V)
+    class_weight: Tensor | None = None,  # (V,)
+    *,
+    weighted: bool = False,
+    mean: bool = False,
+    correct: bool = False,
+) -> RowStatistics:
+    """The statistics of each row in plain differentiable torch: the reference of every kernel."""
+    maximum = logits.detach().amax(-1, keepdim=True)
+    shifted = logits - maximum
+    log_sum = torch.logsumexp(shifted, -1)
+    probabilities = shifted.softmax(-1)
+    return RowStatistics(
+        maximum.squeeze(-1),
+        log_sum,
+        shifted.gather(-1, target.unsqueeze(-1)).squeeze(-1),
+        (shifted if class_weight is None else shifted * class_weight).sum(-1) if weighted else None,
+        (probabilities * shifted).sum(-1) if mean else None,
+        (logits.argmax(-1) == target).to(logits.dtype) if correct else None,
+    )

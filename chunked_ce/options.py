@@ -1,0 +1,67 @@
+"""`ChunkOptions`: how the work is cut into chunks."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import torch
+
+__all__ = ["ChunkOptions"]
+
+_ACCUMULATE_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkOptions:
+    """How the chunked loss spends memory and time; the result does not depend on it beyond rounding.
+
+    Raises ``ValueError`` or ``TypeError`` when it is made with a value that is not allowed.
+
+    >>> ChunkOptions(chunk_size=512, gradients="backward").chunk_size
+    512
+    >>> ChunkOptions(chunk_size=0)
+    Traceback (most recent call last):
+        ...
+    ValueError: chunk_size must be 'auto' or an integer >= 1, was 0
+    """
+
+    chunk_size: int | Literal["auto"] = "auto"
+    """Tokens in a chunk; ``"auto"`` takes as many as ``memory_budget`` allows, in chunks of equal size."""
+
+    memory_budget: int | None = None
+    """Bytes that a chunk's logits may take; None lets `chunked_ce.plan` choose by device, vocabulary and width."""
+
+    gradients: Literal["auto", "forward", "backward"] = "auto"
+    """When gradients are computed: with the loss (6 N V D operations, sums and means only) or in the backward
+    from recomputed logits (8 N V D, the least memory); ``"auto"`` takes ``"forward"`` where it can."""
+
+    accumulate_dtype: torch.dtype = torch.float32
+    """What gradients of the head are summed in over chunks, where it is wider than the products' dtype."""
+
+    gradient_filter: None = None
+    """Reserved: None is exact."""
+
+    backend: Literal["auto", "torch"] = "auto"
+    """Which row kernels run."""
+
+    def __post_init__(self) -> None:
+        if self.chunk_size != "auto" and not _is_integer(self.chunk_size, 1):
+            raise ValueError(f"chunk_size must be 'auto' or an integer >= 1, was {self.chunk_size!r}")
+        if self.memory_budget is not None and not _is_integer(self.memory_budget, 1):
+            raise ValueError(
+                f"memory_budget must be None or a number of bytes >= 1, was {self.memory_budget!r}"
+            )
+        if self.gradients not in ("auto", "forward", "backward"):
+            raise ValueError(f"gradients must be 'auto', 'forward' or 'backward', was {self.gradients!r}")
+        if self.accumulate_dtype not in _ACCUMULATE_DTYPES:
+            allowed = ", ".join(map(str, _ACCUMULATE_DTYPES))
+            raise ValueError(f"accumulate_dtype must be one of {allowed}, was {self.accumulate_dtype!r}")
+        if self.gradient_filter is not None:
+            raise ValueError(f"gradient_filter must be None, was {self.gradient_filter!r}")
+        if self.backend not in ("auto", "torch"):
+            raise ValueError(f"backend must be 'auto' or 'torch', was {self.backend!r}")
+
+
+def _is_integer(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
