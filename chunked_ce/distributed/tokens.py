@@ -1,16 +1,19 @@
 """The token-weighted mean over ranks and micro-batches.
 
-An engine that averages gradients weighs every rank and every micro-batch alike, however many tokens they count. With
-S_rm the sum of the losses on rank r in micro-batch m, and T the counted tokens of all of them, what is wanted is
+An engine that averages gradients weighs every rank and every micro-batch alike, however many tokens they
+count. With S_rm the sum of the losses on rank r in micro-batch m, and T the counted tokens of all of them,
+the loss should be
 
     loss = sum_rm S_rm / T
 
-The engine turns the losses L_rm that ranks call backward on into the gradient of sum_rm L_rm / divisor. So
+From the losses L_rm that ranks call backward on, the engine makes the gradient of sum_rm L_rm / divisor. So
 
     L_rm = S_rm * divisor / T        gives        sum_rm L_rm / divisor = sum_rm S_rm / T
 
 whatever the engine divides by, as long as `divisor` is all of it.
 """
+
+from __future__ import annotations
 
 import math
 from collections.abc import Iterable
@@ -22,30 +25,29 @@ from torch import Tensor
 
 __all__ = ["TokenMean", "count_tokens"]
 
-TARGET_DTYPES = (torch.int32, torch.int64)
-
 
 def count_tokens(
     targets: Tensor | Iterable[Tensor],
     *,
     ignore_index: int = -100,
-    group: "dist.ProcessGroup | None" = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """How many targets of all ranks are not `ignore_index`: the T of a token-weighted mean.
 
-    One all-reduce over `group`, no host synchronisation. Every rank of the group calls it, with tokens or without.
+    One all-reduce over `group`, no host synchronisation. Every rank of the group calls it, even one without
+    tokens.
 
     Args:
-        targets: int32 or int64 of any shape, or several such tensors (the micro-batches of a window). Tensors may be
-            empty, and so may the list.
+        targets: int32 or int64 of any shape, or several such tensors (the micro-batches of a window). Tensors
+            may be empty, and so may the list.
         ignore_index: the target that marks a token as not counted.
-        group: the ranks that hold different tokens (data and sequence parallel). Leave out ranks that hold the same
-            ones (tensor parallel), or they are counted twice. None: all ranks if torch.distributed is initialised,
-            else this process alone.
+        group: the ranks that hold different tokens (data and sequence parallel). Leave out ranks that hold
+            the same ones (tensor parallel), or they are counted twice. None: all ranks if torch.distributed
+            is initialised, else this process alone.
 
     Returns:
-        0-d int64, on the targets' device. A group that cannot reduce there (NCCL, given targets on the CPU) gets
-        it on its own current device.
+        0-d int64, on the targets' device. A group that cannot reduce there (NCCL, given targets on the CPU)
+        gets it on its own current device.
 
     Raises:
         TypeError: targets that are not int32 or int64 tensors, or a group that this rank is not in.
@@ -53,32 +55,34 @@ def count_tokens(
     >>> count_tokens([torch.tensor([[5, -100, 7]]), torch.tensor([-100])])
     tensor(2)
     """
+    targets = _check_targets(targets)
     _check_group(group)
     if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
-        raise TypeError(f"ignore_index must be an int, got {_describe(ignore_index)}")
-    counts = ((target != ignore_index).sum() for target in _check_targets(targets))
-    return _sum_over_ranks(_add_up(counts, torch.int64), group)
+        raise TypeError(f"ignore_index must be an integer, was {_describe(ignore_index)}")
+    return _sum_over_ranks(
+        _add_up(((target != ignore_index).sum() for target in targets), torch.int64), group
+    )
 
 
 class TokenMean:
     """The mean over all counted tokens, on whatever rank and in whatever micro-batch they are.
 
-    Made once per window, before its first backward, because every micro-batch needs the whole window's count:
+    Made once per window, before its first backward: every micro-batch needs the whole window's count.
 
         mean = TokenMean.over(targets_of_the_window, group=data_group)
         for hidden, target in window:
             loss_sum = linear_cross_entropy(hidden, head, target, reduction="sum")    # S_rm
             mean(loss_sum).backward()                                                 # S_rm * divisor / T
-        mean.report(loss_sums)                                                        # sum_rm S_rm / T, for logs
+        mean.report(loss_sums)                                                        # sum_rm S_rm / T
 
     Args:
-        num_tokens: T, the same on every rank: a number >= 0 or a 0-d tensor. For a denominator other than the number
-            of targets, such as a sum of token weights over all ranks; `TokenMean.over` counts targets.
+        num_tokens: T, the same on every rank: a number >= 0 or a 0-d tensor. For a denominator other than the
+            number of targets, such as a sum of token weights over all ranks; `TokenMean.over` counts targets.
         group: the ranks whose sums `report` adds up, as in `count_tokens`.
-        divisor: all that is divided by between the loss and the parameter's gradient, > 0. None: the group's size
-            (1 without a group), which is what DDP and FSDP divide by. Times the accumulation steps where the engine
-            divides by those too: DeepSpeed does (`chunked_ce.integrations.deepspeed.token_mean` finds its divisor),
-            a plain loop of `backward` calls does not.
+        divisor: all that is divided by between the loss and the parameter's gradient, > 0. None: the group's
+            size (1 without a group), which is what DDP and FSDP divide by. Accumulation steps belong in it
+            where the engine divides by them: a plain loop of backwards does not, DeepSpeed does
+            (`chunked_ce.integrations.deepspeed.token_mean` finds its divisor).
 
     Raises:
         TypeError, ValueError: naming the argument, what it was and what is allowed.
@@ -94,7 +98,7 @@ class TokenMean:
         self,
         num_tokens: Tensor | float,
         *,
-        group: "dist.ProcessGroup | None" = None,
+        group: dist.ProcessGroup | None = None,
         divisor: float | None = None,
     ):
         _check_group(group)
@@ -107,10 +111,10 @@ class TokenMean:
         cls,
         targets: Tensor | Iterable[Tensor],
         *,
-        group: "dist.ProcessGroup | None" = None,
+        group: dist.ProcessGroup | None = None,
         divisor: float | None = None,
         ignore_index: int = -100,
-    ) -> "TokenMean":
+    ) -> TokenMean:
         """The mean over the targets that count in this window on all ranks of `group`: one all-reduce."""
         _check_group(group)
         divisor = _check_divisor(divisor, group)
@@ -120,21 +124,21 @@ class TokenMean:
     def __call__(self, loss_sum: Tensor) -> Tensor:
         """What backward gets for one micro-batch: loss_sum * divisor / T, attached to loss_sum's graph.
 
-        `loss_sum` is 0-d and floating. The result is float32 (float64 for float64). Where no token counts on any rank,
-        it is 0 with zero gradients. Not a value to log: that is `report`.
+        `loss_sum` is 0-d and floating. The result is float32 (float64 for float64). Where no token counts on
+        any rank it is 0, with zero gradients. It is not a value to log: that is `report`.
         """
         if not isinstance(loss_sum, Tensor) or not loss_sum.is_floating_point():
-            raise TypeError(f"loss_sum must be a floating-point tensor, got {_describe(loss_sum)}")
+            raise TypeError(f"loss_sum must be a floating-point tensor, was {_describe(loss_sum)}")
         if loss_sum.dim() != 0:
-            raise ValueError(f'loss_sum must be 0-d (reduction="sum"), got shape {tuple(loss_sum.shape)}')
+            raise ValueError(f'loss_sum must be 0-d (reduction="sum"), had shape {tuple(loss_sum.shape)}')
         return self._over_tokens(loss_sum.to(_loss_dtype(loss_sum)), self.divisor)
 
     def report(self, loss_sums: Tensor | Iterable[Tensor]) -> Tensor:
-        """The true global mean, sum_rm S_rm / T: 0-d, detached, the same on every rank; 0 where no token counts.
+        """The true global mean, sum_rm S_rm / T: 0-d, detached, equal on every rank; 0 where no token counts.
 
         One all-reduce: every rank of the group calls it. `loss_sums` holds this rank's sums, one tensor per
-        micro-batch (or all in one tensor), none at all if it had no micro-batch. Float32, or float64 for float64
-        sums; an empty list is taken to be of the default dtype.
+        micro-batch (or all in one tensor), none at all if it had no micro-batch. Float32, or float64 for
+        float64 sums; an empty list is taken to be of the default dtype.
         """
         sums = [loss_sum.detach() for loss_sum in _check_loss_sums(loss_sums)]
         dtype = _loss_dtype(*sums)
@@ -150,24 +154,24 @@ class TokenMean:
 
 
 def _add_up(terms: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
-    """The sum of 0-d tensors on the device of the first one."""
+    """The sum of 0-d tensors, on the device of the first one."""
     total = None
     for term in terms:
         total = term.to(dtype) if total is None else total + term.to(total.device, dtype, non_blocking=True)
     return torch.zeros((), dtype=dtype) if total is None else total
 
 
-def _sum_over_ranks(local: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
+def _sum_over_ranks(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if _group_size(group) == 1:
         return local
-    # "cpu:gloo,cuda:nccl": the kinds of device that the group reduces on; "cuda" alone means the current one.
+    # As in "cpu:gloo,cuda:nccl": the kinds of device that the group reduces on; "cuda" means the current one.
     devices = [pair.partition(":")[0] for pair in dist.get_backend_config(group).split(",")]
     total = local.clone() if local.device.type in devices else local.to(devices[0], non_blocking=True)
     dist.all_reduce(total, group=group)
     return total
 
 
-def _group_size(group: "dist.ProcessGroup | None") -> int:
+def _group_size(group: dist.ProcessGroup | None) -> int:
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -179,8 +183,8 @@ def _loss_dtype(*loss_sums: Tensor) -> torch.dtype:
 def _check_targets(targets: Tensor | Iterable[Tensor]) -> list[Tensor]:
     targets = _check_tensors("targets", targets)
     for target in targets:
-        if target.dtype not in TARGET_DTYPES:
-            raise TypeError(f"targets must be int32 or int64, got {_describe(target)}")
+        if target.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"targets must be int32 or int64, was {_describe(target)}")
     return targets
 
 
@@ -188,7 +192,7 @@ def _check_loss_sums(loss_sums: Tensor | Iterable[Tensor]) -> list[Tensor]:
     loss_sums = _check_tensors("loss_sums", loss_sums)
     for loss_sum in loss_sums:
         if not loss_sum.is_floating_point():
-            raise TypeError(f"loss_sums must be floating-point tensors, got {_describe(loss_sum)}")
+            raise TypeError(f"loss_sums must be floating-point tensors, was {_describe(loss_sum)}")
     return loss_sums
 
 
@@ -196,42 +200,42 @@ def _check_tensors(name: str, tensors: Tensor | Iterable[Tensor]) -> list[Tensor
     if isinstance(tensors, Tensor):
         return [tensors]
     if not isinstance(tensors, Iterable):
-        raise TypeError(f"{name} must be a tensor or an iterable of tensors, got {_describe(tensors)}")
+        raise TypeError(f"{name} must be a tensor or an iterable of tensors, was {_describe(tensors)}")
     tensors = list(tensors)
     for tensor in tensors:
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must hold tensors, got {_describe(tensor)}")
+            raise TypeError(f"{name} must hold tensors, held {_describe(tensor)}")
     return tensors
 
 
 def _check_num_tokens(num_tokens: Tensor | float) -> Tensor:
     if isinstance(num_tokens, Tensor):
         if num_tokens.dtype == torch.bool or num_tokens.is_complex():
-            raise TypeError(f"num_tokens must be an integer or floating tensor, got {_describe(num_tokens)}")
+            raise TypeError(f"num_tokens must be integer or floating-point, was {_describe(num_tokens)}")
         if num_tokens.dim() != 0:
-            raise ValueError(f"num_tokens must be 0-d, got shape {tuple(num_tokens.shape)}")
+            raise ValueError(f"num_tokens must be 0-d, had shape {tuple(num_tokens.shape)}")
         return num_tokens.detach()
     if not isinstance(num_tokens, Real) or isinstance(num_tokens, bool):
-        raise TypeError(f"num_tokens must be a number or a 0-d tensor, got {_describe(num_tokens)}")
+        raise TypeError(f"num_tokens must be a number or a 0-d tensor, was {_describe(num_tokens)}")
     if not 0 <= num_tokens < math.inf:
-        raise ValueError(f"num_tokens must be finite and >= 0, got {num_tokens}")
+        raise ValueError(f"num_tokens must be finite and >= 0, was {num_tokens}")
     return torch.tensor(num_tokens, dtype=torch.int64 if isinstance(num_tokens, int) else torch.float64)
 
 
-def _check_divisor(divisor: float | None, group: "dist.ProcessGroup | None") -> float:
+def _check_divisor(divisor: float | None, group: dist.ProcessGroup | None) -> float:
     if divisor is None:
         return float(_group_size(group))
     if not isinstance(divisor, Real) or isinstance(divisor, bool):
-        raise TypeError(f"divisor must be a number or None, got {_describe(divisor)}")
+        raise TypeError(f"divisor must be a number or None, was {_describe(divisor)}")
     if not 0 < divisor < math.inf:
-        raise ValueError(f"divisor must be finite and > 0, got {divisor}")
+        raise ValueError(f"divisor must be finite and > 0, was {divisor}")
     return float(divisor)
 
 
-def _check_group(group: "dist.ProcessGroup | None") -> None:
+def _check_group(group: dist.ProcessGroup | None) -> None:
     # new_group gives a rank that is not in the group a plain int instead of a ProcessGroup.
     if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
-        raise TypeError(f"group must be a ProcessGroup that this rank is in, or None, got {_describe(group)}")
+        raise TypeError(f"group must be None or a ProcessGroup that this rank is in, was {_describe(group)}")
 
 
 def _describe(value: object) -> str:

@@ -1,15 +1,16 @@
 """The token-weighted mean under DeepSpeed: what its engine divides by, read off the engine.
 
-Between `engine.backward(loss)` and the gradient that the optimizer sees, DeepSpeed 0.19 divides by
+Between the loss and the gradient that the optimizer sees, DeepSpeed (0.19.8) divides by
 
-    accumulation steps    in engine.backward, unless scale_wrt_gas=False; `loss.backward()` divides always
-    ranks                 those that the gradients are reduced over (tensor and pipeline parallel ranks are not among
-                          them), unless gradient_allreduce_op is "sum"
+- the accumulation steps, in `engine.backward` unless scale_wrt_gas=False, and in `loss.backward()`;
+- the ranks that gradients are reduced over, unless gradient_allreduce_op is "sum". Sequence-parallel ranks
+  add up and are not divided by, except under ZeRO-3 with reduce_scatter (its default), which averages over
+  them as over any other. Tensor-parallel ranks are not reduced over.
 
-and by the ranks over the sequence-parallel size, that is by the data-parallel ranks alone, in ZeRO 0 to 2 and in ZeRO-3
-without reduce_scatter. ZeRO-3 with reduce_scatter, its default, divides by the sequence-parallel ranks too. Loss
-scaling, prescale_gradients and gradient_predivide_factor cancel out (`_check_predivide` names the exceptions).
+Loss scaling, prescale_gradients and gradient_predivide_factor cancel out (but see `_check_predivide`).
 """
+
+from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
 
 __all__ = ["token_mean"]
 
-GRADIENTS, WEIGHTS = 2, 3  # ZeRO stages, by what they partition
+WEIGHTS = 3  # the ZeRO stage that partitions the weights
 
 
 def token_mean(
-    engine: "DeepSpeedEngine",
+    engine: DeepSpeedEngine,
     targets_of_the_window: Tensor | Iterable[Tensor],
     *,
     ignore_index: int = -100,
@@ -43,20 +44,21 @@ def token_mean(
                 engine.backward(mean(engine(tokens, target)))    # the model returns the sum of its losses
                 engine.step()
 
-    The gradient is that of sum_rm S_rm / T (see `TokenMean`), for every ZeRO stage and for data, sequence and tensor
-    parallel ranks. One all-reduce: every rank of the engine calls it, once per window.
+    The gradient is that of sum_rm S_rm / T (see `TokenMean`) under every ZeRO stage, with data, sequence and
+    tensor parallel ranks. One all-reduce: every rank of the engine calls it, once per window.
 
     Args:
         engine: what `deepspeed.initialize` returned.
-        targets_of_the_window: this rank's targets, one tensor per micro-batch, or one tensor of any shape with the
-            targets of all of them.
+        targets_of_the_window: this rank's targets, one tensor per micro-batch, or one tensor of any shape
+            with the targets of all of them.
         ignore_index: the target that marks a token as not counted.
         scale_wrt_gas: what `engine.backward` is given.
 
     Raises:
         TypeError: engine is not a DeepSpeed engine.
-        ValueError: the number of micro-batches is not the engine's gradient_accumulation_steps (not checked where the
-            caller sets the accumulation boundary), or the engine's gradients are not a multiple of the right ones.
+        ValueError: the number of micro-batches is not the engine's gradient_accumulation_steps (not checked
+            where the caller sets the accumulation boundary), or the engine is set up so that no divisor makes
+            its gradients right.
     """
     _check_engine(engine)
     if not isinstance(targets_of_the_window, Tensor) and isinstance(targets_of_the_window, Iterable):
@@ -70,16 +72,17 @@ def token_mean(
     return TokenMean.over(targets_of_the_window, group=group, divisor=divisor, ignore_index=ignore_index)
 
 
-def _reduction_group(engine: "DeepSpeedEngine") -> dist.ProcessGroup:
-    """The ranks whose gradients are added up. Experts have other groups, with the same divisor."""
+def _reduction_group(engine: DeepSpeedEngine) -> dist.ProcessGroup:
+    """The ranks whose gradients are reduced. Experts have groups of their own, with the same divisor."""
     if engine.zero_optimization_stage() == WEIGHTS:
         for parameter in engine.module.parameters():
-            if getattr(parameter, "ds_zero_placement_family", "replicated") == "replicated":
+            replicated = getattr(parameter, "ds_zero_placement_family", "replicated") == "replicated"
+            if replicated and hasattr(parameter, "ds_process_group"):
                 return parameter.ds_process_group
     return engine.seq_data_parallel_group
 
 
-def _ranks_divided_by(engine: "DeepSpeedEngine", group: dist.ProcessGroup) -> float:
+def _ranks_divided_by(engine: DeepSpeedEngine, group: dist.ProcessGroup) -> float:
     if not engine.gradient_average:
         return 1
     ranks = dist.get_world_size(group)
@@ -88,61 +91,63 @@ def _ranks_divided_by(engine: "DeepSpeedEngine", group: dist.ProcessGroup) -> fl
     return ranks / engine.sequence_parallel_size
 
 
-def _scatters(engine: "DeepSpeedEngine") -> bool:
+def _scatters(engine: DeepSpeedEngine) -> bool:
     """Whether ZeRO-3 reduce-scatters its gradients, rather than all-reduce a contiguous bucket of them."""
     return engine.zero_reduce_scatter() or not engine.zero_contiguous_gradients()
 
 
 def _check_engine(engine: object) -> None:
-    # Who has an engine has imported its module: no need to import it here.
+    # Whoever has an engine has imported its module: no need to import it here.
     module = sys.modules.get("deepspeed.runtime.engine")
     if module is None or not isinstance(engine, module.DeepSpeedEngine):
-        raise TypeError(f"engine must be what deepspeed.initialize returned, got {type(engine).__name__}")
+        raise TypeError(f"engine must be what deepspeed.initialize returned, was a {type(engine).__name__}")
 
 
-def _check_window(engine: "DeepSpeedEngine", micro_batches: int) -> None:
+def _check_window(engine: DeepSpeedEngine, micro_batches: int) -> None:
     steps = engine.gradient_accumulation_steps()
-    set_by_caller = (
-        not engine.managed_gradient_accumulation() or engine._is_gradient_accumulation_boundary is not None
-    )
-    if micro_batches != steps and not set_by_caller:
+    set_by_caller = engine._is_gradient_accumulation_boundary is not None
+    if micro_batches != steps and engine.managed_gradient_accumulation() and not set_by_caller:
         raise ValueError(
-            f"targets_of_the_window holds {micro_batches} micro-batches, but the engine steps after "
-            f"gradient_accumulation_steps={steps}; give one tensor for each, or one tensor with all targets"
+            "targets_of_the_window must hold a tensor for each of the engine's "
+            f"gradient_accumulation_steps={steps} micro-batches, held {micro_batches}; one tensor with the "
+            "targets of all of them will do too"
         )
 
 
-def _check_sequence_ranks(engine: "DeepSpeedEngine", group: dist.ProcessGroup) -> None:
+def _check_sequence_ranks(engine: DeepSpeedEngine, group: dist.ProcessGroup) -> None:
+    """Sequence-parallel ranks hold different tokens: their gradients must be reduced too, and all alike."""
     if engine.sequence_parallel_size == 1:
         return
     reduced = dist.get_process_group_ranks(group)
     missing = set(dist.get_process_group_ranks(engine.seq_parallel_group)) - set(reduced)
     if missing:
         raise ValueError(
-            f"engine reduces gradients over ranks {reduced} only, so the sequence-parallel ranks {sorted(missing)} "
-            "would train on their own tokens alone; DeepSpeed does this to a mesh_param (or data_parallel_size) below "
-            "ZeRO-3: give deepspeed.initialize mpu=deepspeed.runtime.sequence_parallel.parallel_state_sp instead"
+            "engine must reduce gradients over its sequence-parallel ranks, but reduces over ranks "
+            f"{reduced} without {sorted(missing)}: so does DeepSpeed below ZeRO-3 if given a mesh_param or a "
+            "data_parallel_size. Give deepspeed.initialize an mpu instead, such as "
+            "deepspeed.runtime.sequence_parallel.parallel_state_sp"
         )
     if engine.zero_optimization_stage() == WEIGHTS and not _scatters(engine):
-        # Gradients that do not fit the bucket are reduce-scattered after all.
+        # A gradient that does not fit the bucket is reduce-scattered after all.
         bucket = engine.zero_reduce_bucket_size()
-        largest = max(parameter.ds_numel for parameter in engine.module.parameters())
+        largest = max(getattr(parameter, "ds_numel", 0) for parameter in engine.module.parameters())
         if largest > bucket:
             raise ValueError(
-                f"engine has a parameter of {largest} elements and zero_optimization.reduce_bucket_size={bucket}; with "
-                "sequence parallelism and reduce_scatter=False, DeepSpeed averages that one over the sequence-parallel "
-                "ranks and adds the others up: raise reduce_bucket_size, or set reduce_scatter=True"
+                f"engine has zero_optimization.reduce_bucket_size={bucket} and a parameter of {largest} "
+                "elements, whose gradient DeepSpeed averages over sequence-parallel ranks, while it adds up "
+                "the others: raise reduce_bucket_size, or set reduce_scatter"
             )
 
 
-def _check_predivide(engine: "DeepSpeedEngine", group: dist.ProcessGroup) -> None:
-    """DeepSpeed takes a predivide factor equal to the ranks for the whole division, also where it is not."""
+def _check_predivide(engine: DeepSpeedEngine, group: dist.ProcessGroup) -> None:
+    """DeepSpeed takes a predivide factor equal to the ranks for the whole division, even where it is not."""
     factor, ranks = engine.gradient_predivide_factor(), dist.get_world_size(group)
-    if factor != ranks or ranks == 1 or engine.zero_reduce_scatter() or not engine.postscale_gradients():
+    predivides = engine.gradient_average and engine.postscale_gradients() and not engine.zero_reduce_scatter()
+    if not predivides or factor != ranks or ranks == 1:
         return
-    stage = engine.zero_optimization_stage()
+    stage = int(engine.zero_optimization_stage())
     if stage == WEIGHTS or (stage > 0 and engine.sequence_parallel_size > 1):
         raise ValueError(
-            f"engine has gradient_predivide_factor={factor} on {ranks} ranks, which DeepSpeed scales wrongly in ZeRO "
-            f"stage {stage} without reduce_scatter: leave gradient_predivide_factor at 1.0"
+            f"engine has gradient_predivide_factor={factor} on {ranks} ranks, which DeepSpeed scales wrongly "
+            f"in ZeRO stage {stage} without reduce_scatter: leave it at 1.0, the default"
         )
