@@ -91,7 +91,7 @@ def check_keywords(
         raise ValueError(f"z_loss must be finite and >= 0, was {z_loss!r}")
     if softcap is not None and not 0.0 < _number("softcap", softcap) < math.inf:
         raise ValueError(f"softcap must be None or finite and > 0, was {softcap!r}")
-    if not math.isfinite(_number("logit_scale", logit_scale)):
+    if not -math.inf < _number("logit_scale", logit_scale) < math.inf:
         raise ValueError(f"logit_scale must be finite, was {logit_scale!r}")
     if isinstance(num_tokens, Tensor):
         if num_tokens.numel() != 1 or num_tokens.is_complex():

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from chunked_ce.checks import check_keywords, check_options, check_tensors
 from chunked_ce.engine import ops, plain
@@ -308,8 +309,10 @@ def _needed(*tensors: Tensor | None) -> tuple[bool, ...]:
 
 
 def _transformed() -> bool:
-    """Whether a transform of ``torch.func`` looks on, which needs operations that it knows."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    """Whether a transform of ``torch.func`` or forward-mode differentiation needs operations that it knows."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _float(value: float | None) -> float | None:

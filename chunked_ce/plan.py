@@ -11,8 +11,9 @@ to be, one chunk needs no such sum, so its logits may take the sum's memory as w
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -114,6 +115,121 @@ def vocab_per_block(
     else:
         most = _budget(vocab_size, 0, memory_budget, False) // max(1, num_tokens * compute_dtype.itemsize)
     return _even(vocab_size, max(1, most))
+
+
+class MemoryPrediction(NamedTuple):
+    """Bytes that one loss and its backward take above their inputs, by name, in each of the two phases."""
+
+    forward: dict[str, int]
+    backward: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the worse of the two phases."""
+        return max(sum(self.forward.values()), sum(self.backward.values()))
+
+
+def predict_memory(
+    num_tokens: int,
+    vocab_size: int,
+    hidden_size: int,
+    *,
+    dtype: torch.dtype,
+    head_dtype: torch.dtype | None = None,
+    compute_dtype: torch.dtype | None = None,
+    num_counted: int | None = None,
+    train_input: bool = True,
+    train_head: bool = True,
+    options: ChunkOptions | None = None,
+    device_type: str = "cpu",
+) -> MemoryPrediction:
+    """The memory law: what `chunked_ce.linear_cross_entropy` allocates for a loss and a backward.
+
+    Args:
+        num_tokens, vocab_size, hidden_size: N, V and D.
+        dtype: of the input; ``head_dtype`` of the head and ``compute_dtype`` of the products (autocast) if they differ.
+        num_counted: tokens that are not ignored; all by default.
+        train_input, train_head: whether they need a gradient.
+        options: ``gradients="auto"`` stands for the forward way, which sums and means take.
+        device_type: where it runs.
+
+    Terms in bytes: ``logits`` of one chunk, ``rows`` in flight in fp32, ``hidden_grad``, ``head_sum`` (the head's
+    gradient as it is summed over chunks), ``head_grad`` (as it is returned, where that is another tensor),
+    ``products`` before they are added to a wider sum, ``hidden_sum`` (in the backward way), ``head_copy`` and
+    ``hidden_copy`` in the products' dtype, and ``statistics`` of the tokens.
+
+    >>> law = predict_memory(4096, 131072, 256, dtype=torch.float32)
+    >>> law.forward["logits"] // 2**20, law.forward["head_sum"] // 2**20
+    (82, 128)
+    """
+    options = options or ChunkOptions()
+    head_dtype = head_dtype or dtype
+    compute_dtype = compute_dtype or dtype
+    counted = num_tokens if num_counted is None else num_counted
+    settings = {
+        "compute_dtype": compute_dtype,
+        "chunk_size": None if options.chunk_size == "auto" else options.chunk_size,
+        "memory_budget": options.memory_budget,
+    }
+    accumulate_dtype = options.accumulate_dtype
+    wide = torch.promote_types(accumulate_dtype, compute_dtype)
+    work = work_dtype(compute_dtype)
+    head_elements = vocab_size * hidden_size
+    in_forward = options.gradients != "backward"
+
+    head_sum_of = functools.partial(
+        head_sum_dtype, num_tokens, vocab_size, hidden_size, head_dtype=head_dtype, accumulate_dtype=accumulate_dtype
+    )
+    chunk = tokens_per_chunk(
+        counted,
+        vocab_size,
+        hidden_size,
+        head_dtype=head_dtype if in_forward and train_head else None,
+        accumulate_dtype=accumulate_dtype,
+        **settings,
+    )
+    chunk = min(chunk, counted)
+
+    def rows_and_logits(tokens: int, words: int) -> dict[str, int]:
+        copies = compute_dtype != work
+        return {
+            "logits": tokens * words * compute_dtype.itemsize,
+            "rows": copies * min(tokens, rows_in_flight(words, device_type)) * words * work.itemsize,
+        }
+
+    def product(total_rows: int, wider: torch.dtype) -> int:
+        step = product_rows(total_rows, device_type)
+        return (wider != compute_dtype) * step * hidden_size * compute_dtype.itemsize
+
+    common = {"statistics": 3 * num_tokens * work.itemsize}
+    forward = rows_and_logits(chunk, vocab_size) | common
+    if head_dtype != compute_dtype:
+        forward["head_copy"] = head_elements * compute_dtype.itemsize
+    if counted < num_tokens or dtype != compute_dtype:
+        forward["hidden_copy"] = chunk * hidden_size * compute_dtype.itemsize
+    gradients = {"hidden_grad": train_input * num_tokens * hidden_size * dtype.itemsize}
+    if in_forward:
+        total_dtype = head_sum_of(**settings)
+        gradients["head_sum"] = train_head * head_elements * total_dtype.itemsize
+        forward |= gradients | {"products": train_head * product(vocab_size, total_dtype)}
+        converted = train_head and total_dtype != head_dtype
+        backward = gradients | common | {"head_grad": converted * head_elements * head_dtype.itemsize}
+        return MemoryPrediction(forward, backward)
+
+    words = vocab_per_block(counted, vocab_size, **settings)
+    words = min(words, vocab_size)
+    hidden_total = compute_dtype if words == vocab_size else wide
+    gradients["head_grad"] = train_head * head_elements * head_dtype.itemsize
+    backward = rows_and_logits(counted, words) | gradients | common
+    backward["hidden_sum"] = train_input * counted * hidden_size * hidden_total.itemsize
+    backward["products"] = max(
+        train_input * product(counted, hidden_total), train_head * product(words, head_dtype)
+    )
+    if counted < num_tokens or dtype != compute_dtype:
+        backward["hidden_copy"] = counted * hidden_size * compute_dtype.itemsize
+    if head_dtype != compute_dtype:
+        backward["head_copy"] = words * hidden_size * compute_dtype.itemsize
+    return MemoryPrediction(forward, backward)
 
 
 def _even(total: int, most: int) -> int:

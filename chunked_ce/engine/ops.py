@@ -201,7 +201,8 @@ def _linear_gradients(
 
 
 @_linear_gradients.register_fake
-def _(hidden, weight, bias, *_, needed, compute_dtype, accumulate_dtype, chunk_size, memory_budget):
+def _(hidden, weight, bias, *rest):
+    needed = rest[-5]
     tensors = (hidden, weight, bias)
     return _filled(
         [torch.empty_like(t) if need else None for t, need in zip(tensors, needed, strict=True)], hidden
@@ -289,10 +290,12 @@ def _linear_loss(
 
 
 @_linear_loss.register_fake
-def _(hidden, weight, bias, *_, wanted, needed, compute_dtype, **settings):
-    found = _fake_statistics(hidden.shape[0], compute_dtype, hidden.device, wanted)
+def _(hidden, weight, bias, *rest):
+    wanted, needed, *settings = rest[-6:]
+    settings = Settings(*settings)
+    found = _fake_statistics(hidden.shape[0], settings.compute_dtype, hidden.device, wanted)
     total_dtype = plan.head_sum_dtype(
-        hidden.shape[0], *weight.shape, compute_dtype=compute_dtype, head_dtype=weight.dtype, **settings
+        hidden.shape[0], *weight.shape, head_dtype=weight.dtype, **settings._asdict()
     )
     tensors = ((hidden, hidden.dtype), (weight, total_dtype), (bias, total_dtype))
     grads = [
