@@ -1,0 +1,267 @@
+"""Errors against the float64 reference of the same rounded inputs, bounded by those of the plain loss.
+
+peers 15: `F.cross_entropy(F.linear(h, W).float(), y)` of the same dtype sets the bound, so no bound is tuned.
+Errors are compared as root mean square (which a few unlucky elements cannot move) and as maximum.
+"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from chunked_ce import cross_entropy, linear_cross_entropy
+from tests.cases import (
+    REDUCTIONS_AND_WAYS,
+    WAYS,
+    array,
+    chunks,
+    full_loss,
+    gradients,
+    problem,
+)
+
+LOW = (torch.bfloat16, torch.float16)
+DTYPES = (*LOW, torch.float32)
+FP32 = torch.finfo(torch.float32).eps
+
+# The plain loss and ours round the same logits, but sum the products in other orders, so that single
+# roundings fall differently: 5% of the rms and 25% of the maximum cover that over the elements compared here.
+RMS_SLACK, MAX_SLACK = 1.05, 1.25
+
+
+def errors(actual, expected):
+    """Root mean square and maximum."""
+    difference = array(actual) - expected
+    return math.sqrt((difference**2).mean()), abs(difference).max()
+
+
+def assert_no_worse(actual, plain, expected, what="value", parts_in=None):
+    """rms and maximal error of `actual` within those of `plain`, and a few fp32 roundings.
+
+    `parts_in` is for a sum over chunks whose products come rounded to that dtype, where the device gives no
+    fp32 product. The plain loss has one product, so the roundings of the parts come on top. Parts are
+    together about as large as their sum: that equals one rounding of the sum, independent of other errors.
+    """
+    floor = 4 * FP32 * abs(expected).max()
+    ours, theirs = errors(actual, expected), errors(plain, expected)
+    part_rms, part_max = (0.0, 0.0) if parts_in is None else errors(rounded(expected, parts_in), expected)
+    for name, error, bound in (
+        ("rms", ours[0], RMS_SLACK * math.hypot(theirs[0], part_rms)),
+        ("max", ours[1], MAX_SLACK * (theirs[1] + part_max)),
+    ):
+        assert error <= bound + floor, f"{name} error of {what}: {error:.3g}, allowed {bound:.3g}"
+
+
+def rounded(x, dtype):
+    return torch.from_numpy(x).to(dtype)
+
+
+def parts_in(name, way, dtype):
+    """The dtype of the parts of a gradient that is a sum over chunks, of tokens or of words."""
+    return dtype if dtype in LOW and (name, way) in PARTS else None
+
+
+PARTS = {("linear_weight", "forward"), ("input", "backward")}  # sums over tokens, over words
+NAMES = ("input", "linear_weight", "linear_bias")
+
+
+def assert_gradients_no_worse(got, plain, expected, way, dtype):
+    for name, g, p, e in zip(NAMES, got, plain, expected, strict=False):
+        assert_no_worse(g, p, e, f"gradient of {name}", parts_in(name, way, dtype))
+
+
+def plain_and_expected(case, upstream=None, reduction="mean"):
+    """Value and gradients of the full-logits loss, and the reference for both."""
+    value = full_loss(
+        case.hidden, case.head, case.target, case.bias, reduction=reduction, ignore_index=case.ignore_index
+    )
+    upstream = torch.ones_like(value) if upstream is None else upstream
+    reference = case.rows()
+    coefficient = array(upstream) * reference.coefficient(reduction)
+    expected = reference.gradients("loss", array(case.hidden), array(case.head), coefficient)
+    return (
+        (value, gradients(value, case, upstream)),
+        (reference.reduce(reduction)[0], [pair[0] for pair in expected]),
+    )
+
+
+SHAPES = {
+    "one_chunk": (200, 64, 501, 200),
+    "several_chunks": (200, 64, 501, 33),
+    "wide": (150, 700, 301, 50),  # peers 7: D beyond the 512 of a block
+    "256_chunks": (512, 32, 301, 2),
+}
+
+
+@pytest.mark.parametrize(("reduction", "way"), REDUCTIONS_AND_WAYS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_worse_than_plain(dtype, bias, shape, reduction, way):
+    """peers 1, 7, 15: loss and gradients of many chunks are as exact as those of one product."""
+    n, d, vocab, size = shape
+    case = problem(n, d, vocab, dtype=dtype, bias=bias, spread=2.0)
+    (plain, plain_gradients), (expected, expected_gradients) = plain_and_expected(case, reduction=reduction)
+    value = case.loss(reduction=reduction, options=chunks(size, way))
+    assert value.dtype == torch.float32
+    if reduction == "none":
+        assert_no_worse(value, plain, expected)
+    got = gradients(value, case, torch.ones_like(value))
+    assert {g.dtype for g in got} == {dtype}
+    assert_gradients_no_worse(got, plain_gradients, expected_gradients, way, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("terms", [{}, {"softcap": 5.0}], ids=["plain", "softcap"])
+def test_log_probabilities_no_worse_than_plain(dtype, terms):
+    case = problem(200, 64, 501, dtype=dtype, spread=2.0)
+    reference = case.rows(**terms)
+    logprobs, entropy = case.logprobs(options=chunks(33), return_entropy=True, **terms)
+    assert logprobs.dtype == entropy.dtype == torch.float32
+    z = F.linear(case.hidden, case.head).float()
+    z = z if not terms else terms["softcap"] * torch.tanh(z / terms["softcap"])
+    logp = z.log_softmax(1)
+    counted = case.target != -100
+    plain = logp.gather(1, case.target.clamp(min=0)[:, None])[:, 0] * counted
+    assert_no_worse(logprobs, plain, reference.logprob)
+    assert_no_worse(entropy, -(logp.exp() * logp).sum(1) * counted, reference.entropy)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_scalar_loss_over_256_chunks(dtype, reduction, way):
+    """peers 1: torch 2.13 sums chunks in bf16 and returns 8.000 for 8.1625 at 256 chunks."""
+    case = problem(1024, 16, 3000, dtype=dtype, ignored=0.0, spread=0.1)
+    reference = case.rows()
+    expected, _ = reference.reduce(reduction)
+    assert reference.reduce("mean")[0] > 8
+    value = case.loss(reduction=reduction, options=chunks(4, way))
+    # The logits of 1,024 tokens carry independent roundings, whose mean is 32 times smaller than one of them.
+    rounding_of_a_token, _ = errors(
+        full_loss(case.hidden, case.head, case.target, reduction="none"), reference.loss
+    )
+    allowed = 5 * rounding_of_a_token / 32 + 8 * FP32 * reference.reduce("mean")[0]
+    assert abs(value.item() - expected) <= allowed * (1 if reduction == "mean" else 1024)
+    assert allowed < 1e-3
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", LOW)
+def test_large_true_sum(dtype, way):
+    """peers 1: torch 2.13 returns 24064 for a true sum of 28650; in fp16 the sum would not even exist."""
+    case = problem(2000, 8, 100, dtype=dtype, ignored=0.0, spread=30.0)
+    (plain, plain_gradients), (expected, expected_gradients) = plain_and_expected(case, reduction="sum")
+    assert expected > 100_000  # beyond fp16's 65,504
+    value = case.loss(reduction="sum", options=chunks(100, way))
+    assert value.item() == pytest.approx(expected, rel=1e-5)
+    assert plain.item() == pytest.approx(expected, rel=1e-5)
+    assert_gradients_no_worse(gradients(value, case), plain_gradients, expected_gradients, way, dtype)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_head_gradient_over_256_equal_chunks(way):
+    """peers 1: 256 equal parts added up in bf16 stop growing; Liger's default doubles dW's error."""
+    row = problem(2, 8, 30, dtype=torch.bfloat16, ignored=0.0)
+    case = row.fresh(
+        hidden=row.hidden.detach().repeat(256, 1).requires_grad_(), target=row.target.repeat(256)
+    )
+    (_, plain), (_, expected) = plain_and_expected(case, reduction="sum")
+    got = gradients(case.loss(reduction="sum", options=chunks(2, way)), case)
+    # All parts are rounded alike and do not average out: one bf16 rounding of a part, one of the sum.
+    assert errors(got[1], expected[1])[0] <= 2 * errors(plain[1], expected[1])[0]
+    stalled = torch.zeros_like(row.head.detach())
+    part = (expected[1] / 256).astype("float32")
+    for _ in range(256):
+        stalled += torch.from_numpy(part).bfloat16()
+    assert errors(stalled, expected[1])[0] > 4 * errors(plain[1], expected[1])[0]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gap", [5.0, 8.0, 10.0, 12.0, 14.0])
+@pytest.mark.parametrize("offset", [0.0, 64.0])
+def test_confident_prediction(gap, offset, dtype, way):
+    """peers 6: `p - 1` rounded to bf16 is 0 or -1/256 when the target's p is within 1e-6 of 1 (Liger, fixed).
+
+    The logits are exact in every format. A row's own offset must not cost precision either, as it costs the
+    plain loss none: p is formed from logits less their maximum.
+    """
+    logits = torch.tensor(
+        [[gap + offset, offset, offset], [offset, offset + gap, offset]], dtype=torch.float64
+    )
+    expected = logits.softmax(1) - F.one_hot(torch.tensor([0, 1]), 3)
+    assert 1e-6 < -expected[0, 0] < 0.014
+    hidden = torch.eye(2, dtype=dtype, requires_grad=True)
+    head = logits.t().to(dtype).requires_grad_()
+    value = linear_cross_entropy(hidden, head, torch.tensor([0, 1]), reduction="sum", options=chunks(1, way))
+    # With one-hot hidden states, column i of the head's gradient is the gradient of row i's logits.
+    got = torch.autograd.grad(value, head)[0].t().double()
+    doubt = -expected[0, 0].item()  # 1 - p
+    allowed = 2 * torch.finfo(dtype).eps + 2 * FP32 / doubt
+    assert ((got - expected).abs() <= allowed * expected.abs()).all(), got / expected - 1
+    ours = linear_cross_entropy(hidden, head, torch.tensor([0, 1]), reduction="none").double()
+    exact = -logits.log_softmax(1).diagonal()
+    assert ((ours - exact).abs() <= FP32 * (1 + exact)).all(), (
+        ours - exact
+    )  # the rounding of a sum just above 1
+
+
+def test_confident_prediction_of_logits():
+    """peers 6: the same for logits that exist."""
+    for dtype in DTYPES:
+        for gap in (5.0, 8.0, 12.0, 14.0):
+            logits = torch.tensor([[gap + 64, 64.0, 64.0]], dtype=dtype, requires_grad=True)
+            (got,) = torch.autograd.grad(cross_entropy(logits, torch.tensor([0])), logits)
+            expected = logits.detach().double().softmax(1) - torch.tensor([[1.0, 0.0, 0.0]])
+            allowed = 2 * torch.finfo(dtype).eps + 2 * FP32 / expected[0, 0].abs()
+            assert ((got.double() - expected).abs() <= allowed * expected.abs()).all(), (dtype, gap)
+
+
+@pytest.mark.parametrize("offset", [0.0, 256.0, 8192.0, -8192.0])
+@pytest.mark.parametrize("way", WAYS)
+def test_shifted_logits(offset, way):
+    """A constant added to all logits (exactly: they are quarters) costs the plain loss nothing, so nor us."""
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randint(-3, 4, (40, 6), generator=g).float().requires_grad_()
+    head = (torch.randint(-3, 4, (50, 6), generator=g) / 4).requires_grad_()
+    bias = torch.full((50,), offset, requires_grad=True)
+    target = torch.randint(50, (40,), generator=g)
+    case = problem(1, 1, 1).fresh(hidden=hidden, head=head, bias=bias, target=target)
+    (plain, plain_gradients), (expected, expected_gradients) = plain_and_expected(case, reduction="none")
+    value = case.loss(reduction="none", options=chunks(7))
+    assert_no_worse(value, plain, expected)
+    total = case.loss(reduction="sum", options=chunks(7, way))
+    for g, p, e in zip(gradients(total, case), plain_gradients, expected_gradients, strict=True):
+        assert_no_worse(g, p, e)
+
+
+def test_fp16_mean_does_not_underflow():
+    """A token's share of a mean, p / N, is below fp16's smallest number; the gradients' sums are not.
+
+    The forward way keeps them unscaled and divides once; the plain loss and the backward way round p / N.
+    """
+    case = problem(1024, 16, 1000, dtype=torch.float16, ignored=0.0, spread=0.5)
+    reference = case.rows()
+    expected = reference.gradients(
+        "loss", array(case.hidden), array(case.head), reference.coefficient("mean")
+    )
+    assert (abs(reference.d_loss) / 1024).mean() < torch.finfo(torch.float16).smallest_normal / 30
+    got = gradients(case.loss(options=chunks(256, "forward")), case)
+    for g, (e, _) in zip(got, expected, strict=False):
+        best = errors(rounded(e, torch.float16), e)[0]
+        assert errors(g, e)[0] <= 1.5 * best + 2**-11 * math.sqrt((e**2).mean())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_fp16_loss_scale(way):
+    """A gradient scaler's 65,536 is the upstream gradient: it goes in once, at the end."""
+    case = problem(1024, 16, 1000, dtype=torch.float16, ignored=0.0, spread=0.5)
+    reference = case.rows()
+    coefficient = 65536 * reference.coefficient("mean")
+    expected = reference.gradients("loss", array(case.hidden), array(case.head), coefficient)
+    got = gradients(case.loss(options=chunks(256, way)) * 65536, case)
+    for g, (e, _) in zip(got, expected, strict=False):
+        assert g.isfinite().all()
+        assert errors(g, e)[0] <= 2**-10 * math.sqrt((e**2).mean())
