@@ -137,3 +137,23 @@ def test_module_moves_its_weights():
     module = LinearCrossEntropyLoss(weight=torch.rand(7)).to(torch.float64)
     case = problem(9, 4, 7, dtype=torch.float64)
     assert module(case.hidden, case.head, case.target).dtype == torch.float64
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_default_dtype_is_without_effect(dtype, way):
+    """Model loaders set the default dtype; the numbers come from the inputs alone."""
+    case = problem(24, 4, 7, bias=True)
+    terms = {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 3.0, "token_weight": torch.rand(24)}
+
+    def everything():
+        value, stats = case.loss(options=chunks(5, way), return_stats=True, **terms)
+        return [value, *gradients(value, case), *case.logprobs(return_entropy=True)], stats.loss_sum
+
+    expected = everything()
+    torch.set_default_dtype(dtype)
+    try:
+        got = everything()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)

@@ -328,3 +328,35 @@ def test_shifted_labels_of_a_model(way):
     torch.testing.assert_close(
         torch.autograd.grad(value, [hidden, head]), torch.autograd.grad(expected, [hidden, head])
     )
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_tensors_are_made_on_the_device_of_the_inputs(way):
+    """With another default device, a tensor made without a device would not match the inputs."""
+    case = problem(24, 4, 7, bias=True)
+    weights = {"weight": torch.rand(7), "token_weight": torch.rand(24)}
+    terms = {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 3.0, "num_tokens": 5}
+    expected = gradients(case.loss(options=chunks(5, way), **weights, **terms), case)
+    with torch.device("meta"):
+        value, stats = case.loss(options=chunks(5, way), return_stats=True, **weights, **terms)
+        assert_equal(gradients(value, case), expected)
+        assert {getattr(stats, name).device.type for name in ("num_tokens", "num_correct", "lse_max")} == {
+            "cpu"
+        }
+        nothing = case.fresh(target=torch.full_like(case.target, -100))
+        assert_zero(nothing.loss(), nothing.leaves())
+        assert {x.device.type for x in case.logprobs(return_entropy=True)} == {"cpu"}
+        assert cross_entropy(case.hidden, case.target % 4).device.type == "cpu"
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_deterministic_algorithms(way):
+    """No operation that torch refuses when asked for deterministic ones."""
+    case = problem(24, 4, 7, bias=True)
+    expected = gradients(case.loss(options=chunks(5, way)), case)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert_equal(gradients(case.loss(options=chunks(5, way)), case), expected)
+        gradients(sum(x.sum() for x in case.logprobs(return_entropy=True)), case)
+    finally:
+        torch.use_deterministic_algorithms(False)
