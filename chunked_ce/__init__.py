@@ -1,5 +1,6 @@
 """Exact large-vocabulary cross-entropy in chunks: the logits never exist as a whole."""
 
+from chunked_ce.distributed.tokens import TokenMean, count_tokens
 from chunked_ce.functional import LossStats, cross_entropy, linear_cross_entropy, linear_logprobs
 from chunked_ce.modules import LinearCrossEntropyLoss
 from chunked_ce.options import ChunkOptions
@@ -8,6 +9,8 @@ __all__ = [
     "ChunkOptions",
     "LinearCrossEntropyLoss",
     "LossStats",
+    "TokenMean",
+    "count_tokens",
     "cross_entropy",
     "linear_cross_entropy",
     "linear_logprobs",

@@ -21,14 +21,14 @@ def check_tensors(
     weight: Tensor | None,
     token_weight: Tensor | None,
     *,
-    input_name: str = "input",
+    input_name: str = "input",  # "logits": they exist, there is no linear_weight
 ) -> None:
-    """Shapes, dtypes and devices of the tensors; ``linear_weight`` is None where the input is logits already."""
+    """Shapes, dtypes and devices of the tensors."""
     _tensor(input_name, input)
     if input.dim() < 1:
         raise ValueError(f"{input_name} must have at least one dimension, had shape {_shape(input)}")
     vocab_size = input.shape[-1]
-    if linear_weight is not None:
+    if input_name != "logits":
         _tensor("linear_weight", linear_weight)
         vocab_size = _vocab_size(linear_weight, input)
     elif vocab_size < 1:

@@ -99,6 +99,16 @@ def _fake_statistics(num_tokens: int, dtype: torch.dtype, device: torch.device, 
     return _filled(found, found.log_sum)
 
 
+def _fake_gradients(
+    tensors: Sequence[Tensor | None],
+    dtypes: Sequence[torch.dtype | None],  # None: the tensor's own
+    needed: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    parts = zip(tensors, dtypes, needed, strict=True)
+    grads = [t.new_empty(t.shape, dtype=dtype) if need else None for t, dtype, need in parts]
+    return _filled(grads, tensors[0])
+
+
 def _of_wanted(upstream: Sequence[Tensor | None], wanted: list[bool]) -> list[Tensor | None]:
     """Upstream gradients of log_sum, target, weighted and mean; None for those that nobody asked for."""
     present = (True, True, *wanted[:2])
@@ -203,10 +213,7 @@ def _linear_gradients(
 @_linear_gradients.register_fake
 def _(hidden, weight, bias, *rest):
     needed = rest[-5]
-    tensors = (hidden, weight, bias)
-    return _filled(
-        [torch.empty_like(t) if need else None for t, need in zip(tensors, needed, strict=True)], hidden
-    )
+    return _fake_gradients((hidden, weight, bias), (None, None, None), needed)
 
 
 def _save_linear_statistics(ctx, inputs, output):
@@ -297,12 +304,8 @@ def _(hidden, weight, bias, *rest):
     total_dtype = plan.head_sum_dtype(
         hidden.shape[0], *weight.shape, head_dtype=weight.dtype, **settings._asdict()
     )
-    tensors = ((hidden, hidden.dtype), (weight, total_dtype), (bias, total_dtype))
-    grads = [
-        torch.empty_like(tensor, dtype=dtype) if need else None
-        for (tensor, dtype), need in zip(tensors, needed, strict=True)
-    ]
-    return found[0].new_empty(()), *_filled(grads, hidden), *found
+    grads = _fake_gradients((hidden, weight, bias), (None, total_dtype, total_dtype), needed)
+    return found[0].new_empty(()), *grads, *found
 
 
 def _save_linear_loss(ctx, inputs, output):

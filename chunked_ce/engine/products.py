@@ -52,7 +52,7 @@ def add_product_(
         else:
             total.addmm_(left, right)
         return
-    factors = total.dtype if left.dtype == torch.float16 else left.dtype
+    factors = torch.promote_types(total.dtype, left.dtype) if left.dtype == torch.float16 else left.dtype
     right = right.to(factors)
     step = max(1, product_rows(len(total), total.device.type))
     for start in range(0, len(total), step):
