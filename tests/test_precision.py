@@ -237,21 +237,17 @@ def test_shifted_logits(offset, way):
         assert_no_worse(g, p, e)
 
 
-def test_fp16_mean_does_not_underflow():
-    """A token's share of a mean, p / N, is below fp16's smallest number; the gradients' sums are not.
+@pytest.mark.parametrize("way", WAYS)
+def test_fp16_mean_over_many_tokens(way):
+    """A share of a mean over a million tokens is below fp16's smallest number; its scaled gradient is not.
 
-    The forward way keeps them unscaled and divides once; the plain loss and the backward way round p / N.
+    Gradients divided by the count before they are rounded to fp16 would be 0.
     """
-    case = problem(1024, 16, 1000, dtype=torch.float16, ignored=0.0, spread=0.5)
-    reference = case.rows()
-    expected = reference.gradients(
-        "loss", array(case.hidden), array(case.head), reference.coefficient("mean")
-    )
-    assert (abs(reference.d_loss) / 1024).mean() < torch.finfo(torch.float16).smallest_normal / 30
-    got = gradients(case.loss(options=chunks(256, "forward")), case)
-    for g, (e, _) in zip(got, expected, strict=False):
-        best = errors(rounded(e, torch.float16), e)[0]
-        assert errors(g, e)[0] <= 1.5 * best + 2**-11 * math.sqrt((e**2).mean())
+    case = problem(256, 16, 100, dtype=torch.float16, ignored=0.0)
+    (_, plain), (_, expected) = plain_and_expected(case, torch.tensor(65536e-6), "sum")
+    assert torch.finfo(torch.float16).smallest_normal > 50e-6
+    got = gradients(case.loss(num_tokens=10**6, options=chunks(64, way)) * 65536, case)
+    assert_gradients_no_worse(got, plain, expected, way, torch.float16)
 
 
 @pytest.mark.parametrize("way", WAYS)
