@@ -196,9 +196,7 @@ def cross_entropy(
     )
     losses = weights.losses(objective, rows)
     loss_sum = losses.sum()
-    loss = (
-        losses.view(target.shape) if reduction == "none" else loss_sum * weights.upstream(reduction, num_tokens)
-    )
+    loss = losses.view(target.shape) if reduction == "none" else loss_sum * weights.upstream(reduction, num_tokens)
     return (loss, weights.stats(loss_sum, rows)) if return_stats else loss
 
 

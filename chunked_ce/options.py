@@ -49,9 +49,7 @@ class ChunkOptions:
         if self.chunk_size != "auto" and not _is_integer(self.chunk_size, 1):
             raise ValueError(f"chunk_size must be 'auto' or an integer >= 1, was {self.chunk_size!r}")
         if self.memory_budget is not None and not _is_integer(self.memory_budget, 1):
-            raise ValueError(
-                f"memory_budget must be None or a number of bytes >= 1, was {self.memory_budget!r}"
-            )
+            raise ValueError(f"memory_budget must be None or a number of bytes >= 1, was {self.memory_budget!r}")
         if self.gradients not in ("auto", "forward", "backward"):
             raise ValueError(f"gradients must be 'auto', 'forward' or 'backward', was {self.gradients!r}")
         if self.accumulate_dtype not in _ACCUMULATE_DTYPES:

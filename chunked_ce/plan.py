@@ -21,7 +21,7 @@ from chunked_ce.engine.products import product_rows
 from chunked_ce.engine.rows import rows_in_flight, work_dtype
 from chunked_ce.options import ChunkOptions
 
-__all__ = ["MemoryPrediction", "predict_memory", "head_sum_dtype", "tokens_per_chunk", "vocab_per_block"]
+__all__ = ["MemoryPrediction", "head_sum_dtype", "predict_memory", "tokens_per_chunk", "vocab_per_block"]
 
 _LEAST_BUDGET = 64 * 2**20
 
@@ -178,7 +178,12 @@ def predict_memory(
     in_forward = options.gradients != "backward"
 
     head_sum_of = functools.partial(
-        head_sum_dtype, num_tokens, vocab_size, hidden_size, head_dtype=head_dtype, accumulate_dtype=accumulate_dtype
+        head_sum_dtype,
+        num_tokens,
+        vocab_size,
+        hidden_size,
+        head_dtype=head_dtype,
+        accumulate_dtype=accumulate_dtype,
     )
     chunk = tokens_per_chunk(
         counted,
@@ -222,9 +227,7 @@ def predict_memory(
     gradients["head_grad"] = train_head * head_elements * head_dtype.itemsize
     backward = rows_and_logits(counted, words) | gradients | common
     backward["hidden_sum"] = train_input * counted * hidden_size * hidden_total.itemsize
-    backward["products"] = max(
-        train_input * product(counted, hidden_total), train_head * product(words, head_dtype)
-    )
+    backward["products"] = max(train_input * product(counted, hidden_total), train_head * product(words, head_dtype))
     if counted < num_tokens or dtype != compute_dtype:
         backward["hidden_copy"] = counted * hidden_size * compute_dtype.itemsize
     if head_dtype != compute_dtype:

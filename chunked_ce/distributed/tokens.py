@@ -59,9 +59,7 @@ def count_tokens(
     _check_group(group)
     if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
         raise TypeError(f"ignore_index must be an integer, was {_describe(ignore_index)}")
-    return _sum_over_ranks(
-        _add_up(((target != ignore_index).sum() for target in targets), torch.int64), group
-    )
+    return _sum_over_ranks(_add_up(((target != ignore_index).sum() for target in targets), torch.int64), group)
 
 
 class TokenMean:

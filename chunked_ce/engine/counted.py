@@ -24,6 +24,7 @@ class CountedTokens:
     """
 
     def __init__(self, target: Tensor, ignore_index: int, vocab_size: int) -> None:
+        self.num_tokens = len(target)  # N, the ignored ones too
         counted = target != ignore_index  # (N,)
         out_of_range = counted & ((target < 0) | (target >= vocab_size))
         self._index: Tensor | None = None

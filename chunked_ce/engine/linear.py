@@ -7,6 +7,7 @@ Everything here takes plain tensors and computes no graph; `chunked_ce.engine.op
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -20,7 +21,16 @@ from chunked_ce.engine.products import add_product_, project
 from chunked_ce.engine.rows import Slopes, Wanted, work_dtype
 from chunked_ce.objective import Logits, Objective, RowStatistics
 
-__all__ = ["Gradients", "Head", "Settings", "gradients", "loss_and_gradients", "statistics"]
+__all__ = [
+    "Gradients",
+    "Head",
+    "Settings",
+    "Sums",
+    "gradients",
+    "loss_and_gradients",
+    "new_gradients",
+    "statistics",
+]
 
 
 class Head(NamedTuple):
@@ -32,9 +42,7 @@ class Head(NamedTuple):
     class_weight: Tensor | None  # (V,) in the work dtype
 
     def to(self, dtype: torch.dtype) -> Head:
-        return self._replace(
-            weight=self.weight.to(dtype), bias=None if self.bias is None else self.bias.to(dtype)
-        )
+        return self._replace(weight=self.weight.to(dtype), bias=None if self.bias is None else self.bias.to(dtype))
 
 
 class Settings(NamedTuple):
@@ -92,47 +100,92 @@ def loss_and_gradients(
     The head's gradients come in the dtype of their sum over the chunks.
     """
     tokens = CountedTokens(target, ignore_index, len(head.weight))
-    found = row_kernels.empty_statistics(len(target), settings.compute_dtype, hidden.device, wanted)
-    head_dtype = head.weight.dtype if needed[1] else None
-    total_dtype = plan.head_sum_dtype(len(target), *head.weight.shape, head_dtype=head.weight.dtype, **settings._asdict())
     chunk = plan.tokens_per_chunk(
-        len(tokens), *head.weight.shape, head_dtype=head_dtype, **settings._asdict()
+        len(tokens),
+        *head.weight.shape,
+        head_dtype=head.weight.dtype if needed[1] else None,
+        **settings._asdict(),
     )
-    total = _new_gradients(hidden, head, needed, total_dtype, zero=len(tokens) == 0, keep=tokens.all_kept)
-
-    dtype = work_dtype(settings.compute_dtype)
-    loss = torch.zeros((), dtype=dtype, device=hidden.device)
-    weights = torch.ones_like(tokens.target, dtype=dtype)
-    weights = tokens.mask(weights if token_weight is None else tokens.select(token_weight).to(dtype))  # (n,)
-    factor = weights * upstream * head.logits.scale
-    class_weight = head.class_weight
-    target_weight = None if class_weight is None else class_weight[tokens.target]
-    weight_sum = float(len(head.weight)) if class_weight is None else class_weight.sum()
-
+    sums = Sums(hidden, head, tokens, token_weight, upstream, objective, wanted, needed, settings)
     head = head.to(settings.compute_dtype)
     for rows, x, products in _chunks(hidden, head, tokens, chunk):
-        chunk_factor = factor[rows]
-        chunk_weight = None if target_weight is None else target_weight[rows]
-
-        def slopes_of(block: RowStatistics, part: slice, factor=chunk_factor, weight=chunk_weight) -> Slopes:
-            weight = None if weight is None else weight[part]
-            log_sum, at_target, weighted = objective.slopes(block, weight, weight_sum)
-            factor = factor[part]
-            return Slopes(log_sum * factor, at_target * factor, weighted * factor if weighted else None)
-
         part = row_kernels.statistics_and_gradients_(
-            products, tokens.target[rows], class_weight, head.logits, wanted, slopes_of
+            products,
+            tokens.target[rows],
+            head.class_weight,
+            head.logits,
+            wanted,
+            functools.partial(sums.slopes, rows),
         )
-        loss += (objective.loss(part, chunk_weight, weight_sum) * weights[rows]).sum()
-        tokens.put_statistics(found, rows, part)
-        first = rows.start == 0
-        if total.hidden is not None:
-            _write_hidden_gradient(total.hidden, tokens, rows, products, head.weight)
-        if total.weight is not None:
-            add_product_(total.weight, products.t(), x, first=first)
-        if total.bias is not None:
-            total.bias.add_(products.sum(0, dtype=total.bias.dtype))
-    return loss, total, found
+        sums.add_losses(rows, part)
+        total = sums.gradients.hidden
+        if total is not None:
+            if tokens.all_kept and total.dtype == products.dtype:
+                torch.mm(products, head.weight, out=total[rows])
+            else:
+                tokens.put(total, rows, products @ head.weight)
+        sums.add_head_gradients(rows, x, products)
+    return sums.loss, sums.gradients, sums.statistics
+
+
+class Sums:
+    """What the chunks of the forward way add up to: the loss, its gradients, and the statistics of every row."""
+
+    def __init__(
+        self,
+        hidden: Tensor,  # (N, D)
+        head: Head,
+        tokens: CountedTokens,
+        token_weight: Tensor | None,  # (N,)
+        upstream: Tensor,  # ()
+        objective: Objective,
+        wanted: Wanted,
+        needed: tuple[bool, bool, bool],
+        settings: Settings,
+    ) -> None:
+        dtype = work_dtype(settings.compute_dtype)
+        num_tokens = tokens.num_tokens
+        head_sum_dtype = plan.head_sum_dtype(
+            num_tokens, *head.weight.shape, head_dtype=head.weight.dtype, **settings._asdict()
+        )
+        self.loss = torch.zeros((), dtype=dtype, device=hidden.device)
+        self.gradients = new_gradients(hidden, head, tokens, needed, head_sum_dtype)
+        self.statistics = row_kernels.empty_statistics(num_tokens, dtype, hidden.device, wanted)
+        self._tokens = tokens
+        self._objective = objective
+        weights = torch.ones_like(tokens.target, dtype=dtype)
+        self._token_weight = tokens.mask(
+            weights if token_weight is None else tokens.select(token_weight).to(dtype)
+        )  # (n,)
+        self._factor = self._token_weight * upstream * head.logits.scale  # (n,)
+        classes = head.class_weight
+        self._class_weight = None if classes is None else classes[tokens.target]  # (n,)
+        self._weight_sum = float(objective.vocab_size) if classes is None else classes.sum()
+
+    def slopes(self, rows: slice, block: RowStatistics, part: slice = slice(None)) -> Slopes:
+        """The slopes of the rows ``part`` of the tokens ``rows``, whose statistics are ``block``."""
+        weight = None if self._class_weight is None else self._class_weight[rows][part]
+        log_sum, target, weighted = self._objective.slopes(block, weight, self._weight_sum)
+        factor = self._factor[rows][part]
+        return Slopes(log_sum * factor, target * factor, weighted * factor if weighted else None)
+
+    def add_losses(self, rows: slice, part: RowStatistics) -> None:
+        """Add the losses of the tokens ``rows``, and keep their statistics."""
+        weight = None if self._class_weight is None else self._class_weight[rows]
+        losses = self._objective.loss(part, weight, self._weight_sum) * self._token_weight[rows]
+        self.loss += losses.sum()
+        self._tokens.put_statistics(self.statistics, rows, part)
+
+    def add_head_gradients(
+        self,
+        rows: slice,
+        x: Tensor,  # (C, D)
+        logit_gradients: Tensor,  # (C, V)
+    ) -> None:
+        if self.gradients.weight is not None:
+            add_product_(self.gradients.weight, logit_gradients.t(), x, first=rows.start == 0)
+        if self.gradients.bias is not None:
+            self.gradients.bias.add_(logit_gradients.sum(0, dtype=self.gradients.bias.dtype))
 
 
 def gradients(
@@ -147,7 +200,7 @@ def gradients(
 ) -> Gradients:
     """The gradients in the dtypes of their tensors, from statistics and the slopes of the loss in them."""
     tokens = CountedTokens(target, ignore_index, len(head.weight))
-    total = _new_gradients(hidden, head, needed, None, zero=len(tokens) == 0, keep=tokens.all_kept)
+    total = new_gradients(hidden, head, tokens, needed)
     if len(tokens) == 0:
         return total
     slopes = slopes.map(lambda slope: tokens.mask(tokens.select(slope)) * head.logits.scale)
@@ -211,36 +264,24 @@ def _chunks(
         yield rows, x, project(x, head.weight, head.bias, out=buffer[: len(x)])
 
 
-def _new_gradients(
+def new_gradients(
     hidden: Tensor,
     head: Head,
+    tokens: CountedTokens,
     needed: tuple[bool, bool, bool],
-    total_dtype: torch.dtype | None,  # of the head's gradients; None: that of each tensor
-    *,
-    zero: bool,  # no product will be written
-    keep: bool,  # every token's row will be written
+    head_dtype: torch.dtype | None = None,
 ) -> Gradients:
-    def new(tensor: Tensor | None, need: bool, dtype: torch.dtype | None, empty: bool) -> Tensor | None:
+    """Gradients to be written: zero already where no product will be; ``head_dtype`` None is each tensor's own."""
+
+    def new(tensor: Tensor | None, need: bool, dtype: torch.dtype | None, written: bool) -> Tensor | None:
         if not need:
             return None
-        make = torch.empty if empty else torch.zeros
+        make = torch.empty if written else torch.zeros
         return make(tensor.shape, dtype=dtype or tensor.dtype, device=tensor.device)
 
+    some = len(tokens) > 0
     return Gradients(
-        new(hidden, needed[0], None, keep and not zero),
-        new(head.weight, needed[1], total_dtype, not zero),
-        new(head.bias, needed[2], total_dtype, False),
+        new(hidden, needed[0], None, some and tokens.all_kept),
+        new(head.weight, needed[1], head_dtype, some),
+        new(head.bias, needed[2], head_dtype, False),
     )
-
-
-def _write_hidden_gradient(
-    total: Tensor,  # (N, D)
-    tokens: CountedTokens,
-    rows: slice,
-    products: Tensor,  # (C, V) gradients of the logits
-    weight: Tensor,  # (V, D)
-) -> None:
-    if tokens.all_kept and total.dtype == products.dtype:
-        torch.mm(products, weight, out=total[rows])
-    else:
-        tokens.put(total, rows, products @ weight)

@@ -26,9 +26,7 @@ def statistics(
     found = row_kernels.empty_statistics(len(target), products.dtype, products.device, wanted)
     for rows in tokens.blocks(row_kernels.rows_in_flight(products.shape[-1], products.device.type)):
         block = tokens.select(products, rows)
-        part = row_kernels.statistics(
-            block, tokens.target[rows], class_weight, logits, wanted, overwrite=tokens.copied
-        )
+        part = row_kernels.statistics(block, tokens.target[rows], class_weight, logits, wanted, overwrite=tokens.copied)
         tokens.put_statistics(found, rows, part)
     return found
 

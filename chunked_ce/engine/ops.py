@@ -5,7 +5,6 @@ is a tensor of no elements. Derivatives of derivatives go through `chunked_ce.en
 """
 
 from collections.abc import Sequence
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -32,7 +31,15 @@ def linear_statistics(
 ) -> RowStatistics:
     """`chunked_ce.engine.linear.statistics`, differentiable: the backward way."""
     found = _linear_statistics(
-        hidden, head.weight, head.bias, target, head.class_weight, *head.logits, ignore_index, list(wanted), *settings
+        hidden,
+        head.weight,
+        head.bias,
+        target,
+        head.class_weight,
+        *head.logits,
+        ignore_index,
+        list(wanted),
+        *settings,
     )
     return RowStatistics(*found[:3], *_wanted(found[3:], wanted))
 
@@ -154,17 +161,17 @@ def _plain_gradients(
 def _linear_statistics(
     hidden: Tensor,
     weight: Tensor,
-    bias: Optional[Tensor],
+    bias: Tensor | None,
     target: Tensor,
-    class_weight: Optional[Tensor],
+    class_weight: Tensor | None,
     scale: float,
-    softcap: Optional[float],
+    softcap: float | None,
     ignore_index: int,
     wanted: list[bool],
     compute_dtype: torch.dtype,
     accumulate_dtype: torch.dtype,
-    chunk_size: Optional[int],
-    memory_budget: Optional[int],
+    chunk_size: int | None,
+    memory_budget: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     head = Head(weight, bias, Logits(scale, softcap), class_weight)
     settings = Settings(compute_dtype, accumulate_dtype, chunk_size, memory_budget)
@@ -182,24 +189,24 @@ def _(hidden, weight, bias, target, class_weight, scale, softcap, ignore_index, 
 def _linear_gradients(
     hidden: Tensor,
     weight: Tensor,
-    bias: Optional[Tensor],
+    bias: Tensor | None,
     target: Tensor,
-    class_weight: Optional[Tensor],
+    class_weight: Tensor | None,
     maximum: Tensor,
     log_sum: Tensor,
     mean: Tensor,
     log_sum_slope: Tensor,
     target_slope: Tensor,
-    weighted_slope: Optional[Tensor],
-    mean_slope: Optional[Tensor],
+    weighted_slope: Tensor | None,
+    mean_slope: Tensor | None,
     scale: float,
-    softcap: Optional[float],
+    softcap: float | None,
     ignore_index: int,
     needed: list[bool],
     compute_dtype: torch.dtype,
     accumulate_dtype: torch.dtype,
-    chunk_size: Optional[int],
-    memory_budget: Optional[int],
+    chunk_size: int | None,
+    memory_budget: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     head = Head(weight, bias, Logits(scale, softcap), class_weight)
     known = RowStatistics(maximum, log_sum, log_sum, mean=mean if mean_slope is not None else None)
@@ -263,13 +270,13 @@ _linear_statistics.register_autograd(_backward_of_linear_statistics, setup_conte
 def _linear_loss(
     hidden: Tensor,
     weight: Tensor,
-    bias: Optional[Tensor],
+    bias: Tensor | None,
     target: Tensor,
-    class_weight: Optional[Tensor],
-    token_weight: Optional[Tensor],
+    class_weight: Tensor | None,
+    token_weight: Tensor | None,
     upstream: Tensor,
     scale: float,
-    softcap: Optional[float],
+    softcap: float | None,
     label_smoothing: float,
     z_loss: float,
     ignore_index: int,
@@ -277,8 +284,8 @@ def _linear_loss(
     needed: list[bool],
     compute_dtype: torch.dtype,
     accumulate_dtype: torch.dtype,
-    chunk_size: Optional[int],
-    memory_budget: Optional[int],
+    chunk_size: int | None,
+    memory_budget: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     with _no_autocast(hidden.device):
         loss, grads, found = linear.loss_and_gradients(
@@ -301,9 +308,7 @@ def _(hidden, weight, bias, *rest):
     wanted, needed, *settings = rest[-6:]
     settings = Settings(*settings)
     found = _fake_statistics(hidden.shape[0], settings.compute_dtype, hidden.device, wanted)
-    total_dtype = plan.head_sum_dtype(
-        hidden.shape[0], *weight.shape, head_dtype=weight.dtype, **settings._asdict()
-    )
+    total_dtype = plan.head_sum_dtype(hidden.shape[0], *weight.shape, head_dtype=weight.dtype, **settings._asdict())
     grads = _fake_gradients((hidden, weight, bias), (None, total_dtype, total_dtype), needed)
     return found[0].new_empty(()), *grads, *found
 
@@ -366,16 +371,14 @@ def _rescaled(
 def _logits_statistics(
     products: Tensor,
     target: Tensor,
-    class_weight: Optional[Tensor],
+    class_weight: Tensor | None,
     scale: float,
-    softcap: Optional[float],
+    softcap: float | None,
     ignore_index: int,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     with _no_autocast(products.device):
-        found = logits.statistics(
-            products, target, class_weight, Logits(scale, softcap), ignore_index, Wanted(*wanted)
-        )
+        found = logits.statistics(products, target, class_weight, Logits(scale, softcap), ignore_index, Wanted(*wanted))
     return _filled(found, found.log_sum)
 
 
@@ -388,24 +391,22 @@ def _(products, target, class_weight, scale, softcap, ignore_index, wanted):
 def _logits_gradients(
     products: Tensor,
     target: Tensor,
-    class_weight: Optional[Tensor],
+    class_weight: Tensor | None,
     maximum: Tensor,
     log_sum: Tensor,
     mean: Tensor,
     log_sum_slope: Tensor,
     target_slope: Tensor,
-    weighted_slope: Optional[Tensor],
-    mean_slope: Optional[Tensor],
+    weighted_slope: Tensor | None,
+    mean_slope: Tensor | None,
     scale: float,
-    softcap: Optional[float],
+    softcap: float | None,
     ignore_index: int,
 ) -> Tensor:
     known = RowStatistics(maximum, log_sum, log_sum, mean=None if mean_slope is None else mean)
     slopes = Slopes(log_sum_slope, target_slope, weighted_slope, mean_slope)
     with _no_autocast(products.device):
-        return logits.gradients(
-            products, target, class_weight, Logits(scale, softcap), known, slopes, ignore_index
-        )
+        return logits.gradients(products, target, class_weight, Logits(scale, softcap), known, slopes, ignore_index)
 
 
 @_logits_gradients.register_fake

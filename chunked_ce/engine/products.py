@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["add_product_", "project", "product_rows"]
+__all__ = ["add_product_", "product_rows", "project"]
 
 # Rows of the head in one product on a CPU. Its block of the head is packed once and stays in cache: with 512 tokens,
 # D=768 and V=50257 on two cores, the logits took 0.073 s in bf16 and 0.421 s in fp32, one product 0.124 and 0.467.
