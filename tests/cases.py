@@ -59,9 +59,7 @@ class Problem:
         return linear_logprobs(self.hidden, self.head, self.target, **self.keywords(), **options)
 
 
-def problem(
-    n, d, vocab, *, dtype=torch.float32, bias=False, ignored=0.25, ignore_index=-100, spread=1.0, seed=0
-):
+def problem(n, d, vocab, *, dtype=torch.float32, bias=False, ignored=0.25, ignore_index=-100, spread=1.0, seed=0):
     """Random inputs: `ignored` is the share of ignored tokens, `spread` the logits' standard deviation."""
     g = torch.Generator().manual_seed(seed)
 
@@ -131,9 +129,7 @@ def full_loss(hidden, head, target, bias=None, **keywords):
     return F.cross_entropy(logits, target, **keywords)
 
 
-def check_loss(
-    case, *, reduction="mean", num_tokens=None, options=None, upstream=None, roundings=ROUNDINGS, **terms
-):
+def check_loss(case, *, reduction="mean", num_tokens=None, options=None, upstream=None, roundings=ROUNDINGS, **terms):
     """Value and every gradient of linear_cross_entropy against the reference, for any upstream gradient."""
     extra = {} if num_tokens is None else {"num_tokens": num_tokens}
     value = case.loss(reduction=reduction, options=options, **extra, **terms)
@@ -169,13 +165,9 @@ def check_logprobs(case, *, options=None, entropy=False, roundings=ROUNDINGS, **
 
 
 def check_gradients(case, value, upstream, expected, roundings):
-    named = zip(
-        ("input", "linear_weight", "linear_bias"), (case.hidden, case.head, case.bias), expected, strict=True
-    )
+    named = zip(("input", "linear_weight", "linear_bias"), (case.hidden, case.head, case.bias), expected, strict=True)
     wanted = [(name, leaf, *pair) for name, leaf, pair in named if leaf is not None and leaf.requires_grad]
-    for (name, leaf, reference, scale), gradient in zip(
-        wanted, gradients(value, case, upstream), strict=True
-    ):
+    for (name, leaf, reference, scale), gradient in zip(wanted, gradients(value, case, upstream), strict=True):
         assert gradient.dtype == leaf.dtype
         assert_close(gradient, reference, scale, leaf.dtype, f"gradient of {name}", roundings)
 

@@ -77,9 +77,7 @@ class Rows:
         }
 
 
-def linear_rows(
-    hidden, head, target, *, bias=None, weight=None, ignore_index=-100, logit_scale=1.0, **options
-):
+def linear_rows(hidden, head, target, *, bias=None, weight=None, ignore_index=-100, logit_scale=1.0, **options):
     """The rows of the logits `hidden @ head.T + bias`; `weight` are the weights of the classes."""
     counted = target != ignore_index
     hidden, head = hidden[counted].astype(np.float64), head.astype(np.float64)

@@ -97,9 +97,7 @@ def test_function_of_the_loss(way):
     for f in (torch.square, torch.exp):
         value = f(case.loss(options=chunks(4, way)))
         expected = f(full_loss(reference.hidden, reference.head, reference.target))
-        torch.testing.assert_close(
-            gradients(value, case), gradients(expected, reference), rtol=1e-12, atol=1e-14
-        )
+        torch.testing.assert_close(gradients(value, case), gradients(expected, reference), rtol=1e-12, atol=1e-14)
 
 
 def test_upstream_per_token():
@@ -239,9 +237,7 @@ def test_same_numbers_in_threads(way):
 
 
 @pytest.mark.parametrize(("reduction", "way"), REDUCTIONS_AND_WAYS)
-@pytest.mark.parametrize(
-    "trained", [("hidden",), ("head",), ("bias",), ("hidden", "head"), ("hidden", "bias")]
-)
+@pytest.mark.parametrize("trained", [("hidden",), ("head",), ("bias",), ("hidden", "head"), ("hidden", "bias")])
 def test_frozen_tensors(reduction, way, trained):
     """peers 3: Liger gives the head no gradient when the input is frozen."""
     case = problem(16, 5, 9, bias=True)

@@ -35,9 +35,7 @@ def test_linear_cross_entropy(reduction, way):
     options = chunks(5, way)
 
     def loss(hidden, head, bias, target):
-        return linear_cross_entropy(
-            hidden, head, target, linear_bias=bias, reduction=reduction, options=options
-        )
+        return linear_cross_entropy(hidden, head, target, linear_bias=bias, reduction=reduction, options=options)
 
     fast = compiled(loss)
     for seed in range(2):
@@ -126,9 +124,7 @@ def test_module_within_a_model():
     parameters = [*layer.parameters(), *head.parameters()]
     value, expected = compiled(step)(tokens, target), step(tokens, target)
     torch.testing.assert_close(value, expected)
-    torch.testing.assert_close(
-        torch.autograd.grad(value, parameters), torch.autograd.grad(expected, parameters)
-    )
+    torch.testing.assert_close(torch.autograd.grad(value, parameters), torch.autograd.grad(expected, parameters))
 
 
 def test_frozen_head():
@@ -197,10 +193,7 @@ def test_inductor():
 
     def loss(hidden, head, bias, target):
         waved = hidden.sin()
-        losses = [
-            linear_cross_entropy(waved, head, target, linear_bias=bias, options=chunks(5, way))
-            for way in WAYS
-        ]
+        losses = [linear_cross_entropy(waved, head, target, linear_bias=bias, options=chunks(5, way)) for way in WAYS]
         return losses[0] + 2 * losses[1]
 
     value = compiled(loss, "inductor")(case.hidden, case.head, case.bias, case.target)

@@ -5,7 +5,7 @@ import torch
 
 from chunked_ce import LinearCrossEntropyLoss, cross_entropy
 from tests.cases import REDUCTIONS, REDUCTIONS_AND_WAYS, WAYS, chunks, full_loss, gradients, problem
-from tests.test_precision import (
+from tests.precision import (
     NAMES,
     assert_gradients_no_worse,
     assert_no_worse,
@@ -80,10 +80,7 @@ def test_autocast(dtype, inside, way):
     assert value.dtype == torch.float32
     assert [g.dtype for g in got] == [dtype, torch.float32, torch.float32]
     seen = case.fresh(
-        **{
-            name: getattr(case, name).detach().bfloat16().requires_grad_()
-            for name in ("hidden", "head", "bias")
-        }
+        **{name: getattr(case, name).detach().bfloat16().requires_grad_() for name in ("hidden", "head", "bias")}
     )
     _, (expected, expected_gradients) = plain_and_expected(seen)
     assert value.item() == pytest.approx(expected, rel=2e-3)
@@ -93,9 +90,7 @@ def test_autocast(dtype, inside, way):
 def test_autocast_rounds_the_products():
     """Under autocast the inputs are rounded to bf16 first; that shows in the value."""
     case = problem(200, 32, 101, ignored=0.0)
-    rounded = case.fresh(
-        hidden=case.hidden.detach().bfloat16().float(), head=case.head.detach().bfloat16().float()
-    )
+    rounded = case.fresh(hidden=case.hidden.detach().bfloat16().float(), head=case.head.detach().bfloat16().float())
     with autocast():
         value = case.loss(reduction="none")
     exact, seen = case.rows().loss, rounded.rows().loss

@@ -144,9 +144,7 @@ def test_garbage_in_ignored_rows_of_the_other_functions(garbage):
     dirty = case.fresh()
     with torch.no_grad():
         dirty.hidden[ignored] = garbage
-    for value, expected in zip(
-        dirty.logprobs(return_entropy=True), case.logprobs(return_entropy=True), strict=True
-    ):
+    for value, expected in zip(dirty.logprobs(return_entropy=True), case.logprobs(return_entropy=True), strict=True):
         assert torch.equal(value, expected)
         assert (value[ignored] == 0).all()
         got = gradients(value.sum(), dirty, retain_graph=True)
@@ -188,9 +186,7 @@ def test_masked_words(way):
     case.target[:] = torch.tensor([1, 2, 3, 4, 5, 6, 8, 9, 1, 2, 3, 4, 5])
     for terms in ({}, {"z_loss": 0.1}, {"softcap": None, "logit_scale": 0.5}):
         for reduction in REDUCTIONS:
-            check_loss(
-                case, reduction=reduction, options=chunks(4, way if reduction != "none" else "auto"), **terms
-            )
+            check_loss(case, reduction=reduction, options=chunks(4, way if reduction != "none" else "auto"), **terms)
     logits = F.linear(case.hidden, case.head, case.bias).detach().requires_grad_()
     check_cross_entropy(logits, case.target)
     check_logprobs(case, entropy=True, options=chunks(4))
@@ -236,9 +232,7 @@ def test_leading_dimensions_of_the_other_functions(shape):
     assert value.shape == shape
     expected = F.cross_entropy(logits.reshape(-1, 7), target.flatten(), reduction="none")
     torch.testing.assert_close(value.flatten(), expected)
-    torch.testing.assert_close(
-        torch.autograd.grad(value.sum(), logits), torch.autograd.grad(expected.sum(), logits)
-    )
+    torch.testing.assert_close(torch.autograd.grad(value.sum(), logits), torch.autograd.grad(expected.sum(), logits))
     hidden, head = torch.randn(*shape, 4), torch.randn(7, 4)
     logprobs, entropy = linear_logprobs(hidden, head, target, return_entropy=True)
     assert logprobs.shape == entropy.shape == shape
@@ -300,9 +294,7 @@ def test_expanded_tensors(way):
         torch.randn(7, 4).double().requires_grad_(),
     )
     target, token_weight = torch.tensor([3]).expand(6), torch.ones(1).double().expand(6)
-    value = linear_cross_entropy(
-        hidden.expand(6, 4), head, target, token_weight=token_weight, options=chunks(4, way)
-    )
+    value = linear_cross_entropy(hidden.expand(6, 4), head, target, token_weight=token_weight, options=chunks(4, way))
     expected = full_loss(hidden, head, target[:1])
     torch.testing.assert_close(value, expected)
     torch.testing.assert_close(
@@ -340,9 +332,7 @@ def test_tensors_are_made_on_the_device_of_the_inputs(way):
     with torch.device("meta"):
         value, stats = case.loss(options=chunks(5, way), return_stats=True, **weights, **terms)
         assert_equal(gradients(value, case), expected)
-        assert {getattr(stats, name).device.type for name in ("num_tokens", "num_correct", "lse_max")} == {
-            "cpu"
-        }
+        assert {getattr(stats, name).device.type for name in ("num_tokens", "num_correct", "lse_max")} == {"cpu"}
         nothing = case.fresh(target=torch.full_like(case.target, -100))
         assert_zero(nothing.loss(), nothing.leaves())
         assert {x.device.type for x in case.logprobs(return_entropy=True)} == {"cpu"}

@@ -1,8 +1,4 @@
-"""Errors against the float64 reference of the same rounded inputs, bounded by those of the plain loss.
-
-peers 15: `F.cross_entropy(F.linear(h, W).float(), y)` of the same dtype sets the bound, so no bound is tuned.
-Errors are compared as root mean square (which a few unlucky elements cannot move) and as maximum.
-"""
+"""Errors against the float64 reference of the same rounded inputs, within those of the plain loss (peers 15)."""
 
 import math
 
@@ -11,80 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from chunked_ce import cross_entropy, linear_cross_entropy
-from tests.cases import (
-    REDUCTIONS_AND_WAYS,
-    WAYS,
-    array,
-    chunks,
-    full_loss,
-    gradients,
-    problem,
-)
+from tests.cases import REDUCTIONS_AND_WAYS, WAYS, array, chunks, full_loss, gradients, problem
+from tests.precision import FP32, LOW, assert_gradients_no_worse, assert_no_worse, errors, plain_and_expected
 
-LOW = (torch.bfloat16, torch.float16)
 DTYPES = (*LOW, torch.float32)
-FP32 = torch.finfo(torch.float32).eps
-
-# The plain loss and ours round the same logits, but sum the products in other orders, so that single
-# roundings fall differently: 5% of the rms and 25% of the maximum cover that over the elements compared here.
-RMS_SLACK, MAX_SLACK = 1.05, 1.25
-
-
-def errors(actual, expected):
-    """Root mean square and maximum."""
-    difference = array(actual) - expected
-    return math.sqrt((difference**2).mean()), abs(difference).max()
-
-
-def assert_no_worse(actual, plain, expected, what="value", parts_in=None):
-    """rms and maximal error of `actual` within those of `plain`, and a few fp32 roundings.
-
-    `parts_in` is for a sum over chunks whose products come rounded to that dtype, where the device gives no
-    fp32 product. The plain loss has one product, so the roundings of the parts come on top. Parts are
-    together about as large as their sum: that equals one rounding of the sum, independent of other errors.
-    """
-    floor = 4 * FP32 * abs(expected).max()
-    ours, theirs = errors(actual, expected), errors(plain, expected)
-    part_rms, part_max = (0.0, 0.0) if parts_in is None else errors(rounded(expected, parts_in), expected)
-    for name, error, bound in (
-        ("rms", ours[0], RMS_SLACK * math.hypot(theirs[0], part_rms)),
-        ("max", ours[1], MAX_SLACK * (theirs[1] + part_max)),
-    ):
-        assert error <= bound + floor, f"{name} error of {what}: {error:.3g}, allowed {bound:.3g}"
-
-
-def rounded(x, dtype):
-    return torch.from_numpy(x).to(dtype)
-
-
-def parts_in(name, way, dtype):
-    """The dtype of the parts of a gradient that is a sum over chunks, of tokens or of words."""
-    return dtype if dtype in LOW and (name, way) in PARTS else None
-
-
-PARTS = {("linear_weight", "forward"), ("input", "backward")}  # sums over tokens, over words
-NAMES = ("input", "linear_weight", "linear_bias")
-
-
-def assert_gradients_no_worse(got, plain, expected, way, dtype):
-    for name, g, p, e in zip(NAMES, got, plain, expected, strict=False):
-        assert_no_worse(g, p, e, f"gradient of {name}", parts_in(name, way, dtype))
-
-
-def plain_and_expected(case, upstream=None, reduction="mean"):
-    """Value and gradients of the full-logits loss, and the reference for both."""
-    value = full_loss(
-        case.hidden, case.head, case.target, case.bias, reduction=reduction, ignore_index=case.ignore_index
-    )
-    upstream = torch.ones_like(value) if upstream is None else upstream
-    reference = case.rows()
-    coefficient = array(upstream) * reference.coefficient(reduction)
-    expected = reference.gradients("loss", array(case.hidden), array(case.head), coefficient)
-    return (
-        (value, gradients(value, case, upstream)),
-        (reference.reduce(reduction)[0], [pair[0] for pair in expected]),
-    )
-
 
 SHAPES = {
     "one_chunk": (200, 64, 501, 200),
@@ -139,9 +65,7 @@ def test_scalar_loss_over_256_chunks(dtype, reduction, way):
     assert reference.reduce("mean")[0] > 8
     value = case.loss(reduction=reduction, options=chunks(4, way))
     # The logits of 1,024 tokens carry independent roundings, whose mean is 32 times smaller than one of them.
-    rounding_of_a_token, _ = errors(
-        full_loss(case.hidden, case.head, case.target, reduction="none"), reference.loss
-    )
+    rounding_of_a_token, _ = errors(full_loss(case.hidden, case.head, case.target, reduction="none"), reference.loss)
     allowed = 5 * rounding_of_a_token / 32 + 8 * FP32 * reference.reduce("mean")[0]
     assert abs(value.item() - expected) <= allowed * (1 if reduction == "mean" else 1024)
     assert allowed < 1e-3
@@ -164,9 +88,7 @@ def test_large_true_sum(dtype, way):
 def test_head_gradient_over_256_equal_chunks(way):
     """peers 1: 256 equal parts added up in bf16 stop growing; Liger's default doubles dW's error."""
     row = problem(2, 8, 30, dtype=torch.bfloat16, ignored=0.0)
-    case = row.fresh(
-        hidden=row.hidden.detach().repeat(256, 1).requires_grad_(), target=row.target.repeat(256)
-    )
+    case = row.fresh(hidden=row.hidden.detach().repeat(256, 1).requires_grad_(), target=row.target.repeat(256))
     (_, plain), (_, expected) = plain_and_expected(case, reduction="sum")
     got = gradients(case.loss(reduction="sum", options=chunks(2, way)), case)
     # All parts are rounded alike and do not average out: one bf16 rounding of a part, one of the sum.
@@ -188,9 +110,7 @@ def test_confident_prediction(gap, offset, dtype, way):
     The logits are exact in every format. A row's own offset must not cost precision either, as it costs the
     plain loss none: p is formed from logits less their maximum.
     """
-    logits = torch.tensor(
-        [[gap + offset, offset, offset], [offset, offset + gap, offset]], dtype=torch.float64
-    )
+    logits = torch.tensor([[gap + offset, offset, offset], [offset, offset + gap, offset]], dtype=torch.float64)
     expected = logits.softmax(1) - F.one_hot(torch.tensor([0, 1]), 3)
     assert 1e-6 < -expected[0, 0] < 0.014
     hidden = torch.eye(2, dtype=dtype, requires_grad=True)
@@ -203,9 +123,7 @@ def test_confident_prediction(gap, offset, dtype, way):
     assert ((got - expected).abs() <= allowed * expected.abs()).all(), got / expected - 1
     ours = linear_cross_entropy(hidden, head, torch.tensor([0, 1]), reduction="none").double()
     exact = -logits.log_softmax(1).diagonal()
-    assert ((ours - exact).abs() <= FP32 * (1 + exact)).all(), (
-        ours - exact
-    )  # the rounding of a sum just above 1
+    assert ((ours - exact).abs() <= FP32 * (1 + exact)).all(), ours - exact  # the rounding of a sum just above 1
 
 
 def test_confident_prediction_of_logits():

@@ -52,9 +52,7 @@ def composed(
 
 def tensors(options, n, vocab):
     sizes = {"weight": vocab, "token_weight": n}
-    return {
-        k: torch.rand(sizes[k], dtype=torch.float64) + 0.5 if v is True else v for k, v in options.items()
-    }
+    return {k: torch.rand(sizes[k], dtype=torch.float64) + 0.5 if v is True else v for k, v in options.items()}
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

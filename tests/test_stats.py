@@ -81,8 +81,7 @@ def test_stats_combine_over_parts():
     """Sums add, the maximum is taken: two halves give the whole."""
     whole = problem(30, 6, 5)
     parts = [
-        whole.fresh(hidden=h, target=t)
-        for h, t in zip(whole.hidden.split(13), whole.target.split(13), strict=True)
+        whole.fresh(hidden=h, target=t) for h, t in zip(whole.hidden.split(13), whole.target.split(13), strict=True)
     ]
     found = [part.loss(return_stats=True)[1] for part in parts]
     combined = {name: sum(getattr(s, name).item() for s in found) for name in FIELDS}

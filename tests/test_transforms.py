@@ -100,9 +100,7 @@ def test_torch_func(transform, way):
     case = problem(6, 3, 5, dtype=torch.float64)
     hidden, head = case.hidden.detach(), case.head.detach()
     right_or_refused(
-        lambda: transform(
-            lambda h: linear_cross_entropy(h, head, case.target, options=chunks(2, way)), hidden
-        ),
+        lambda: transform(lambda h: linear_cross_entropy(h, head, case.target, options=chunks(2, way)), hidden),
         transform(lambda h: full_loss(h, head, case.target), hidden),
     )
 

@@ -238,9 +238,7 @@ def test_same_call_as_torch(reduction, label_smoothing, weighted, bias):
     keywords = {"reduction": reduction, "label_smoothing": label_smoothing, "linear_bias": case.bias}
     keywords["weight"] = weights(13, torch.float32) if weighted else None
     for ignored in ({}, {"ignore_index": -100}, {"ignore_index": 3}):
-        expected = theirs(
-            case.hidden, case.head, case.target.where(case.target >= 0, 3), **keywords, **ignored
-        )
+        expected = theirs(case.hidden, case.head, case.target.where(case.target >= 0, 3), **keywords, **ignored)
         value = linear_cross_entropy(
             case.hidden, case.head, case.target.where(case.target >= 0, 3), **keywords, **ignored
         )
@@ -257,9 +255,7 @@ def test_same_call_as_torch(reduction, label_smoothing, weighted, bias):
 def test_cross_entropy_is_torchs(reduction):
     logits, target = torch.randn(9, 5, requires_grad=True), torch.tensor([0, 4, -100, 2, 2, 1, -100, 3, 0])
     keywords = {"weight": torch.rand(5), "label_smoothing": 0.1, "reduction": reduction}
-    torch.testing.assert_close(
-        cross_entropy(logits, target, **keywords), F.cross_entropy(logits, target, **keywords)
-    )
+    torch.testing.assert_close(cross_entropy(logits, target, **keywords), F.cross_entropy(logits, target, **keywords))
 
 
 @pytest.mark.parametrize(("reduction", "way"), REDUCTIONS_AND_WAYS)

@@ -54,9 +54,7 @@ def train(case, **options):
 
     def step():
         value = case.loss(**options)
-        return value, torch.autograd.grad(
-            value, case.leaves(), torch.ones_like(value)
-        ) if case.leaves() else None
+        return value, torch.autograd.grad(value, case.leaves(), torch.ones_like(value)) if case.leaves() else None
 
     return step
 
@@ -172,8 +170,7 @@ def test_memory_hardly_grows_with_tokens(reduction, way):
     """peers 14: eight times the tokens take less than one more chunk of logits, and their gradients."""
     few, many, d, vocab, size = 128, 1024, 8, 8192, 32
     costs = [
-        work(train(problem(n, d, vocab), reduction=reduction, options=chunks(size, way))).peak
-        for n in (few, many)
+        work(train(problem(n, d, vocab), reduction=reduction, options=chunks(size, way))).peak for n in (few, many)
     ]
     per_token = 4 * d * 4 + 256  # input rows kept and their gradients, statistics
     assert costs[1] - costs[0] < size * vocab * 4 + (many - few) * per_token
