@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Logits", "Objective", "RowStatistics", "row_statistics"]
+__all__ = ["Logits", "Objective", "RowStatistics", "combine_shards", "row_statistics"]
 
 
 class Logits(NamedTuple):
@@ -119,6 +119,41 @@ class Objective(NamedTuple):
         weight_sum = float(self.vocab_size) if class_weight is None else class_weight.sum()
         loss = self.loss(rows, target_weight, weight_sum)
         return (loss if token_weight is None else loss * token_weight).where(counted, 0)
+
+
+def combine_shards(
+    parts: Tensor,  # (R, N, columns)
+    target: Tensor,  # (N,)
+    *,
+    weighted: bool = False,
+    mean: bool = False,
+    correct: bool = False,
+) -> RowStatistics:
+    """The statistics of rows whose columns lie in R shards, from each shard's own.
+
+    The columns of ``parts``, relative to the shard's own maximum: that maximum, the sum of exponentials, the target's
+    logit (-inf where the target is in another shard); if wanted ``weighted`` and the sum of the class weights; if
+    wanted the sum of ``exp(z) * z``; if wanted the index of the largest logit. A shard without rows has a maximum of
+    -inf and sums of 0.
+    """
+    columns = iter(parts.unbind(-1))  # (R, N) each
+    maxima, sums, targets = next(columns), next(columns), next(columns)
+    maximum = maxima.amax(0)
+    # Of a shard without rows only what a factor of 0 leaves finite.
+    shift = (maxima - maximum).clamp(min=torch.finfo(parts.dtype).min)
+    share = shift.exp()
+    sum_exp = (sums * share).sum(0)
+    found = RowStatistics(maximum, sum_exp.log(), (targets + shift).amax(0))
+    if weighted:
+        at_maxima, weight_sums = next(columns), next(columns)
+        found = found._replace(weighted=(at_maxima + weight_sums * shift).sum(0))
+    if mean:
+        moment = (share * next(columns) + share * shift.clamp(min=-1000.0) * sums).sum(0)
+        found = found._replace(mean=moment / sum_exp)
+    if correct:
+        first_best = next(columns).where(maxima == maximum, torch.inf).amin(0)
+        found = found._replace(correct=(first_best == target).to(parts.dtype))
+    return found
 
 
 def row_statistics(

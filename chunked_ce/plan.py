@@ -42,11 +42,12 @@ def tokens_per_chunk(
     accumulate_dtype: torch.dtype = torch.float32,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
+    in_flight: int = 1,
 ) -> int:
     """Tokens in a chunk, at least 1.
 
     ``compute_dtype`` is the products' dtype, ``head_dtype`` that of the head's gradient where chunks add up to one
-    (the forward way with a trainable head).
+    (the forward way with a trainable head), ``in_flight`` how many chunks' logits there are at a time.
 
     >>> tokens_per_chunk(8192, 262144, 512, compute_dtype=torch.bfloat16)
     128
@@ -62,7 +63,7 @@ def tokens_per_chunk(
         spared = sum_bytes if head_dtype.itemsize < accumulate_dtype.itemsize else 0
         if num_tokens * token_bytes <= budget + spared:
             return max(1, num_tokens)
-    return _even(num_tokens, max(1, budget // token_bytes))
+    return _even(num_tokens, max(1, budget // in_flight // token_bytes))
 
 
 def head_sum_dtype(
@@ -75,6 +76,7 @@ def head_sum_dtype(
     accumulate_dtype: torch.dtype = torch.float32,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
+    in_flight: int = 1,
 ) -> torch.dtype:
     """The dtype that the head's gradient is summed in over chunks: its own if there is only one chunk.
 
@@ -89,6 +91,7 @@ def head_sum_dtype(
         accumulate_dtype=accumulate_dtype,
         chunk_size=chunk_size,
         memory_budget=memory_budget,
+        in_flight=in_flight,
     )
     if num_tokens <= chunk and head_dtype == compute_dtype != torch.float16:
         return head_dtype

@@ -61,6 +61,14 @@ class CountedTokens:
         for start in range(0, len(self), size):
             yield slice(start, min(start + size, len(self)))
 
+    def within(self, start: int, stop: int) -> slice:
+        """The counted tokens among the tokens ``start`` to ``stop``."""
+        if self._index is None:
+            return slice(start, stop)
+        bounds = torch.tensor([start, stop], device=self._index.device)
+        first, last = torch.searchsorted(self._index, bounds).tolist()
+        return slice(first, last)
+
     def select(self, values: Tensor, rows: slice = slice(None)) -> Tensor:
         """The rows of ``values`` (N, ...) that belong to the counted tokens ``rows``."""
         if self._index is not None:
@@ -69,6 +77,16 @@ class CountedTokens:
             return values[rows]
         mask = self._mask[rows].view(-1, *(1,) * (values.dim() - 1))
         return values[rows].where(mask, 0)
+
+    def select_from(self, part: Tensor, first: int, rows: slice) -> Tensor:
+        """`select` from ``part``, which holds the tokens from ``first`` on."""
+        if self._index is not None:
+            return part.index_select(0, self._index[rows] - first)
+        return part if self._mask is None else part.where(self._mask[rows].unsqueeze(-1), 0)
+
+    def put_into(self, part: Tensor, first: int, rows: slice, values: Tensor) -> None:
+        """`put` into ``part``, which holds the tokens from ``first`` on."""
+        part.index_copy_(0, self._index[rows] - first, values)
 
     def put(self, values: Tensor, rows: slice, part: Tensor) -> None:
         """Write ``part`` to the rows of ``values`` (N, ...) that belong to the counted tokens ``rows``."""

@@ -26,6 +26,7 @@ __all__ = [
     "Head",
     "Settings",
     "Sums",
+    "add_head_gradients",
     "gradients",
     "loss_and_gradients",
     "new_gradients",
@@ -106,7 +107,10 @@ def loss_and_gradients(
         head_dtype=head.weight.dtype if needed[1] else None,
         **settings._asdict(),
     )
-    sums = Sums(hidden, head, tokens, token_weight, upstream, objective, wanted, needed, settings)
+    head_sum_dtype = plan.head_sum_dtype(
+        len(target), *head.weight.shape, head_dtype=head.weight.dtype, **settings._asdict()
+    )
+    sums = Sums(hidden, head, tokens, token_weight, upstream, objective, wanted, needed, settings, head_sum_dtype)
     head = head.to(settings.compute_dtype)
     for rows, x, products in _chunks(hidden, head, tokens, chunk):
         part = row_kernels.statistics_and_gradients_(
@@ -124,7 +128,7 @@ def loss_and_gradients(
                 torch.mm(products, head.weight, out=total[rows])
             else:
                 tokens.put(total, rows, products @ head.weight)
-        sums.add_head_gradients(rows, x, products)
+        add_head_gradients(sums.gradients, rows, x, products)
     return sums.loss, sums.gradients, sums.statistics
 
 
@@ -142,12 +146,10 @@ class Sums:
         wanted: Wanted,
         needed: tuple[bool, bool, bool],
         settings: Settings,
+        head_sum_dtype: torch.dtype,
     ) -> None:
         dtype = work_dtype(settings.compute_dtype)
         num_tokens = tokens.num_tokens
-        head_sum_dtype = plan.head_sum_dtype(
-            num_tokens, *head.weight.shape, head_dtype=head.weight.dtype, **settings._asdict()
-        )
         self.loss = torch.zeros((), dtype=dtype, device=hidden.device)
         self.gradients = new_gradients(hidden, head, tokens, needed, head_sum_dtype)
         self.statistics = row_kernels.empty_statistics(num_tokens, dtype, hidden.device, wanted)
@@ -176,17 +178,6 @@ class Sums:
         self.loss += losses.sum()
         self._tokens.put_statistics(self.statistics, rows, part)
 
-    def add_head_gradients(
-        self,
-        rows: slice,
-        x: Tensor,  # (C, D)
-        logit_gradients: Tensor,  # (C, V)
-    ) -> None:
-        if self.gradients.weight is not None:
-            add_product_(self.gradients.weight, logit_gradients.t(), x, first=rows.start == 0)
-        if self.gradients.bias is not None:
-            self.gradients.bias.add_(logit_gradients.sum(0, dtype=self.gradients.bias.dtype))
-
 
 def gradients(
     hidden: Tensor,  # (N, D)
@@ -197,9 +188,14 @@ def gradients(
     ignore_index: int,
     needed: tuple[bool, bool, bool],  # hidden, weight, bias
     settings: Settings,
+    words: tuple[int, int] | None = None,
 ) -> Gradients:
-    """The gradients in the dtypes of their tensors, from statistics and the slopes of the loss in them."""
-    tokens = CountedTokens(target, ignore_index, len(head.weight))
+    """The gradients in the dtypes of their tensors, from statistics and the slopes of the loss in them.
+
+    ``words`` are the first word that a shard of the vocabulary holds, and the words of all shards.
+    """
+    first_word, vocab_size = words or (0, len(head.weight))
+    tokens = CountedTokens(target, ignore_index, vocab_size)
     total = new_gradients(hidden, head, tokens, needed)
     if len(tokens) == 0:
         return total
@@ -217,7 +213,8 @@ def gradients(
     total_dtype = torch.promote_types(settings.accumulate_dtype, settings.compute_dtype)
     hidden_total = None
     if total.hidden is not None:
-        hidden_total = x.new_empty(x.shape, dtype=settings.compute_dtype if one_block else total_dtype)
+        make = x.new_empty if len(head.weight) else x.new_zeros
+        hidden_total = make(x.shape, dtype=settings.compute_dtype if one_block else total_dtype)
     buffer = x.new_empty(len(tokens) * block_size)
     for start in range(0, len(head.weight), block_size):
         words = slice(start, min(start + block_size, len(head.weight)))
@@ -228,7 +225,7 @@ def gradients(
             None if head.class_weight is None else head.class_weight[words],
         ).to(settings.compute_dtype)
         products = project(x, part.weight, part.bias, buffer[: len(tokens) * len(part.weight)].view(len(tokens), -1))
-        column = tokens.target - start
+        column = tokens.target - (first_word + start)
         here = (column >= 0) & (column < len(part.weight))
         row_kernels.logit_gradients(
             products,
@@ -262,6 +259,19 @@ def _chunks(
     for rows in tokens.blocks(chunk):
         x = tokens.select(hidden, rows).to(head.weight.dtype)
         yield rows, x, project(x, head.weight, head.bias, out=buffer[: len(x)])
+
+
+def add_head_gradients(
+    total: Gradients,
+    rows: slice,  # of the counted tokens
+    x: Tensor,  # (C, D)
+    logit_gradients: Tensor,  # (C, V)
+) -> None:
+    """Add a chunk's share of the gradients of weight and bias."""
+    if total.weight is not None:
+        add_product_(total.weight, logit_gradients.t(), x, first=rows.start == 0)
+    if total.bias is not None:
+        total.bias.add_(logit_gradients.sum(0, dtype=total.bias.dtype))
 
 
 def new_gradients(

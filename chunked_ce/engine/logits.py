@@ -39,18 +39,25 @@ def gradients(
     known: RowStatistics,  # (N,) each
     slopes: Slopes,  # (N,) each
     ignore_index: int,
+    words: tuple[int, int] | None = None,
 ) -> Tensor:
-    """The gradient of the products, in their dtype, from statistics and the slopes of the loss in them."""
-    tokens = CountedTokens(target, ignore_index, products.shape[-1])
+    """The gradient of the products, in their dtype, from statistics and the slopes of the loss in them.
+
+    ``words`` are the first word that a shard of the vocabulary holds, and the words of all shards.
+    """
+    first_word, vocab_size = words or (0, products.shape[-1])
+    tokens = CountedTokens(target, ignore_index, vocab_size)
+    column = tokens.target - first_word
+    here = (column >= 0) & (column < products.shape[-1])
+    column = column.where(here, 0)
     slopes = slopes.map(lambda slope: tokens.mask(tokens.select(slope)) * logits.scale)
+    slopes = slopes._replace(target=slopes.target.where(here, 0))
     known = known.map(tokens.select)
     total = torch.empty_like(products) if tokens.all_kept else torch.zeros_like(products)
     for rows in tokens.blocks(row_kernels.rows_in_flight(products.shape[-1], products.device.type)):
         block = tokens.select(products, rows)
         out = block if tokens.copied else total[rows]
-        row_kernels.logit_gradients(
-            block, tokens.target[rows], class_weight, logits, slopes.at(rows), known.at(rows), out=out
-        )
+        row_kernels.logit_gradients(block, column[rows], class_weight, logits, slopes.at(rows), known.at(rows), out=out)
         if tokens.copied:
             tokens.put(total, rows, out)
     return total

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from chunked_ce import plan
-from chunked_ce.engine import linear, logits, plain, rows
+from chunked_ce.engine import linear, logits, plain, rows, sharded
 from chunked_ce.engine.linear import Gradients, Head, Settings
 from chunked_ce.engine.rows import Slopes, Wanted
+from chunked_ce.engine.sharded import Shard
 from chunked_ce.objective import Logits, Objective, RowStatistics
 
 __all__ = ["linear_loss", "linear_statistics", "logits_statistics"]
@@ -28,6 +29,7 @@ def linear_statistics(
     ignore_index: int,
     wanted: Wanted,
     settings: Settings,
+    shard: Shard | None = None,
 ) -> RowStatistics:
     """`chunked_ce.engine.linear.statistics`, differentiable: the backward way."""
     found = _linear_statistics(
@@ -40,6 +42,7 @@ def linear_statistics(
         ignore_index,
         list(wanted),
         *settings,
+        *_flat(shard),
     )
     return RowStatistics(*found[:3], *_wanted(found[3:], wanted))
 
@@ -55,6 +58,7 @@ def linear_loss(
     wanted: Wanted,
     needed: tuple[bool, bool, bool],
     settings: Settings,
+    shard: Shard | None = None,
 ) -> tuple[Tensor, RowStatistics]:
     """`chunked_ce.engine.linear.loss_and_gradients`, differentiable: the forward way. The statistics are not."""
     loss, _, _, _, *found = _linear_loss(
@@ -72,6 +76,7 @@ def linear_loss(
         list(wanted),
         list(needed),
         *settings,
+        *_flat(shard),
     )
     return loss, RowStatistics(*found[:3], *_wanted(found[3:], wanted))
 
@@ -83,14 +88,29 @@ def logits_statistics(
     logits: Logits,
     ignore_index: int,
     wanted: Wanted,
+    shard: Shard | None = None,
 ) -> RowStatistics:
     """The statistics of the rows of logits that exist, differentiable; (N,) each and 0 where ignored."""
-    found = _logits_statistics(products, target, class_weight, *logits, ignore_index, list(wanted))
+    found = _logits_statistics(products, target, class_weight, *logits, ignore_index, list(wanted), *_flat(shard))
     return RowStatistics(*found[:3], *_wanted(found[3:], wanted))
+
+
+def _flat(shard: Shard | None) -> Shard:
+    return Shard(None, 0, 0, "", None) if shard is None else shard
+
+
+def _shard(*flat) -> Shard | None:
+    """The inverse of `_flat`."""
+    return None if flat[0] is None else Shard(*flat)
 
 
 def _wanted(found: Sequence[Tensor], wanted: Wanted) -> list[Tensor | None]:
     return [part if want else None for part, want in zip(found, wanted, strict=True)]
+
+
+def _refuse(shard: Shard | None) -> None:
+    if shard is not None:
+        raise NotImplementedError("vocab: no derivatives of derivatives (create_graph=True) with a sharded vocabulary")
 
 
 def _filled(parts: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
@@ -172,17 +192,24 @@ def _linear_statistics(
     accumulate_dtype: torch.dtype,
     chunk_size: int | None,
     memory_budget: int | None,
+    group_name: str | None,
+    start: int,
+    total: int,
+    input_grad: str,
+    reduce_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     head = Head(weight, bias, Logits(scale, softcap), class_weight)
     settings = Settings(compute_dtype, accumulate_dtype, chunk_size, memory_budget)
+    shard = _shard(group_name, start, total, input_grad, reduce_dtype)
+    arguments = (hidden, head, target, ignore_index, Wanted(*wanted), settings)
     with _no_autocast(hidden.device):
-        found = linear.statistics(hidden, head, target, ignore_index, Wanted(*wanted), settings)
+        found = linear.statistics(*arguments) if shard is None else sharded.statistics(*arguments, shard)
     return _filled(found, found.log_sum)
 
 
 @_linear_statistics.register_fake
 def _(hidden, weight, bias, target, class_weight, scale, softcap, ignore_index, wanted, compute_dtype, *_):
-    return _fake_statistics(hidden.shape[0], compute_dtype, hidden.device, wanted)
+    return _fake_statistics(target.shape[0], compute_dtype, hidden.device, wanted)
 
 
 @torch.library.custom_op("chunked_ce::linear_gradients", mutates_args=())
@@ -207,24 +234,32 @@ def _linear_gradients(
     accumulate_dtype: torch.dtype,
     chunk_size: int | None,
     memory_budget: int | None,
+    group_name: str | None,
+    start: int,
+    total: int,
+    input_grad: str,
+    reduce_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     head = Head(weight, bias, Logits(scale, softcap), class_weight)
     known = RowStatistics(maximum, log_sum, log_sum, mean=mean if mean_slope is not None else None)
     slopes = Slopes(log_sum_slope, target_slope, weighted_slope, mean_slope)
     settings = Settings(compute_dtype, accumulate_dtype, chunk_size, memory_budget)
+    shard = _shard(group_name, start, total, input_grad, reduce_dtype)
+    arguments = (hidden, head, target, known, slopes, ignore_index, tuple(needed), settings)
     with _no_autocast(hidden.device):
-        found = linear.gradients(hidden, head, target, known, slopes, ignore_index, tuple(needed), settings)
+        found = linear.gradients(*arguments) if shard is None else sharded.gradients(*arguments, shard)
     return _filled(found, hidden)
 
 
 @_linear_gradients.register_fake
 def _(hidden, weight, bias, *rest):
-    needed = rest[-5]
+    needed = rest[-10]
     return _fake_gradients((hidden, weight, bias), (None, None, None), needed)
 
 
 def _save_linear_statistics(ctx, inputs, output):
     hidden, weight, bias, target, class_weight, *ctx.settings = inputs
+    ctx.inputs = len(inputs)
     maximum, log_sum, _, _, mean, correct = output
     ctx.save_for_backward(hidden, weight, bias, target, class_weight, maximum, log_sum, mean)
     ctx.mark_non_differentiable(maximum, correct)
@@ -234,9 +269,11 @@ def _save_linear_statistics(ctx, inputs, output):
 def _backward_of_linear_statistics(ctx, _maximum, *upstream):
     hidden, weight, bias, target, class_weight, maximum, log_sum, mean = ctx.saved_tensors
     scale, softcap, ignore_index, wanted, *settings = ctx.settings
+    shard = _shard(*settings[-5:])
     upstream = _of_wanted(upstream, wanted)
     needed = list(ctx.needs_input_grad[:3])
     if torch.is_grad_enabled():
+        _refuse(shard)
         head = Head(weight, bias, Logits(scale, softcap), class_weight)
         found = plain.linear_statistics(hidden, head, target, ignore_index, Wanted(*wanted), settings[0])
         grads = _plain_gradients(_differentiable(found), upstream, (hidden, weight, bias), needed)
@@ -257,7 +294,7 @@ def _backward_of_linear_statistics(ctx, _maximum, *upstream):
             needed,
             *settings,
         )
-    return (*(grad if need else None for grad, need in zip(grads, needed, strict=True)), *[None] * 10)
+    return (*(grad if need else None for grad, need in zip(grads, needed, strict=True)), *[None] * (ctx.inputs - 3))
 
 
 _linear_statistics.register_autograd(_backward_of_linear_statistics, setup_context=_save_linear_statistics)
@@ -286,50 +323,66 @@ def _linear_loss(
     accumulate_dtype: torch.dtype,
     chunk_size: int | None,
     memory_budget: int | None,
+    group_name: str | None,
+    start: int,
+    total: int,
+    input_grad: str,
+    reduce_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    shard = _shard(group_name, start, total, input_grad, reduce_dtype)
+    arguments = (
+        hidden,
+        Head(weight, bias, Logits(scale, softcap), class_weight),
+        target,
+        token_weight,
+        upstream,
+        Objective(label_smoothing, z_loss, len(weight) if shard is None else total),
+        ignore_index,
+        Wanted(*wanted),
+        tuple(needed),
+        Settings(compute_dtype, accumulate_dtype, chunk_size, memory_budget),
+    )
     with _no_autocast(hidden.device):
-        loss, grads, found = linear.loss_and_gradients(
-            hidden,
-            Head(weight, bias, Logits(scale, softcap), class_weight),
-            target,
-            token_weight,
-            upstream,
-            Objective(label_smoothing, z_loss, len(weight)),
-            ignore_index,
-            Wanted(*wanted),
-            tuple(needed),
-            Settings(compute_dtype, accumulate_dtype, chunk_size, memory_budget),
-        )
+        if shard is None:
+            loss, grads, found = linear.loss_and_gradients(*arguments)
+        else:
+            loss, grads, found = sharded.loss_and_gradients(*arguments, shard)
     return loss, *_filled(grads, hidden), *_filled(found, found.log_sum)
 
 
 @_linear_loss.register_fake
-def _(hidden, weight, bias, *rest):
-    wanted, needed, *settings = rest[-6:]
-    settings = Settings(*settings)
-    found = _fake_statistics(hidden.shape[0], settings.compute_dtype, hidden.device, wanted)
-    total_dtype = plan.head_sum_dtype(hidden.shape[0], *weight.shape, head_dtype=weight.dtype, **settings._asdict())
+def _(hidden, weight, bias, target, *rest):
+    wanted, needed, *settings = rest[-11:-5]
+    settings, shard = Settings(*settings), _shard(*rest[-5:])
+    found = _fake_statistics(target.shape[0], settings.compute_dtype, hidden.device, wanted)
+    shape, in_flight = (weight.shape, 1) if shard is None else (shard.planned_shape(weight), 2)
+    total_dtype = plan.head_sum_dtype(
+        target.shape[0], *shape, head_dtype=weight.dtype, in_flight=in_flight, **settings._asdict()
+    )
     grads = _fake_gradients((hidden, weight, bias), (None, total_dtype, total_dtype), needed)
     return found[0].new_empty(()), *grads, *found
 
 
 def _save_linear_loss(ctx, inputs, output):
-    *tensors, scale, softcap, label_smoothing, z_loss, ignore_index, _, _, compute_dtype, _, _, _ = inputs
+    *tensors, scale, softcap, label_smoothing, z_loss, ignore_index = inputs[:12]
     objective = Objective(label_smoothing, z_loss, len(inputs[1]))
-    ctx.maths = Logits(scale, softcap), objective, ignore_index, compute_dtype
+    ctx.maths = Logits(scale, softcap), objective, ignore_index, inputs[14]
+    ctx.shard = _shard(*inputs[-5:])
+    ctx.inputs = len(inputs)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*tensors, *output[1:4])
     ctx.set_materialize_grads(False)
 
 
 def _backward_of_linear_loss(ctx, grad, *_):
-    none = [None] * 15
+    none = [None] * (ctx.inputs - 3)
     if grad is None:
         return (None, None, None, *none)
     *tensors, hidden_grad, weight_grad, bias_grad = ctx.saved_tensors
     hidden, weight, bias, target, class_weight, token_weight, upstream = tensors
     needed = list(ctx.needs_input_grad[:3])
     if torch.is_grad_enabled():
+        _refuse(ctx.shard)
         logits_of, objective, ignore_index, compute_dtype = ctx.maths
         head = Head(weight, bias, logits_of, class_weight)
         loss = plain.linear_loss(hidden, head, target, token_weight, objective, ignore_index, compute_dtype)
@@ -376,14 +429,21 @@ def _logits_statistics(
     softcap: float | None,
     ignore_index: int,
     wanted: list[bool],
+    group_name: str | None,
+    start: int,
+    total: int,
+    input_grad: str,
+    reduce_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    shard = _shard(group_name, start, total, input_grad, reduce_dtype)
+    arguments = (products, target, class_weight, Logits(scale, softcap), ignore_index, Wanted(*wanted))
     with _no_autocast(products.device):
-        found = logits.statistics(products, target, class_weight, Logits(scale, softcap), ignore_index, Wanted(*wanted))
+        found = logits.statistics(*arguments) if shard is None else sharded.logits_statistics(*arguments, shard)
     return _filled(found, found.log_sum)
 
 
 @_logits_statistics.register_fake
-def _(products, target, class_weight, scale, softcap, ignore_index, wanted):
+def _(products, target, class_weight, scale, softcap, ignore_index, wanted, *_):
     return _fake_statistics(products.shape[0], products.dtype, products.device, wanted)
 
 
@@ -402,11 +462,15 @@ def _logits_gradients(
     scale: float,
     softcap: float | None,
     ignore_index: int,
+    start: int,
+    total: int,
 ) -> Tensor:
     known = RowStatistics(maximum, log_sum, log_sum, mean=None if mean_slope is None else mean)
     slopes = Slopes(log_sum_slope, target_slope, weighted_slope, mean_slope)
     with _no_autocast(products.device):
-        return logits.gradients(products, target, class_weight, Logits(scale, softcap), known, slopes, ignore_index)
+        return logits.gradients(
+            products, target, class_weight, Logits(scale, softcap), known, slopes, ignore_index, (start, total)
+        )
 
 
 @_logits_gradients.register_fake
@@ -416,6 +480,7 @@ def _(products, *_):
 
 def _save_logits_statistics(ctx, inputs, output):
     products, target, class_weight, *ctx.settings = inputs
+    ctx.inputs = len(inputs)
     maximum, log_sum, _, _, mean, correct = output
     ctx.save_for_backward(products, target, class_weight, maximum, log_sum, mean)
     ctx.mark_non_differentiable(maximum, correct)
@@ -424,18 +489,21 @@ def _save_logits_statistics(ctx, inputs, output):
 
 def _backward_of_logits_statistics(ctx, _maximum, *upstream):
     products, target, class_weight, maximum, log_sum, mean = ctx.saved_tensors
-    scale, softcap, ignore_index, wanted = ctx.settings
+    scale, softcap, ignore_index, wanted = ctx.settings[:4]
+    shard = _shard(*ctx.settings[4:])
     upstream = _of_wanted(upstream, wanted)
     if torch.is_grad_enabled():
+        _refuse(shard)
         found = plain.logits_statistics(
             products, target, class_weight, Logits(scale, softcap), ignore_index, Wanted(*wanted)
         )
         (grad,) = _plain_gradients(_differentiable(found), upstream, [products], [True])
     else:
+        vocab_size = products.shape[-1]
         grad = _logits_gradients(
             products,
             target,
-            class_weight,
+            class_weight if shard is None else shard.classes(class_weight, vocab_size),
             maximum,
             log_sum,
             mean,
@@ -443,8 +511,9 @@ def _backward_of_logits_statistics(ctx, _maximum, *upstream):
             scale,
             softcap,
             ignore_index,
+            *((0, vocab_size) if shard is None else (shard.start, shard.total)),
         )
-    return (grad, *[None] * 6)
+    return (grad, *[None] * (ctx.inputs - 1))
 
 
 _logits_statistics.register_autograd(_backward_of_logits_statistics, setup_context=_save_logits_statistics)

@@ -20,6 +20,7 @@ __all__ = [
     "empty_statistics",
     "logit_gradients",
     "rows_in_flight",
+    "shard_statistics",
     "statistics",
     "statistics_and_gradients_",
     "work_dtype",
@@ -89,6 +90,40 @@ def statistics(
     return found
 
 
+def shard_statistics(
+    products: Tensor,  # (n, V_r), kept
+    target: Tensor,  # (n,) column of the target, of any column where it is in another shard
+    here: Tensor,  # (n,) whether the target is in this shard
+    class_weight: Tensor | None,  # (V_r,)
+    logits: Logits,
+    wanted: Wanted,
+    start: int,  # index of the first column in the whole vocabulary
+) -> Tensor:
+    """This shard's part of the statistics of each row, (n, columns): see `chunked_ce.objective.combine_shards`."""
+    dtype = work_dtype(products.dtype)
+    n, vocab_size = products.shape
+    parts = torch.zeros(n, 3 + 2 * wanted.weighted + wanted.mean + wanted.correct, dtype=dtype, device=products.device)
+    if vocab_size == 0:
+        parts[:, 0] = parts[:, 2] = -torch.inf
+        return parts
+    weight_sum = float(vocab_size) if class_weight is None else class_weight.sum()
+    for rows, z in _visit(products, logits, overwrite=False):
+        part = iter(parts[rows].unbind(-1))
+        best = z.argmax(-1) if wanted.correct else None
+        found, sum_exp = _exponentiate_(z, target[rows], class_weight, wanted._replace(correct=False))
+        next(part).copy_(found.maximum)
+        next(part).copy_(sum_exp)
+        next(part).copy_(found.target.where(here[rows], -torch.inf))
+        if wanted.weighted:
+            next(part).copy_(found.weighted)
+            next(part).fill_(weight_sum)
+        if wanted.mean:
+            next(part).copy_(found.mean * sum_exp)
+        if best is not None:
+            next(part).copy_(best + start)
+    return parts
+
+
 def statistics_and_gradients_(
     products: Tensor,  # (n, V): the gradients when it returns
     target: Tensor,  # (n,)
@@ -120,6 +155,8 @@ def logit_gradients(
     out: Tensor,  # as products; may be products itself
 ) -> None:
     """The gradients of the products, from statistics that are known."""
+    if products.shape[1] == 0:
+        return
     overwrite = out is products
     for rows, z in _visit(products, logits, overwrite):
         block = known.at(rows)

@@ -1,0 +1,57 @@
+"""Collectives that overlap with work: started, then waited for, with errors that say which one failed."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+__all__ = ["Collectives", "Pending"]
+
+
+class Pending:
+    """A collective under way; `wait` gives its result."""
+
+    def __init__(self, result: Tensor, work: dist.Work | None, what: str) -> None:
+        self._result, self._work, self._what = result, work, what
+
+    def wait(self) -> Tensor:
+        if self._work is not None:
+            try:
+                self._work.wait()
+            except RuntimeError as error:
+                raise RuntimeError(f"{self._what} over the vocabulary group failed: {error}") from error
+        return self._result
+
+
+class Collectives:
+    """The collectives of the group with this name, which custom operators can be given."""
+
+    def __init__(self, group_name: str) -> None:
+        self._group = _resolve_process_group(group_name)
+        self.size = dist.get_world_size(self._group)
+
+    def all_gather(self, part: Tensor, what: str) -> Pending:
+        """Every rank's ``part`` (n, ...), of one shape, as (R, n, ...)."""
+        gathered = part.new_empty(self.size, *part.shape)
+        return self._start(
+            what, dist.all_gather_into_tensor, gathered.flatten(0, 1), part.contiguous(), result=gathered
+        )
+
+    def all_reduce_(self, part: Tensor, what: str) -> Pending:
+        """The sum of every rank's ``part``, in its place."""
+        return self._start(what, dist.all_reduce, part, result=part)
+
+    def reduce_scatter(self, parts: Tensor, what: str) -> Pending:
+        """This rank's (n, ...) of the sum of every rank's ``parts`` (R * n, ...)."""
+        mine = parts.new_empty(len(parts) // self.size, *parts.shape[1:])
+        return self._start(what, dist.reduce_scatter_tensor, mine, parts, result=mine)
+
+    def _start(self, what: str, collective, *tensors: Tensor, result: Tensor) -> Pending:
+        if result.numel() == 0 and all(tensor.numel() == 0 for tensor in tensors):
+            return Pending(result, None, what)  # on every rank: sizes are the same
+        try:
+            work = collective(*tensors, group=self._group, async_op=True)
+        except RuntimeError as error:
+            raise RuntimeError(f"{what} over the vocabulary group failed: {error}") from error
+        return Pending(result, work, what)

@@ -1,0 +1,343 @@
+"""The chunk loops with the vocabulary sharded over ranks: the twins of `chunked_ce.engine.linear`.
+
+Each chunk takes one collective for the statistics of its rows, started before the next chunk's product and waited for
+after it, and one for the gradient of its hidden states, which runs beside the product for the head's gradient. Chunks
+follow from what all ranks share, so that every rank issues the same collectives in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from chunked_ce import plan
+from chunked_ce.distributed.collectives import Collectives, Pending
+from chunked_ce.engine import rows as row_kernels
+from chunked_ce.engine.counted import CountedTokens
+from chunked_ce.engine.linear import Gradients, Head, Settings, Sums, add_head_gradients, new_gradients
+from chunked_ce.engine.linear import gradients as local_gradients
+from chunked_ce.engine.products import project
+from chunked_ce.engine.rows import Slopes, Wanted
+from chunked_ce.objective import Logits, Objective, RowStatistics, combine_shards
+
+__all__ = ["Shard", "gradients", "logits_statistics", "loss_and_gradients", "statistics"]
+
+_STATISTICS = "chunked_ce: the all-gather of row statistics"
+_HIDDEN = "chunked_ce: the all-gather of hidden states"
+_HIDDEN_GRADIENT = "chunked_ce: the reduction of hidden gradients"
+
+
+class Shard(NamedTuple):
+    """A `chunked_ce.VocabShard` as plain values, which operators can be given."""
+
+    group_name: str
+    start: int
+    total: int
+    input_grad: str
+    reduce_dtype: torch.dtype | None
+
+    def here(self, target: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """The column of each target, any where it is in another shard, and whether it is in this one."""
+        column = target - self.start
+        here = (column >= 0) & (column < rows)
+        return column.where(here, 0), here
+
+    def classes(self, class_weight: Tensor | None, rows: int) -> Tensor | None:
+        """This shard's part of the class weights (V,)."""
+        return None if class_weight is None else class_weight[self.start : self.start + rows]
+
+    def planned_shape(self, weight: Tensor) -> tuple[int, int]:
+        """What chunks are planned for: the largest of even shards, which every rank knows alike, and D."""
+        ranks = Collectives(self.group_name).size
+        return -(-self.total // ranks), weight.shape[1]
+
+
+class _Chunk(NamedTuple):
+    rows: slice  # of the counted tokens
+    x: Tensor  # (C, D)
+    products: Tensor  # (C, V_r)
+    window: slice  # of this rank's tokens, where they are sharded
+
+
+def statistics(
+    hidden: Tensor,  # (N, D), or (N / R, D) of a sequence shard
+    head: Head,  # V_r rows; the class weights of the whole vocabulary
+    target: Tensor,  # (N,)
+    ignore_index: int,
+    wanted: Wanted,
+    settings: Settings,
+    shard: Shard,
+) -> RowStatistics:
+    """The statistics of every row over the whole vocabulary, (N,) each and 0 for tokens that do not count."""
+    run = _Run(hidden, head, target, ignore_index, wanted, settings, shard, sums_head=False)
+    found = row_kernels.empty_statistics(len(target), settings.compute_dtype, hidden.device, wanted)
+
+    def finish(chunk: _Chunk, pending: Pending) -> None:
+        run.tokens.put_statistics(found, chunk.rows, run.combine(chunk.rows, pending))
+
+    _pipeline(run.chunks(), run.start_statistics, finish)
+    return run.in_order(found)
+
+
+def loss_and_gradients(
+    hidden: Tensor,  # (N, D), or (N / R, D) of a sequence shard
+    head: Head,  # V_r rows; the class weights of the whole vocabulary
+    target: Tensor,  # (N,)
+    token_weight: Tensor | None,  # (N,)
+    upstream: Tensor,  # ()
+    objective: Objective,  # of the whole vocabulary
+    ignore_index: int,
+    wanted: Wanted,
+    needed: tuple[bool, bool, bool],
+    settings: Settings,
+    shard: Shard,
+) -> tuple[Tensor, Gradients, RowStatistics]:
+    """The loss over the whole vocabulary, the gradients of this rank's tensors, and the statistics of every row."""
+    run = _Run(hidden, head, target, ignore_index, wanted, settings, shard, sums_head=needed[1])
+    token_weight = None if token_weight is None else run.chunk_order(token_weight)
+    sums = Sums(
+        hidden, head, run.tokens, token_weight, upstream, objective, wanted, needed, settings, run.head_sum_dtype
+    )
+
+    def finish(chunk: _Chunk, pending: Pending) -> None:
+        part = run.combine(chunk.rows, pending)
+        run.differentiate(chunk, sums.slopes(chunk.rows, part), part)
+        sums.add_losses(chunk.rows, part)
+        run.spend(chunk, sums.gradients)
+
+    _pipeline(run.chunks(), run.start_statistics, finish)
+    return sums.loss, sums.gradients, run.in_order(sums.statistics)
+
+
+def gradients(
+    hidden: Tensor,  # (N, D), or (N / R, D) of a sequence shard
+    head: Head,  # V_r rows; the class weights of the whole vocabulary
+    target: Tensor,  # (N,)
+    known: RowStatistics,
+    slopes: Slopes,
+    ignore_index: int,
+    needed: tuple[bool, bool, bool],
+    settings: Settings,
+    shard: Shard,
+) -> Gradients:
+    """The gradients of this rank's tensors: one reduction of the hidden states' at the end."""
+    if shard.input_grad == "sequence":
+        return _sequence_gradients(hidden, head, target, known, slopes, ignore_index, needed, settings, shard)
+    local = head._replace(class_weight=shard.classes(head.class_weight, len(head.weight)))
+    total = local_gradients(
+        hidden, local, target, known, slopes, ignore_index, needed, settings, words=(shard.start, shard.total)
+    )
+    if total.hidden is None or shard.input_grad == "partial":
+        return total
+    partial = total.hidden.to(_reduce_dtype(shard, settings))
+    reduced = Collectives(shard.group_name).all_reduce_(partial, _HIDDEN_GRADIENT).wait()
+    return total._replace(hidden=reduced.to(hidden.dtype))
+
+
+def _sequence_gradients(
+    hidden: Tensor,  # (N / R, D)
+    head: Head,
+    target: Tensor,  # (N,)
+    known: RowStatistics,
+    slopes: Slopes,
+    ignore_index: int,
+    needed: tuple[bool, bool, bool],
+    settings: Settings,
+    shard: Shard,
+) -> Gradients:
+    """`gradients` chunk by chunk, so that no rank ever holds the hidden states of all."""
+    run = _Run(hidden, head, target, ignore_index, Wanted(), settings, shard, sums_head=needed[1])
+    known = known.map(run.chunk_order).map(run.tokens.select)
+    slopes = slopes.map(run.chunk_order).map(run.tokens.select)
+    slopes = slopes.map(lambda slope: run.tokens.mask(slope) * head.logits.scale)
+    total = new_gradients(hidden, head, run.tokens, needed, _reduce_dtype(shard, settings))
+    for chunk in run.chunks():
+        run.differentiate(chunk, slopes.at(chunk.rows), known.at(chunk.rows))
+        run.spend(chunk, total)
+    return Gradients(
+        total.hidden,
+        None if total.weight is None else total.weight.to(head.weight.dtype),
+        None if total.bias is None else total.bias.to(head.bias.dtype),
+    )
+
+
+def logits_statistics(
+    products: Tensor,  # (N, V_r)
+    target: Tensor,  # (N,)
+    class_weight: Tensor | None,  # (V,)
+    logits: Logits,
+    ignore_index: int,
+    wanted: Wanted,
+    shard: Shard,
+) -> RowStatistics:
+    """The statistics of rows of logits that exist, sharded by columns: one collective."""
+    n, vocab_size = products.shape
+    tokens = CountedTokens(target, ignore_index, shard.total)
+    column, here = shard.here(tokens.target, vocab_size)
+    class_weight = shard.classes(class_weight, vocab_size)
+    parts = [
+        row_kernels.shard_statistics(
+            tokens.select(products, rows), column[rows], here[rows], class_weight, logits, wanted, shard.start
+        )
+        for rows in tokens.blocks(row_kernels.rows_in_flight(vocab_size, products.device.type))
+    ]
+    found = row_kernels.empty_statistics(n, products.dtype, products.device, wanted)
+    if parts:
+        gathered = Collectives(shard.group_name).all_gather(torch.cat(parts), _STATISTICS).wait()
+        tokens.put_statistics(found, slice(None), combine_shards(gathered, tokens.target, **wanted._asdict()))
+    return found
+
+
+def _pipeline(
+    chunks: Iterator[_Chunk],
+    start: Callable[[_Chunk], Any],
+    finish: Callable[[_Chunk, Any], None],
+) -> None:
+    """``start`` each chunk, and ``finish`` it once the next one has started."""
+    previous = None
+    for chunk in chunks:
+        begun = chunk, start(chunk)
+        if previous is not None:
+            finish(*previous)
+        previous = begun
+    if previous is not None:
+        finish(*previous)
+
+
+def _reduce_dtype(shard: Shard, settings: Settings) -> torch.dtype:
+    return shard.reduce_dtype or torch.promote_types(settings.accumulate_dtype, settings.compute_dtype)
+
+
+class _Run:
+    """One loss: the tokens in the order of the chunks, the chunks, and their collectives."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        head: Head,
+        target: Tensor,
+        ignore_index: int,
+        wanted: Wanted,
+        settings: Settings,
+        shard: Shard,
+        *,
+        sums_head: bool,
+    ) -> None:
+        self._collectives = Collectives(shard.group_name)
+        self._shard = shard
+        self._wanted = wanted
+        self._settings = settings
+        self._hidden = hidden
+        self._sequence = shard.input_grad == "sequence"
+        self.class_weight = shard.classes(head.class_weight, len(head.weight))
+        ranks = self._collectives.size
+        shape = (len(target), *shard.planned_shape(head.weight))
+        shared = {"head_dtype": head.weight.dtype, "in_flight": 2, **settings._asdict()}
+        self.head_sum_dtype = plan.head_sum_dtype(*shape, **shared)
+        self._chunk = plan.tokens_per_chunk(*shape, **shared | ({} if sums_head else {"head_dtype": None}))
+        self._largest = min(self._chunk, len(target))
+        self._order = None
+        if self._sequence:
+            self._chunk = max(1, self._chunk // ranks)  # of each rank's tokens
+            places = torch.arange(len(target), device=target.device).view(ranks, -1)
+            self._order = torch.cat([part.flatten() for part in places.split(self._chunk, dim=1)])
+        self.tokens = CountedTokens(self.chunk_order(target), ignore_index, shard.total)
+        self._column, self._here = shard.here(self.tokens.target, len(head.weight))
+        self.head = head.to(settings.compute_dtype)
+
+    def chunk_order(self, values: Tensor) -> Tensor:
+        """``values`` (N, ...) of the tokens in the order in which the chunks take them."""
+        return values if self._order is None else values[self._order]
+
+    def in_order(self, found: RowStatistics) -> RowStatistics:
+        """The statistics in the order of the targets."""
+        if self._order is None:
+            return found
+        return found.map(lambda values: torch.empty_like(values).index_copy_(0, self._order, values))
+
+    def chunks(self) -> Iterator[_Chunk]:
+        buffers: list[Tensor] = []
+        for turn, (rows, x, window) in enumerate(self._sequence_parts() if self._sequence else self._parts()):
+            if turn < 2:
+                buffers.append(x.new_empty(self._largest, len(self.head.weight)))
+            out = buffers[turn % 2][: len(x)]
+            yield _Chunk(rows, x, project(x, self.head.weight, self.head.bias, out=out), window)
+
+    def _parts(self) -> Iterator[tuple[slice, Tensor, slice]]:
+        """Each chunk's rows and hidden states, which every rank has."""
+        for rows in self.tokens.blocks(self._chunk):
+            yield rows, self.tokens.select(self._hidden, rows).to(self.head.weight.dtype), rows
+
+    def _sequence_parts(self) -> Iterator[tuple[slice, Tensor, slice]]:
+        """Each chunk's rows and hidden states, gathered while the chunk before is worked on."""
+        ranks = self._collectives.size
+        windows = [slice(at, at + self._chunk) for at in range(0, len(self._hidden), self._chunk)]
+
+        def gather(window: slice) -> Pending:
+            return self._collectives.all_gather(self._hidden[window].to(self.head.weight.dtype), _HIDDEN)
+
+        pending = gather(windows[0]) if windows else None
+        for window, following in zip(windows, [*windows[1:], None], strict=True):
+            gathered = pending.wait().flatten(0, 1)  # (R * c, D)
+            pending = None if following is None else gather(following)
+            first = window.start * ranks
+            rows = self.tokens.within(first, first + len(gathered))
+            yield rows, self.tokens.select_from(gathered, first, rows), window
+
+    def start_statistics(self, chunk: _Chunk) -> Pending:
+        part = row_kernels.shard_statistics(
+            chunk.products,
+            self._column[chunk.rows],
+            self._here[chunk.rows],
+            self.class_weight,
+            self.head.logits,
+            self._wanted,
+            self._shard.start,
+        )
+        return self._collectives.all_gather(part, _STATISTICS)
+
+    def combine(self, rows: slice, pending: Pending) -> RowStatistics:
+        return combine_shards(pending.wait(), self.tokens.target[rows], **self._wanted._asdict())
+
+    def differentiate(self, chunk: _Chunk, slopes: Slopes, known: RowStatistics) -> None:
+        """Write the gradients of a chunk's products over them."""
+        here = self._here[chunk.rows]
+        row_kernels.logit_gradients(
+            chunk.products,
+            self._column[chunk.rows],
+            self.class_weight,
+            self.head.logits,
+            slopes._replace(target=slopes.target.where(here, 0)),
+            known,
+            out=chunk.products,
+        )
+
+    def spend(self, chunk: _Chunk, total: Gradients) -> None:
+        """Add what a chunk's logit gradients give to the gradients of this rank's tensors."""
+        reduction = None if total.hidden is None else self._start_hidden_gradient(chunk)
+        add_head_gradients(total, chunk.rows, chunk.x, chunk.products)
+        if reduction is None:
+            return
+        part = reduction.wait()
+        if self._sequence:
+            total.hidden[chunk.window] = part
+        else:
+            self.tokens.put(total.hidden, chunk.rows, part)
+
+    def _start_hidden_gradient(self, chunk: _Chunk) -> Pending:
+        part = chunk.products @ self.head.weight  # (C, D)
+        if self._shard.input_grad == "partial":
+            return Pending(part, None, _HIDDEN_GRADIENT)
+        part = part.to(_reduce_dtype(self._shard, self._settings))
+        if not self._sequence:
+            return self._collectives.all_reduce_(part, _HIDDEN_GRADIENT)
+        ranks = self._collectives.size
+        whole = part
+        if not self.tokens.all_kept:
+            places = len(self._hidden[chunk.window]) * ranks
+            whole = part.new_zeros(places, part.shape[1])
+            self.tokens.put_into(whole, chunk.window.start * ranks, chunk.rows, part)
+        return self._collectives.reduce_scatter(whole, _HIDDEN_GRADIENT)
