@@ -1,6 +1,7 @@
 """Exact large-vocabulary cross-entropy in chunks: the logits never exist as a whole."""
 
 from chunked_ce.distributed.tokens import TokenMean, count_tokens
+from chunked_ce.distributed.vocab import VocabShard
 from chunked_ce.functional import LossStats, cross_entropy, linear_cross_entropy, linear_logprobs
 from chunked_ce.modules import LinearCrossEntropyLoss
 from chunked_ce.options import ChunkOptions
@@ -10,6 +11,7 @@ __all__ = [
     "LinearCrossEntropyLoss",
     "LossStats",
     "TokenMean",
+    "VocabShard",
     "count_tokens",
     "cross_entropy",
     "linear_cross_entropy",

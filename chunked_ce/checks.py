@@ -8,6 +8,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from chunked_ce.distributed.vocab import VocabShard
 from chunked_ce.options import ChunkOptions
 
 __all__ = ["check_keywords", "check_options", "check_tensors"]
@@ -20,6 +21,7 @@ def check_tensors(
     linear_bias: Tensor | None,
     weight: Tensor | None,
     token_weight: Tensor | None,
+    vocab: VocabShard | None = None,
     *,
     input_name: str = "input",  # "logits": they exist, there is no linear_weight
 ) -> None:
@@ -27,30 +29,48 @@ def check_tensors(
     _tensor(input_name, input)
     if input.dim() < 1:
         raise ValueError(f"{input_name} must have at least one dimension, had shape {_shape(input)}")
-    vocab_size = input.shape[-1]
+    if vocab is not None and not isinstance(vocab, VocabShard):
+        raise TypeError(f"vocab must be a VocabShard or None, was {type(vocab).__name__}")
+    rows = input.shape[-1]
     if input_name != "logits":
         _tensor("linear_weight", linear_weight)
-        vocab_size = _vocab_size(linear_weight, input)
-    elif vocab_size < 1:
+        rows = _rows(linear_weight, input, vocab)
+    elif vocab is None and rows < 1:
         raise ValueError(f"{input_name} must have at least one class, had shape {_shape(input)}")
+    if vocab is not None and rows not in (vocab.rows, vocab.padded_rows):
+        raise ValueError(
+            f"{'linear_weight' if linear_weight is not None else input_name} must hold the {vocab.rows} words "
+            f"[{vocab.start}, {vocab.stop}) of vocab"
+            + (f", or {vocab.padded_rows} with padding" if vocab.padded_rows else "")
+            + f", had {rows}"
+        )
     _tensor("target", target, floating=False)
     if target.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"target must be int32 or int64 class indices, was {target.dtype}")
-    if target.shape != input.shape[:-1]:
+    if vocab is not None and vocab.input_grad == "sequence":
+        tokens = vocab.size * (input.numel() // max(1, input.shape[-1]))
+        if target.numel() != tokens:
+            raise ValueError(
+                f"target must hold the tokens of all {vocab.size} ranks, {tokens}, for input_grad='sequence', "
+                f"had shape {_shape(target)}"
+            )
+    elif target.shape != input.shape[:-1]:
         raise ValueError(
             f"target must have the shape of {input_name} without its last dimension, {_shape(input, -1)}, "
             f"had {_shape(target)}"
         )
-    for name, tensor, shape in (
-        ("linear_bias", linear_bias, (vocab_size,)),
-        ("weight", weight, (vocab_size,)),
-        ("token_weight", token_weight, tuple(target.shape)),
+    words = {(rows,)} if vocab is None else {(rows,), (vocab.rows,), (vocab.total,)}
+    for name, tensor, shapes in (
+        ("linear_bias", linear_bias, {(rows,)}),
+        ("weight", weight, words),
+        ("token_weight", token_weight, {tuple(target.shape)}),
     ):
         if tensor is None:
             continue
         _tensor(name, tensor, floating=name != "token_weight")
-        if tuple(tensor.shape) != shape:
-            raise ValueError(f"{name} must have shape {shape}, had {_shape(tensor)}")
+        if tuple(tensor.shape) not in shapes:
+            allowed = " or ".join(map(str, sorted(shapes)))
+            raise ValueError(f"{name} must have shape {allowed}, had {_shape(tensor)}")
     for name, tensor in (("weight", weight), ("token_weight", token_weight)):
         if tensor is not None and tensor.requires_grad:
             raise ValueError(
@@ -78,7 +98,6 @@ def check_keywords(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     num_tokens: float | Tensor | None = None,
-    vocab: None = None,
 ) -> None:
     """Values of the options of the loss."""
     if reduction not in ("mean", "sum", "none"):
@@ -100,8 +119,6 @@ def check_keywords(
             )
     elif num_tokens is not None and not 0 <= _number("num_tokens", num_tokens) < math.inf:
         raise ValueError(f"num_tokens must be finite and >= 0, was {num_tokens!r}")
-    if vocab is not None:
-        raise ValueError(f"vocab must be None, was {vocab!r}")
 
 
 def check_options(options: ChunkOptions | None, reduction: str | None) -> ChunkOptions:
@@ -118,8 +135,8 @@ def check_options(options: ChunkOptions | None, reduction: str | None) -> ChunkO
     return options
 
 
-def _vocab_size(linear_weight: Tensor, input: Tensor) -> int:
-    if linear_weight.numel() == 0:
+def _rows(linear_weight: Tensor, input: Tensor, vocab: VocabShard | None) -> int:
+    if linear_weight.numel() == 0 and (vocab is None or vocab.rows > 0):
         partitioned = " (this one is partitioned by DeepSpeed)" if hasattr(linear_weight, "ds_id") else ""
         raise ValueError(
             f"linear_weight must be (V, D) with at least one row, had shape {_shape(linear_weight)}. Under ZeRO-3 "

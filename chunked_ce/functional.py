@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from chunked_ce.checks import check_keywords, check_options, check_tensors
+from chunked_ce.distributed.vocab import VocabShard, local_head
 from chunked_ce.engine import ops, plain
 from chunked_ce.engine.linear import Head, Settings
 from chunked_ce.engine.rows import Wanted, work_dtype
@@ -52,7 +53,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     num_tokens: float | Tensor | None = None,
-    vocab: None = None,
+    vocab: VocabShard | None = None,
     options: ChunkOptions | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, LossStats]:
@@ -84,6 +85,9 @@ def linear_cross_entropy(
         logit_scale: a factor of the logits.
         num_tokens: the mean's denominator, a number or a tensor of one element, >= 0, such as the tokens of all ranks;
             0 makes the loss 0.
+        vocab: this rank's rows of a head sharded over ranks (`VocabShard`), which ``linear_weight`` and ``linear_bias``
+            then hold; ``weight`` may hold this rank's words or the whole vocabulary. A DTensor sharded on dim 0 needs
+            none.
         options: how to compute (`ChunkOptions`); None chooses well.
         return_stats: return ``(loss, LossStats)``.
 
@@ -99,28 +103,28 @@ def linear_cross_entropy(
     >>> linear_cross_entropy(hidden, head, torch.tensor([0, 4, -100]))
     tensor(1.4048, grad_fn=<MulBackward0>)
     """
-    check_tensors(input, linear_weight, target, linear_bias, weight, token_weight)
-    check_keywords(
-        reduction=reduction,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        num_tokens=num_tokens,
-        vocab=vocab,
-    )
-    options = check_options(options, reduction)
-    hidden = input.reshape(-1, input.shape[-1])
+    linear_weight, vocab, (input, linear_bias, target) = local_head(linear_weight, vocab, input, linear_bias, target)
+    maths = {
+        "reduction": reduction,
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+        "num_tokens": num_tokens,
+    }
+    tensors = (input, linear_weight, target, linear_bias, weight, token_weight)
+    options = _enter(tensors, maths, options, vocab, return_stats=return_stats)
     settings = _settings(input, options)
-    weights = _Weights.of(target, ignore_index, weight, token_weight, work_dtype(settings.compute_dtype))
-    head = Head(linear_weight, linear_bias, Logits(float(logit_scale), _float(softcap)), weights.classes)
-    objective = Objective(float(label_smoothing), float(z_loss), linear_weight.shape[0])
+    weights = _Weights.of(target, ignore_index, weight, token_weight, vocab, work_dtype(settings.compute_dtype))
+    head = _head(linear_weight, linear_bias, softcap, logit_scale, weights.classes, vocab)
+    objective = Objective(float(label_smoothing), float(z_loss), _vocab_size(linear_weight.shape[0], vocab))
     wanted = Wanted(label_smoothing > 0, mean=return_stats, correct=return_stats)
     needed = _needed(input, linear_weight, linear_bias)
+    hidden = input.reshape(-1, input.shape[-1])
     upstream = weights.upstream(reduction, num_tokens)
 
-    if reduction != "none" and options.gradients != "backward" and any(needed) and not _transformed():
+    if reduction != "none" and options.gradients != "backward" and any(needed) and not _transformed(vocab):
         prepared = upstream if settings.compute_dtype != torch.float16 else torch.frexp(upstream).mantissa
         prepared = prepared.where(prepared != 0, 1)
         loss_sum, rows = ops.linear_loss(
@@ -134,12 +138,11 @@ def linear_cross_entropy(
             wanted,
             needed,
             settings,
+            None if vocab is None else vocab.plain(),
         )
         loss = loss_sum * upstream
     else:
-        compute = plain.linear_statistics if _transformed() else ops.linear_statistics
-        last = settings.compute_dtype if _transformed() else settings
-        rows = compute(hidden, head, weights.target, ignore_index, wanted, last)
+        rows = _linear_statistics(hidden, head, weights.target, ignore_index, wanted, settings, vocab)
         losses = weights.losses(objective, rows)
         loss_sum = losses.sum()
         loss = losses.view(target.shape) if reduction == "none" else loss_sum * upstream
@@ -159,7 +162,7 @@ def cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     num_tokens: float | Tensor | None = None,
-    vocab: None = None,
+    vocab: VocabShard | None = None,
     options: ChunkOptions | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, LossStats]:
@@ -170,30 +173,33 @@ def cross_entropy(
     >>> cross_entropy(torch.zeros(2, 8), torch.tensor([3, -100]))
     tensor(2.0794)
     """
-    check_tensors(logits, None, target, None, weight, token_weight, input_name="logits")
-    check_keywords(
-        reduction=reduction,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        num_tokens=num_tokens,
-        vocab=vocab,
-    )
-    check_options(options, reduction)
-    weights = _Weights.of(target, ignore_index, weight, token_weight, work_dtype(logits.dtype))
-    objective = Objective(float(label_smoothing), float(z_loss), logits.shape[-1])
+    maths = {
+        "reduction": reduction,
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+        "num_tokens": num_tokens,
+    }
+    tensors = (logits, None, target, None, weight, token_weight)
+    _enter(tensors, maths, options, vocab, input_name="logits", return_stats=return_stats)
+    weights = _Weights.of(target, ignore_index, weight, token_weight, vocab, work_dtype(logits.dtype))
+    objective = Objective(float(label_smoothing), float(z_loss), _vocab_size(logits.shape[-1], vocab))
     wanted = Wanted(label_smoothing > 0, mean=return_stats, correct=return_stats)
-    compute = plain.logits_statistics if _transformed() else ops.logits_statistics
-    rows = compute(
-        logits.reshape(-1, logits.shape[-1]),
+    here = logits if vocab is None else logits[..., : vocab.rows]
+    arguments = (
+        here.reshape(-1, here.shape[-1]),
         weights.target,
         weights.classes,
         Logits(float(logit_scale), _float(softcap)),
         ignore_index,
         wanted,
     )
+    if _transformed(vocab):
+        rows = plain.logits_statistics(*arguments)
+    else:
+        rows = ops.logits_statistics(*arguments, None if vocab is None else vocab.plain())
     losses = weights.losses(objective, rows)
     loss_sum = losses.sum()
     loss = losses.view(target.shape) if reduction == "none" else loss_sum * weights.upstream(reduction, num_tokens)
@@ -209,7 +215,7 @@ def linear_logprobs(
     ignore_index: int = -100,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    vocab: None = None,
+    vocab: VocabShard | None = None,
     options: ChunkOptions | None = None,
     return_entropy: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -222,17 +228,116 @@ def linear_logprobs(
     >>> linear_logprobs(torch.zeros(2, 4), torch.eye(8, 4), torch.tensor([3, -100]))
     tensor([-2.0794,  0.0000])
     """
-    check_tensors(input, linear_weight, target, linear_bias, None, None)
-    check_keywords(ignore_index=ignore_index, softcap=softcap, logit_scale=logit_scale, vocab=vocab)
-    options = check_options(options, "none")
-    settings = _settings(input, options)
-    head = Head(linear_weight, linear_bias, Logits(float(logit_scale), _float(softcap)), None)
+    linear_weight, vocab, (input, linear_bias, target) = local_head(linear_weight, vocab, input, linear_bias, target)
+    maths = {"reduction": "none", "ignore_index": ignore_index, "softcap": softcap, "logit_scale": logit_scale}
+    tensors = (input, linear_weight, target, linear_bias, None, None)
+    options = _enter(tensors, maths, options, vocab, return_entropy=return_entropy)
+    head = _head(linear_weight, linear_bias, softcap, logit_scale, None, vocab)
     hidden = input.reshape(-1, input.shape[-1])
-    compute = plain.linear_statistics if _transformed() else ops.linear_statistics
-    last = settings.compute_dtype if _transformed() else settings
-    rows = compute(hidden, head, target.reshape(-1).long(), ignore_index, Wanted(mean=return_entropy), last)
+    wanted = Wanted(mean=return_entropy)
+    rows = _linear_statistics(
+        hidden, head, target.reshape(-1).long(), ignore_index, wanted, _settings(input, options), vocab
+    )
     logprobs = (-rows.nll).view(target.shape)
     return (logprobs, rows.entropy.view(target.shape)) if return_entropy else logprobs
+
+
+def _enter(
+    tensors: tuple[Tensor | None, ...],
+    maths: dict[str, Any],
+    options: ChunkOptions | None,
+    vocab: VocabShard | None,
+    input_name: str = "input",
+    **returned: bool,
+) -> ChunkOptions:
+    """Check the arguments of a call, on every rank that takes part in it."""
+    if vocab is None:
+        check_tensors(*tensors, input_name=input_name)
+        check_keywords(**maths)
+        return check_options(options, maths["reduction"])
+    try:
+        check_tensors(*tensors, vocab, input_name=input_name)
+        check_keywords(**maths)
+        options = check_options(options, maths["reduction"])
+        error = None
+    except (TypeError, ValueError) as found:
+        if not isinstance(vocab, VocabShard):
+            raise
+        error = found
+    if torch.compiler.is_compiling():
+        if error is not None:
+            raise error
+        return options
+    vocab.agree({} if error else _shared(tensors, maths, options, vocab) | returned, error)
+    return options
+
+
+def _shared(
+    tensors: tuple[Tensor | None, ...],
+    maths: dict[str, Any],
+    options: ChunkOptions,
+    vocab: VocabShard,
+) -> dict[str, Any]:
+    """What must be the same on every rank of a vocabulary group."""
+    input, linear_weight, target, _, weight, token_weight = tensors
+    facts = {"target": tuple(target.shape), "input dtype": input.dtype}
+    if target.device.type != "meta":
+        places = torch.arange(1, target.numel() + 1, device=target.device)
+        facts["target's values (a checksum)"] = int((target.reshape(-1).long() * places).sum())
+    if linear_weight is not None:
+        facts |= {
+            "input's last dimension": input.shape[-1],
+            "linear_weight dtype": linear_weight.dtype,
+            "linear_weight.requires_grad": linear_weight.requires_grad,
+            "autocast": _settings(input, options).compute_dtype,
+        }
+    facts |= {
+        "input.requires_grad": input.requires_grad,
+        "grad mode": torch.is_grad_enabled(),
+        "weight": weight is not None and weight.numel() == vocab.total,
+        "token_weight": token_weight is not None,
+        "options": options,
+        "input_grad": vocab.input_grad,
+        "reduce_dtype": vocab.reduce_dtype,
+    }
+    number = maths.get("num_tokens")
+    return facts | maths | {"num_tokens": float(number) if number is not None else None}
+
+
+def _head(
+    linear_weight: Tensor,
+    linear_bias: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    classes: Tensor | None,
+    vocab: VocabShard | None,
+) -> Head:
+    bias = None if linear_bias is None else _unpadded(linear_bias, vocab)
+    return Head(_unpadded(linear_weight, vocab), bias, Logits(float(logit_scale), _float(softcap)), classes)
+
+
+def _unpadded(values: Tensor, vocab: VocabShard | None) -> Tensor:
+    """``values`` (rows, ...) without those of padding, which so never get probability."""
+    return values if vocab is None or len(values) == vocab.rows else values[: vocab.rows]
+
+
+def _vocab_size(rows: int, vocab: VocabShard | None) -> int:
+    return rows if vocab is None else vocab.total
+
+
+def _linear_statistics(
+    hidden: Tensor,
+    head: Head,
+    target: Tensor,
+    ignore_index: int,
+    wanted: Wanted,
+    settings: Settings,
+    vocab: VocabShard | None,
+) -> RowStatistics:
+    if _transformed(vocab):
+        return plain.linear_statistics(hidden, head, target, ignore_index, wanted, settings.compute_dtype)
+    shard = None if vocab is None else vocab.plain()
+    return ops.linear_statistics(hidden, head, target, ignore_index, wanted, settings, shard)
 
 
 class _Weights(NamedTuple):
@@ -251,12 +356,16 @@ class _Weights(NamedTuple):
         ignore_index: int,
         weight: Tensor | None,
         token_weight: Tensor | None,
+        vocab: VocabShard | None,
         dtype: torch.dtype,
     ) -> _Weights:
+        classes = None if weight is None else weight.to(dtype)
+        if classes is not None and vocab is not None:
+            classes = vocab.whole_vocabulary(classes)
         return cls(
             target.reshape(-1).long(),
             ignore_index,
-            None if weight is None else weight.to(dtype),
+            classes,
             None if token_weight is None else token_weight.reshape(-1).to(dtype),
             dtype,
         )
@@ -306,11 +415,14 @@ def _needed(*tensors: Tensor | None) -> tuple[bool, ...]:
     return tuple(t is not None and t.requires_grad and torch.is_grad_enabled() for t in tensors)
 
 
-def _transformed() -> bool:
+def _transformed(vocab: VocabShard | None) -> bool:
     """Whether a transform of ``torch.func`` or forward-mode differentiation needs operations that it knows."""
     if torch.compiler.is_compiling():
         return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if transformed and vocab is not None:
+        raise NotImplementedError("vocab: no torch.func transforms and no forward mode with a sharded vocabulary")
+    return transformed
 
 
 def _float(value: float | None) -> float | None:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from chunked_ce.checks import check_keywords, check_options
+from chunked_ce.distributed.vocab import VocabShard
 from chunked_ce.functional import LossStats, linear_cross_entropy
 from chunked_ce.options import ChunkOptions
 
@@ -36,7 +37,7 @@ class LinearCrossEntropyLoss(nn.Module):
         z_loss: float = 0.0,
         softcap: float | None = None,
         logit_scale: float = 1.0,
-        vocab: None = None,
+        vocab: VocabShard | None = None,
         options: ChunkOptions | None = None,
         return_stats: bool = False,
     ) -> None:
@@ -48,11 +49,10 @@ class LinearCrossEntropyLoss(nn.Module):
             "z_loss": z_loss,
             "softcap": softcap,
             "logit_scale": logit_scale,
-            "vocab": vocab,
         }
         check_keywords(**self._maths)
         check_options(options, reduction)
-        self._rest: dict[str, Any] = {"options": options, "return_stats": return_stats}
+        self._rest: dict[str, Any] = {"vocab": vocab, "options": options, "return_stats": return_stats}
         self.register_buffer("weight", weight, persistent=False)
 
     def forward(

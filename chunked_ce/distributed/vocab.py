@@ -1,0 +1,245 @@
+"""`VocabShard`: this rank's rows of a head whose vocabulary is sharded over a group of ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from chunked_ce.engine.sharded import Shard
+
+__all__ = ["VocabShard", "local_head"]
+
+_INPUT_GRADS = ("complete", "partial", "sequence")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class VocabShard:
+    """Rows [start, stop) of a head with ``total`` rows, the others being with the other ranks of ``group``.
+
+    ``input`` and ``target`` are the same on every rank of the group, and so are losses and statistics; each rank gets
+    the gradient of its own rows. Shards may differ in size and may be empty.
+
+    Args:
+        group: the ranks that share the vocabulary; None for all ranks.
+        start, stop: this rank's rows, 0 <= start <= stop <= total.
+        total: rows of all ranks, which together hold each row once.
+        input_grad: ``"complete"``: the input's gradient is summed over the group. ``"partial"``: it is left as this
+            rank's share, for frameworks whose own layer sums it. ``"sequence"``: ``input`` holds this rank's share of
+            the tokens, in the order of the ranks and as many on each; it is gathered chunk by chunk and its gradient
+            reduce-scattered. ``target`` and ``token_weight`` then hold the tokens of all ranks, in that order.
+        reduce_dtype: what the input's gradient is summed over the ranks in; None for ``accumulate_dtype`` (fp32).
+        check: whether ranks compare their calls, so that a disagreement is an error on every rank and not a hang:
+            ``"always"``, ``"first"`` (at the first call only, which leaves the others free of host synchronisation), or
+            ``"auto"``: always where the group runs on the CPU, else at first.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it was and what is allowed.
+    """
+
+    group: dist.ProcessGroup | None
+    start: int
+    stop: int
+    total: int
+    input_grad: Literal["complete", "partial", "sequence"] = "complete"
+    reduce_dtype: torch.dtype | None = None
+    check: Literal["auto", "always", "first"] = "auto"
+    padded_rows: int | None = None
+    """Rows of this rank's head if some at its end are padding, which never gets probability."""
+
+    def __post_init__(self) -> None:
+        if not (dist.is_available() and dist.is_initialized()):
+            raise ValueError("group must be of torch.distributed, which is not initialised: init_process_group first")
+        if self.group is None:
+            object.__setattr__(self, "group", dist.group.WORLD)
+        # new_group gives a rank that is not in the group a plain int.
+        if not isinstance(self.group, dist.ProcessGroup):
+            raise TypeError(f"group must be None or a ProcessGroup that this rank is in, was {self.group!r}")
+        for name in ("start", "stop", "total"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name} must be an integer, was {value!r}")
+        if not 0 <= self.start <= self.stop <= self.total or self.total < 1:
+            raise ValueError(
+                "start, stop and total must be 0 <= start <= stop <= total and total >= 1, "
+                f"were {self.start}, {self.stop}, {self.total}"
+            )
+        if self.input_grad not in _INPUT_GRADS:
+            raise ValueError(f"input_grad must be one of {_INPUT_GRADS}, was {self.input_grad!r}")
+        if self.reduce_dtype is not None and not getattr(self.reduce_dtype, "is_floating_point", False):
+            raise ValueError(f"reduce_dtype must be None or a floating-point dtype, was {self.reduce_dtype!r}")
+        if self.check not in ("auto", "always", "first"):
+            raise ValueError(f"check must be 'auto', 'always' or 'first', was {self.check!r}")
+        if self.padded_rows is not None and self.padded_rows < self.rows:
+            raise ValueError(f"padded_rows must be None or >= stop - start = {self.rows}, was {self.padded_rows}")
+
+    @classmethod
+    def split(cls, total: int, group: dist.ProcessGroup | None = None, *, padded: int | None = None, **keywords: Any):
+        """An even split: each rank holds ``ceil(total / R)`` rows, the last ones fewer, as `torch.chunk` and DTensor.
+
+        A head whose every shard has that size, or ``padded / R`` with a vocabulary padded to ``padded`` rows, is taken
+        too: rows from ``total`` on are padding.
+        """
+        if group is None and dist.is_available() and dist.is_initialized():
+            group = dist.group.WORLD
+        if not isinstance(group, dist.ProcessGroup):
+            return cls(group, 0, 0, total)  # which says what is wrong
+        ranks = dist.get_world_size(group)
+        if padded is not None and (padded < total or padded % ranks):
+            raise ValueError(f"padded must be >= total = {total} and a multiple of {ranks} ranks, was {padded}")
+        rows = -(-(padded or total) // ranks)
+        start = min(dist.get_rank(group) * rows, total)
+        return cls(group, start, min(start + rows, total), total, padded_rows=rows, **keywords)
+
+    @classmethod
+    def from_local(cls, rows: int, group: dist.ProcessGroup | None = None, **keywords: Any):
+        """From the rows that this rank holds; the ranks tell each other how many they have."""
+        sizes = _exchange(rows, dist.group.WORLD if group is None else group)
+        rank = dist.get_rank(group)
+        start = sum(sizes[:rank])
+        return cls(group, start, start + rows, sum(sizes), **keywords)
+
+    @classmethod
+    def from_dtensor(cls, weight: Tensor, **keywords: Any):
+        """From a DTensor (V, D) sharded on dim 0 along one dimension of its mesh."""
+        return cls.from_placements(weight.device_mesh, tuple(weight.placements), weight.shape, **keywords)
+
+    @classmethod
+    def from_placements(cls, mesh: Any, placements: tuple[Any, ...], shape: torch.Size, **keywords: Any):
+        """From what a DTensor of ``shape`` (V, D) says of itself."""
+        from torch.distributed.tensor import Shard as ShardPlacement
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        sharded = [dim for dim, placement in enumerate(placements) if not placement.is_replicate()]
+        if len(sharded) != 1 or type(placements[sharded[0]]) is not ShardPlacement or placements[sharded[0]].dim != 0:
+            raise ValueError(
+                "linear_weight must be sharded on dim 0 along one dimension of its mesh and replicated along the "
+                f"others, had placements {placements}"
+            )
+        local, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
+        start = offset[0] if local[0] else shape[0]
+        return cls(mesh.get_group(sharded[0]), start, start + local[0], shape[0], **keywords)
+
+    @classmethod
+    def from_deepspeed(cls, layer: nn.Module, **keywords: Any):
+        """From DeepSpeed's ``VocabParallelLinear``, whose weight is this rank's shard."""
+        try:
+            bounds = layer.vocab_start_index, layer.vocab_end_index, layer.vocab_size
+            return cls(layer.mp_group, *bounds, **keywords)
+        except AttributeError as error:
+            raise TypeError(f"layer must be DeepSpeed's VocabParallelLinear, was {type(layer).__name__}") from error
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def size(self) -> int:
+        """Ranks of the group."""
+        return dist.get_world_size(self.group)
+
+    def plain(self) -> Shard:
+        """What operators are given."""
+        return Shard(self.group.group_name, self.start, self.total, self.input_grad, self.reduce_dtype)
+
+    def agree(self, call: dict[str, Any], error: Exception | None = None) -> None:
+        """Compare this rank's call with the others', if it is time to; raise an ``error`` of this rank on every rank.
+
+        ``call`` holds what must be the same on every rank, by name.
+        """
+        if torch.compiler.is_compiling():
+            return
+        always = self.check == "always" or (self.check == "auto" and _runs_on_cpu(self.group))
+        if not always and getattr(self, "_bounds", None) is not None:
+            return
+        mine = {"start": self.start, "stop": self.stop, "error": None if error is None else str(error)}
+        everyone = _exchange(mine | {"call": {"total": self.total, **call}}, self.group)
+        if error is not None:
+            raise error
+        for rank, other in enumerate(everyone):
+            if other["error"] is not None:
+                raise ValueError(f"vocab: rank {rank} of the group could not take part: {other['error']}")
+        _check_calls([other["call"] for other in everyone])
+        bounds = [(other["start"], other["stop"]) for other in everyone]
+        _check_cover(bounds, self.total)
+        object.__setattr__(self, "_bounds", bounds)
+
+    def whole_vocabulary(self, values: Tensor) -> Tensor:
+        """``values`` (V,) as they are, or of this rank's words (rows,) gathered from all ranks."""
+        if len(values) == self.total:
+            return values
+        bounds = getattr(self, "_bounds", None)
+        if bounds is None:
+            bounds = _exchange((self.start, self.stop), self.group)
+            object.__setattr__(self, "_bounds", bounds)
+        largest = max(stop - start for start, stop in bounds)
+        mine = values.new_zeros(largest)
+        mine[: self.rows] = values[: self.rows]
+        gathered = values.new_empty(self.size, largest)
+        dist.all_gather_into_tensor(gathered.view(-1), mine, group=self.group)
+        whole = values.new_empty(self.total)
+        for (start, stop), part in zip(bounds, gathered, strict=True):
+            whole[start:stop] = part[: stop - start]
+        return whole
+
+
+def local_head(
+    linear_weight: Tensor, vocab: VocabShard | None, *others: Tensor | None
+) -> tuple[Tensor, VocabShard | None, list[Tensor | None]]:
+    """This rank's rows of a head that may be a DTensor, the shard they are, and the local part of other tensors."""
+    if not _is_dtensor(linear_weight):
+        return linear_weight, vocab, [t.to_local() if _is_dtensor(t) else t for t in others]
+    if vocab is None and not all(placement.is_replicate() for placement in linear_weight.placements):
+        vocab = _shard_of(linear_weight.device_mesh, linear_weight.placements, linear_weight.shape)
+    return linear_weight.to_local(), vocab, [t.to_local() if _is_dtensor(t) else t for t in others]
+
+
+def _is_dtensor(value: object) -> bool:
+    # No DTensor exists while its module, which is slow to import, is not imported.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+@functools.lru_cache(maxsize=64)
+def _shard_of(mesh: Any, placements: tuple[Any, ...], shape: torch.Size) -> VocabShard:
+    """`VocabShard.from_dtensor`, made once, so that ranks compare their bounds once."""
+    return VocabShard.from_placements(mesh, placements, shape)
+
+
+def _exchange(value: Any, group: dist.ProcessGroup) -> list[Any]:
+    """Every rank's value."""
+    values = [None] * dist.get_world_size(group)
+    try:
+        dist.all_gather_object(values, value, group=group)
+    except RuntimeError as error:
+        raise RuntimeError(f"chunked_ce: the comparison of calls over the vocabulary group failed: {error}") from error
+    return values
+
+
+def _runs_on_cpu(group: dist.ProcessGroup) -> bool:
+    return "cuda" not in dist.get_backend_config(group)
+
+
+def _check_calls(calls: list[dict[str, Any]]) -> None:
+    for name, value in calls[0].items():
+        found = [call.get(name) for call in calls]
+        if any(other != value for other in found):
+            said = ", ".join(f"rank {rank} has {other!r}" for rank, other in enumerate(found))
+            raise ValueError(f"ranks of the vocabulary group disagree on {name}: {said}")
+
+
+def _check_cover(bounds: list[tuple[int, int]], total: int) -> None:
+    said = ", ".join(f"rank {rank} has [{start}, {stop})" for rank, (start, stop) in enumerate(bounds))
+    reached = 0
+    for start, stop in sorted(bound for bound in bounds if bound[0] < bound[1]):
+        if start != reached:
+            what = "overlap" if start < reached else "leave a gap"
+            raise ValueError(f"shards of the vocabulary {what} at row {min(start, reached)}: {said}")
+        reached = stop
+    if reached != total:
+        raise ValueError(f"shards of the vocabulary leave a gap at row {reached} of {total}: {said}")
