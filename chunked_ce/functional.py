@@ -99,6 +99,7 @@ def linear_cross_entropy(
         ValueError, TypeError: an argument is not as described above.
         IndexError: a target is outside [0, V) and not ``ignore_index`` (on a GPU: a device-side assertion).
 
+    >>> import torch
     >>> hidden, head = torch.eye(3, 4, requires_grad=True), torch.eye(5, 4)
     >>> linear_cross_entropy(hidden, head, torch.tensor([0, 4, -100]))
     tensor(1.4048, grad_fn=<MulBackward0>)
@@ -170,6 +171,7 @@ def cross_entropy(
 
     The arguments, the result and the errors are those of `linear_cross_entropy`.
 
+    >>> import torch
     >>> cross_entropy(torch.zeros(2, 8), torch.tensor([3, -100]))
     tensor(2.0794)
     """
@@ -225,6 +227,7 @@ def linear_logprobs(
     ``(logprobs, entropy)``, the entropies in nats and differentiable too. Both are 0 where ignored, in float32
     (float64 for float64 input). Logits are formed again in the backward, one block of the vocabulary at a time.
 
+    >>> import torch
     >>> linear_logprobs(torch.zeros(2, 4), torch.eye(8, 4), torch.tensor([3, -100]))
     tensor([-2.0794,  0.0000])
     """
@@ -238,7 +241,7 @@ def linear_logprobs(
     rows = _linear_statistics(
         hidden, head, target.reshape(-1).long(), ignore_index, wanted, _settings(input, options), vocab
     )
-    logprobs = (-rows.nll).view(target.shape)
+    logprobs = (rows.target - rows.log_sum).view(target.shape)
     return (logprobs, rows.entropy.view(target.shape)) if return_entropy else logprobs
 
 

@@ -20,6 +20,7 @@ class LinearCrossEntropyLoss(nn.Module):
     Takes every keyword of the function but the tensors ``linear_bias``, ``token_weight`` and ``num_tokens``, which
     belong to a call. ``weight``, the class weights (V,), is a buffer that moves with the module.
 
+    >>> import torch
     >>> loss = LinearCrossEntropyLoss(label_smoothing=0.1)
     >>> loss(torch.zeros(2, 4), torch.zeros(8, 4), torch.tensor([1, 2]))
     tensor(2.0794)
