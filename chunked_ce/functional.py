@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 
 from chunked_ce.checks import check_keywords, check_options, check_tensors
 from chunked_ce.distributed.vocab import VocabShard, local_head
-from chunked_ce.engine import ops, plain
+from chunked_ce.engine import logits_ops, ops, plain
 from chunked_ce.engine.linear import Head, Settings
 from chunked_ce.engine.rows import Wanted, work_dtype
 from chunked_ce.objective import Logits, Objective, RowStatistics
@@ -201,7 +201,7 @@ def cross_entropy(
     if _transformed(vocab):
         rows = plain.logits_statistics(*arguments)
     else:
-        rows = ops.logits_statistics(*arguments, None if vocab is None else vocab.plain())
+        rows = logits_ops.logits_statistics(*arguments, None if vocab is None else vocab.plain())
     losses = weights.losses(objective, rows)
     loss_sum = losses.sum()
     loss = losses.view(target.shape) if reduction == "none" else loss_sum * weights.upstream(reduction, num_tokens)

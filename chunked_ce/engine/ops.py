@@ -1,22 +1,33 @@
 """The chunk loops as operators that autograd and ``torch.compile`` know.
 
-Operators take tensors and plain numbers only, so the settings travel flat; an optional result that nobody asked for
-is a tensor of no elements. Derivatives of derivatives go through `chunked_ce.engine.plain`.
+Derivatives of derivatives go through `chunked_ce.engine.plain`.
 """
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from chunked_ce import plan
-from chunked_ce.engine import linear, logits, plain, rows, sharded
+from chunked_ce.engine import linear, plain, sharded
+from chunked_ce.engine.flat import (
+    differentiable,
+    fake_gradients,
+    fake_statistics,
+    filled,
+    flat_shard,
+    no_autocast,
+    only_wanted,
+    plain_gradients,
+    refuse_shard,
+    shard_of,
+    slopes_or_zero,
+    upstream_of_wanted,
+)
 from chunked_ce.engine.linear import Gradients, Head, Settings
 from chunked_ce.engine.rows import Slopes, Wanted
 from chunked_ce.engine.sharded import Shard
 from chunked_ce.objective import Logits, Objective, RowStatistics
 
-__all__ = ["linear_loss", "linear_statistics", "logits_statistics"]
+__all__ = ["linear_loss", "linear_statistics"]
 
 # How much a saved gradient is rescaled at a time: small beside the gradient, large beside a cache.
 _RESCALED_ROWS = 4096
@@ -42,9 +53,9 @@ def linear_statistics(
         ignore_index,
         list(wanted),
         *settings,
-        *_flat(shard),
+        *flat_shard(shard),
     )
-    return RowStatistics(*found[:3], *_wanted(found[3:], wanted))
+    return RowStatistics(*found[:3], *only_wanted(found[3:], wanted))
 
 
 def linear_loss(
@@ -76,102 +87,9 @@ def linear_loss(
         list(wanted),
         list(needed),
         *settings,
-        *_flat(shard),
+        *flat_shard(shard),
     )
-    return loss, RowStatistics(*found[:3], *_wanted(found[3:], wanted))
-
-
-def logits_statistics(
-    products: Tensor,  # (N, V)
-    target: Tensor,  # (N,)
-    class_weight: Tensor | None,  # (V,)
-    logits: Logits,
-    ignore_index: int,
-    wanted: Wanted,
-    shard: Shard | None = None,
-) -> RowStatistics:
-    """The statistics of the rows of logits that exist, differentiable; (N,) each and 0 where ignored."""
-    found = _logits_statistics(products, target, class_weight, *logits, ignore_index, list(wanted), *_flat(shard))
-    return RowStatistics(*found[:3], *_wanted(found[3:], wanted))
-
-
-def _flat(shard: Shard | None) -> Shard:
-    return Shard(None, 0, 0, "", None) if shard is None else shard
-
-
-def _shard(*flat) -> Shard | None:
-    """The inverse of `_flat`."""
-    return None if flat[0] is None else Shard(*flat)
-
-
-def _wanted(found: Sequence[Tensor], wanted: Wanted) -> list[Tensor | None]:
-    return [part if want else None for part, want in zip(found, wanted, strict=True)]
-
-
-def _refuse(shard: Shard | None) -> None:
-    if shard is not None:
-        raise NotImplementedError("vocab: no derivatives of derivatives (create_graph=True) with a sharded vocabulary")
-
-
-def _filled(parts: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
-    return tuple(like.new_empty(0) if part is None else part for part in parts)
-
-
-def _no_autocast(device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, enabled=False)
-
-
-def _fake_statistics(num_tokens: int, dtype: torch.dtype, device: torch.device, wanted: list[bool]):
-    found = rows.empty_statistics(num_tokens, dtype, device, Wanted(*wanted))
-    return _filled(found, found.log_sum)
-
-
-def _fake_gradients(
-    tensors: Sequence[Tensor | None],
-    dtypes: Sequence[torch.dtype | None],  # None: the tensor's own
-    needed: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    parts = zip(tensors, dtypes, needed, strict=True)
-    grads = [t.new_empty(t.shape, dtype=dtype) if need else None for t, dtype, need in parts]
-    return _filled(grads, tensors[0])
-
-
-def _of_wanted(upstream: Sequence[Tensor | None], wanted: list[bool]) -> list[Tensor | None]:
-    """Upstream gradients of log_sum, target, weighted and mean; None for those that nobody asked for."""
-    present = (True, True, *wanted[:2])
-    return [grad if here else None for grad, here in zip(upstream, present, strict=False)]
-
-
-def _slopes_or_zero(slopes: Sequence[Tensor | None], log_sum: Tensor) -> Slopes:
-    """Slopes in log_sum, target, weighted and mean, from upstream gradients that may be undefined."""
-    log_sum_slope, target_slope, weighted, mean = slopes
-    return Slopes(
-        torch.zeros_like(log_sum) if log_sum_slope is None else log_sum_slope,
-        torch.zeros_like(log_sum) if target_slope is None else target_slope,
-        weighted,
-        mean,
-    )
-
-
-def _differentiable(found: RowStatistics) -> list[Tensor | None]:
-    return [found.log_sum, found.target, found.weighted, found.mean]
-
-
-def _plain_gradients(
-    outputs: Sequence[Tensor | None],
-    upstream: Sequence[Tensor | None],
-    inputs: Sequence[Tensor | None],
-    needed: Sequence[bool],
-) -> list[Tensor | None]:
-    """The gradients of outputs of a plain graph, themselves differentiable."""
-    pairs = [(o, g) for o, g in zip(outputs, upstream, strict=True) if o is not None and g is not None]
-    wanted = [tensor for tensor, need in zip(inputs, needed, strict=True) if need]
-    found = iter(
-        torch.autograd.grad(
-            [o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, materialize_grads=True
-        )
-    )
-    return [next(found) if need else None for need in needed]
+    return loss, RowStatistics(*found[:3], *only_wanted(found[3:], wanted))
 
 
 # ---- the backward way: statistics now, gradients from logits formed again ----
@@ -200,16 +118,16 @@ def _linear_statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     head = Head(weight, bias, Logits(scale, softcap), class_weight)
     settings = Settings(compute_dtype, accumulate_dtype, chunk_size, memory_budget)
-    shard = _shard(group_name, start, total, input_grad, reduce_dtype)
+    shard = shard_of(group_name, start, total, input_grad, reduce_dtype)
     arguments = (hidden, head, target, ignore_index, Wanted(*wanted), settings)
-    with _no_autocast(hidden.device):
+    with no_autocast(hidden.device):
         found = linear.statistics(*arguments) if shard is None else sharded.statistics(*arguments, shard)
-    return _filled(found, found.log_sum)
+    return filled(found, found.log_sum)
 
 
 @_linear_statistics.register_fake
 def _(hidden, weight, bias, target, class_weight, scale, softcap, ignore_index, wanted, compute_dtype, *_):
-    return _fake_statistics(target.shape[0], compute_dtype, hidden.device, wanted)
+    return fake_statistics(target.shape[0], compute_dtype, hidden.device, wanted)
 
 
 @torch.library.custom_op("chunked_ce::linear_gradients", mutates_args=())
@@ -244,17 +162,17 @@ def _linear_gradients(
     known = RowStatistics(maximum, log_sum, log_sum, mean=mean if mean_slope is not None else None)
     slopes = Slopes(log_sum_slope, target_slope, weighted_slope, mean_slope)
     settings = Settings(compute_dtype, accumulate_dtype, chunk_size, memory_budget)
-    shard = _shard(group_name, start, total, input_grad, reduce_dtype)
+    shard = shard_of(group_name, start, total, input_grad, reduce_dtype)
     arguments = (hidden, head, target, known, slopes, ignore_index, tuple(needed), settings)
-    with _no_autocast(hidden.device):
+    with no_autocast(hidden.device):
         found = linear.gradients(*arguments) if shard is None else sharded.gradients(*arguments, shard)
-    return _filled(found, hidden)
+    return filled(found, hidden)
 
 
 @_linear_gradients.register_fake
 def _(hidden, weight, bias, *rest):
     needed = rest[-10]
-    return _fake_gradients((hidden, weight, bias), (None, None, None), needed)
+    return fake_gradients((hidden, weight, bias), (None, None, None), needed)
 
 
 def _save_linear_statistics(ctx, inputs, output):
@@ -269,14 +187,14 @@ def _save_linear_statistics(ctx, inputs, output):
 def _backward_of_linear_statistics(ctx, _maximum, *upstream):
     hidden, weight, bias, target, class_weight, maximum, log_sum, mean = ctx.saved_tensors
     scale, softcap, ignore_index, wanted, *settings = ctx.settings
-    shard = _shard(*settings[-5:])
-    upstream = _of_wanted(upstream, wanted)
+    shard = shard_of(*settings[-5:])
+    upstream = upstream_of_wanted(upstream, wanted)
     needed = list(ctx.needs_input_grad[:3])
     if torch.is_grad_enabled():
-        _refuse(shard)
+        refuse_shard(shard)
         head = Head(weight, bias, Logits(scale, softcap), class_weight)
         found = plain.linear_statistics(hidden, head, target, ignore_index, Wanted(*wanted), settings[0])
-        grads = _plain_gradients(_differentiable(found), upstream, (hidden, weight, bias), needed)
+        grads = plain_gradients(differentiable(found), upstream, (hidden, weight, bias), needed)
     else:
         grads = _linear_gradients(
             hidden,
@@ -287,7 +205,7 @@ def _backward_of_linear_statistics(ctx, _maximum, *upstream):
             maximum,
             log_sum,
             mean,
-            *_slopes_or_zero(upstream, log_sum),
+            *slopes_or_zero(upstream, log_sum),
             scale,
             softcap,
             ignore_index,
@@ -329,7 +247,7 @@ def _linear_loss(
     input_grad: str,
     reduce_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    shard = _shard(group_name, start, total, input_grad, reduce_dtype)
+    shard = shard_of(group_name, start, total, input_grad, reduce_dtype)
     arguments = (
         hidden,
         Head(weight, bias, Logits(scale, softcap), class_weight),
@@ -342,24 +260,24 @@ def _linear_loss(
         tuple(needed),
         Settings(compute_dtype, accumulate_dtype, chunk_size, memory_budget),
     )
-    with _no_autocast(hidden.device):
+    with no_autocast(hidden.device):
         if shard is None:
             loss, grads, found = linear.loss_and_gradients(*arguments)
         else:
             loss, grads, found = sharded.loss_and_gradients(*arguments, shard)
-    return loss, *_filled(grads, hidden), *_filled(found, found.log_sum)
+    return loss, *filled(grads, hidden), *filled(found, found.log_sum)
 
 
 @_linear_loss.register_fake
 def _(hidden, weight, bias, target, *rest):
     wanted, needed, *settings = rest[-11:-5]
-    settings, shard = Settings(*settings), _shard(*rest[-5:])
-    found = _fake_statistics(target.shape[0], settings.compute_dtype, hidden.device, wanted)
+    settings, shard = Settings(*settings), shard_of(*rest[-5:])
+    found = fake_statistics(target.shape[0], settings.compute_dtype, hidden.device, wanted)
     shape, in_flight = (weight.shape, 1) if shard is None else (shard.planned_shape(weight), 2)
     total_dtype = plan.head_sum_dtype(
         target.shape[0], *shape, head_dtype=weight.dtype, in_flight=in_flight, **settings._asdict()
     )
-    grads = _fake_gradients((hidden, weight, bias), (None, total_dtype, total_dtype), needed)
+    grads = fake_gradients((hidden, weight, bias), (None, total_dtype, total_dtype), needed)
     return found[0].new_empty(()), *grads, *found
 
 
@@ -367,7 +285,7 @@ def _save_linear_loss(ctx, inputs, output):
     *tensors, scale, softcap, label_smoothing, z_loss, ignore_index = inputs[:12]
     objective = Objective(label_smoothing, z_loss, len(inputs[1]))
     ctx.maths = Logits(scale, softcap), objective, ignore_index, inputs[14]
-    ctx.shard = _shard(*inputs[-5:])
+    ctx.shard = shard_of(*inputs[-5:])
     ctx.inputs = len(inputs)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*tensors, *output[1:4])
@@ -382,11 +300,11 @@ def _backward_of_linear_loss(ctx, grad, *_):
     hidden, weight, bias, target, class_weight, token_weight, upstream = tensors
     needed = list(ctx.needs_input_grad[:3])
     if torch.is_grad_enabled():
-        _refuse(ctx.shard)
+        refuse_shard(ctx.shard)
         logits_of, objective, ignore_index, compute_dtype = ctx.maths
         head = Head(weight, bias, logits_of, class_weight)
         loss = plain.linear_loss(hidden, head, target, token_weight, objective, ignore_index, compute_dtype)
-        return (*_plain_gradients([loss], [grad], (hidden, weight, bias), needed), *none)
+        return (*plain_gradients([loss], [grad], (hidden, weight, bias), needed), *none)
     saved = Gradients(hidden_grad, weight_grad, bias_grad)
     ratio = grad / upstream
     grads = [
@@ -415,105 +333,3 @@ def _rescaled(
     for part, source in zip(scaled.split(_RESCALED_ROWS), total.split(_RESCALED_ROWS), strict=True):
         part.copy_(source * ratio)
     return scaled
-
-
-# ---- logits that exist ----
-
-
-@torch.library.custom_op("chunked_ce::logits_statistics", mutates_args=())
-def _logits_statistics(
-    products: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    ignore_index: int,
-    wanted: list[bool],
-    group_name: str | None,
-    start: int,
-    total: int,
-    input_grad: str,
-    reduce_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    shard = _shard(group_name, start, total, input_grad, reduce_dtype)
-    arguments = (products, target, class_weight, Logits(scale, softcap), ignore_index, Wanted(*wanted))
-    with _no_autocast(products.device):
-        found = logits.statistics(*arguments) if shard is None else sharded.logits_statistics(*arguments, shard)
-    return _filled(found, found.log_sum)
-
-
-@_logits_statistics.register_fake
-def _(products, target, class_weight, scale, softcap, ignore_index, wanted, *_):
-    return _fake_statistics(products.shape[0], products.dtype, products.device, wanted)
-
-
-@torch.library.custom_op("chunked_ce::logits_gradients", mutates_args=())
-def _logits_gradients(
-    products: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    maximum: Tensor,
-    log_sum: Tensor,
-    mean: Tensor,
-    log_sum_slope: Tensor,
-    target_slope: Tensor,
-    weighted_slope: Tensor | None,
-    mean_slope: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    ignore_index: int,
-    start: int,
-    total: int,
-) -> Tensor:
-    known = RowStatistics(maximum, log_sum, log_sum, mean=None if mean_slope is None else mean)
-    slopes = Slopes(log_sum_slope, target_slope, weighted_slope, mean_slope)
-    with _no_autocast(products.device):
-        return logits.gradients(
-            products, target, class_weight, Logits(scale, softcap), known, slopes, ignore_index, (start, total)
-        )
-
-
-@_logits_gradients.register_fake
-def _(products, *_):
-    return torch.empty_like(products)
-
-
-def _save_logits_statistics(ctx, inputs, output):
-    products, target, class_weight, *ctx.settings = inputs
-    ctx.inputs = len(inputs)
-    maximum, log_sum, _, _, mean, correct = output
-    ctx.save_for_backward(products, target, class_weight, maximum, log_sum, mean)
-    ctx.mark_non_differentiable(maximum, correct)
-    ctx.set_materialize_grads(False)
-
-
-def _backward_of_logits_statistics(ctx, _maximum, *upstream):
-    products, target, class_weight, maximum, log_sum, mean = ctx.saved_tensors
-    scale, softcap, ignore_index, wanted = ctx.settings[:4]
-    shard = _shard(*ctx.settings[4:])
-    upstream = _of_wanted(upstream, wanted)
-    if torch.is_grad_enabled():
-        _refuse(shard)
-        found = plain.logits_statistics(
-            products, target, class_weight, Logits(scale, softcap), ignore_index, Wanted(*wanted)
-        )
-        (grad,) = _plain_gradients(_differentiable(found), upstream, [products], [True])
-    else:
-        vocab_size = products.shape[-1]
-        grad = _logits_gradients(
-            products,
-            target,
-            class_weight if shard is None else shard.classes(class_weight, vocab_size),
-            maximum,
-            log_sum,
-            mean,
-            *_slopes_or_zero(upstream, log_sum),
-            scale,
-            softcap,
-            ignore_index,
-            *((0, vocab_size) if shard is None else (shard.start, shard.total)),
-        )
-    return (grad, *[None] * (ctx.inputs - 1))
-
-
-_logits_statistics.register_autograd(_backward_of_logits_statistics, setup_context=_save_logits_statistics)
