@@ -13,6 +13,9 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[deepspeed,bench,examples,test]'
 	touch $@
 
+demo: install
+	$(BIN)/python examples/demo.py
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

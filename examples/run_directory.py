@@ -1,0 +1,64 @@
+"""What a training run leaves on disk, such that it can be killed at any moment and resumed."""
+
+import json
+from pathlib import Path
+
+import deepspeed
+import torch.distributed as dist
+
+
+class RunDirectory:
+    """Settings, a line of metrics per step, DeepSpeed's checkpoints. Rank 0 alone writes the first two."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.settings, self.metrics, self.latest = (
+            path / "settings.json",
+            path / "metrics.jsonl",
+            path / "latest",
+        )
+
+    def check(self, settings: dict, resume: bool) -> None:
+        """Raises `ValueError` if there is a run that this one would overwrite or cannot go on with."""
+        if not self.settings.exists():
+            return
+        if not resume:
+            raise ValueError(f"{self.path} already holds a run: --resume goes on with it, or choose another --out")
+        before = json.loads(self.settings.read_text())
+        for name, value in settings.items():
+            if before.get(name) != value:
+                raise ValueError(f"cannot resume {self.path}: its {name} is {before.get(name)}, not {value}")
+
+    def start(self, settings: dict, step: int) -> None:
+        """Records the settings and drops the metrics of steps that the checkpoint does not contain."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
+        replace(self.metrics, "".join(f"{line}\n" for line in lines[:step]))
+        replace(self.settings, json.dumps(settings, indent=1))
+
+    def log(self, record: dict) -> None:
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def load(self, engine: deepspeed.DeepSpeedEngine) -> None:
+        """Loads the last complete checkpoint, if there is one, into the engine."""
+        if self.latest.exists():
+            engine.load_checkpoint(str(self.path))
+
+    def save(self, engine: deepspeed.DeepSpeedEngine) -> None:
+        """Writes a checkpoint, then the name of it into `latest`.
+
+        DeepSpeed's own `latest` can name a checkpoint that other ranks are still writing, since rank 0 does
+        not wait for them, and `load_checkpoint` then goes on without the optimizer's state.
+        """
+        tag = f"step{engine.global_steps}"
+        engine.save_checkpoint(str(self.path), tag=tag, save_latest=False)  # ends with a barrier
+        if dist.get_rank() == 0:
+            replace(self.latest, tag)
+
+
+def replace(path: Path, text: str) -> None:
+    """Writes a file so that a kill at any moment leaves either the old text or the new."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(text)
+    new.replace(path)

@@ -1,0 +1,83 @@
+"""Real text as token ids, and batches that are a function of the step alone."""
+
+import sysconfig
+import zlib
+from pathlib import Path
+
+import mistral_common
+import numpy as np
+import torch
+from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+from torch import Tensor
+
+TEKKEN = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"  # 131,072 words
+IGNORED = -100
+
+
+def load_tokens(paths: list[Path] | None = None) -> np.ndarray:
+    """Tekken's token ids, int32, of the given text files, or of `python_texts()`.
+
+    Raises `OSError` for a file that cannot be read, `ValueError` for one that is not UTF-8 text.
+    """
+    texts = python_texts() if paths is None else [read(path) for path in paths]
+    tokenizer = Tekkenizer.from_file(TEKKEN)
+    ids = [np.array(tokenizer.encode(text, bos=True, eos=True), dtype=np.int32) for text in texts]
+    return np.concatenate(ids)
+
+
+def python_texts() -> list[str]:
+    """Text that comes with Python: its language reference, then the standard library's sources."""
+    library = Path(sysconfig.get_path("stdlib"))
+    sources = [path.read_text("utf-8", errors="replace") for path in sorted(library.glob("*.py"))]
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # some distributions leave it out
+        return sources
+    return [*topics.values(), *sources]
+
+
+def read(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+
+
+class TextBatches:
+    """Random windows of the text, `micro_batches * ranks * batch` of them per step.
+
+    They depend on the seed and the step only, so that a resumed run sees what an uninterrupted one sees, and
+    one process with two micro-batches sees what two processes with one see. With `mask_prompt`, a first part
+    of each window, of random length, is `IGNORED` as a target.
+
+    Raises `ValueError` if the text is shorter than one window.
+    """
+
+    def __init__(
+        self,
+        tokens: np.ndarray,  # (length,)
+        context: int,
+        seed: int = 0,
+        mask_prompt: bool = False,
+    ):
+        if len(tokens) <= context:
+            raise ValueError(f"the text has {len(tokens)} tokens, too few for a context of {context}")
+        self.tokens, self.context, self.seed, self.mask_prompt = tokens, context, seed, mask_prompt
+
+    def fingerprint(self) -> str:
+        return f"{len(self.tokens):,} tokens, crc32 {zlib.crc32(self.tokens):08x}"
+
+    def step(
+        self, step: int, *, micro_batches: int, batch: int, rank: int = 0, ranks: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """This rank's inputs and targets of one optimizer step, each (micro_batches, batch, context)."""
+        random = np.random.default_rng([self.seed, step])
+        shape = (micro_batches, ranks, batch)
+        starts = random.integers(len(self.tokens) - self.context, size=shape)[:, rank]
+        prompts = random.integers(self.context, size=shape)[:, rank]
+
+        windows = self.tokens[starts[..., None] + np.arange(self.context + 1)].astype(np.int64)
+        inputs, targets = windows[..., :-1].copy(), windows[..., 1:].copy()
+        if self.mask_prompt:
+            targets[np.arange(self.context) < prompts[..., None]] = IGNORED
+        return torch.from_numpy(inputs), torch.from_numpy(targets)

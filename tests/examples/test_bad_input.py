@@ -1,0 +1,64 @@
+"""Bad input ends the DeepSpeed example with one line and a nonzero status, whatever the rank."""
+
+import os
+
+import pytest
+
+from tests.examples.commands import EXAMPLES, TORCHRUN, Command
+
+
+@pytest.fixture(scope="module")
+def main():
+    before = dict(os.environ)
+    from train_deepspeed import main  # sets DS_ACCELERATOR where there is no GPU
+
+    yield main
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def refusal(main, tmp_path, text, monkeypatch, capsys):
+    def refusal(*arguments: object) -> str:
+        command = ["train_deepspeed.py", "--out", tmp_path / "out", "--text", text, *arguments]
+        monkeypatch.setattr("sys.argv", [str(argument) for argument in command])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 2
+        line = capsys.readouterr().err
+        assert line.startswith("train_deepspeed: ") and line.count("\n") == 1
+        return line
+
+    return refusal
+
+
+def test_options(refusal):
+    assert "--optimise" in refusal("--optimise")
+    assert "invalid choice: 'half'" in refusal("--loss", "half")
+    assert "--steps must be at least 1, got 0" in refusal("--steps", 0)
+    assert "--save-every must be at least 0, got -1" in refusal("--save-every", -1)
+    assert "depth must be at least 1, got 0" in refusal("--depth", 0)
+    assert "width must be a multiple of heads, got width 10 and heads 4" in refusal("--width", 10)
+
+
+def test_files(refusal, tmp_path, text):
+    assert "cannot read nowhere.txt: No such file" in refusal("--text", "nowhere.txt")
+    assert f"cannot read {tmp_path}: Is a directory" in refusal("--text", text, tmp_path)
+    assert "cannot read nowhere.json: No such file" in refusal("--deepspeed-config", "nowhere.json")
+    assert f"{text} is not JSON" in refusal("--deepspeed-config", text)
+
+    short, binary = tmp_path / "short.txt", tmp_path / "binary"
+    short.write_text("Too little.")
+    binary.write_bytes(b"\xff\xfe\x00")
+    assert "tokens, too few for a context of 512" in refusal("--text", short)
+    assert f"{binary} is not UTF-8 text" in refusal("--text", binary)
+
+
+def test_every_rank_ends(tmp_path):
+    arguments = [EXAMPLES / "train_deepspeed.py", "--out", tmp_path / "out", "--text", "nowhere.txt"]
+    log = tmp_path / "log"
+    with Command(*TORCHRUN, *arguments, log=log) as command:
+        assert command.status() != 0
+    lines = [line for line in log.read_text().splitlines() if line.startswith("train_deepspeed: ")]
+    assert lines == ["train_deepspeed: cannot read nowhere.txt: No such file or directory"]
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,25 @@
+import re
+
+import pytest
+
+from tests.examples.commands import EXAMPLES, TORCHRUN, run
+
+SCRIPT = EXAMPLES / "custom_trainer.py"
+TINY = ["--steps=8", "--width=16", "--depth=1", "--context=32"]
+TOLERANCE = 1e-4  # printed to four digits; float32 rounding is far below, a mean of means far above
+
+
+def losses(printed: str) -> list[float]:
+    return [float(loss) for loss in re.findall(r"loss (\d+\.\d{4})$", printed, re.MULTILINE)]
+
+
+def test_is_short():
+    assert len(SCRIPT.read_text().splitlines()) < 60
+
+
+def test_learns_and_two_ranks_train_as_one_process_does(tmp_path):
+    alone = losses(run(SCRIPT, *TINY, "--micro-batches=4", log=tmp_path / "alone"))
+    ranks = losses(run(*TORCHRUN, SCRIPT, *TINY, "--micro-batches=2", log=tmp_path / "ranks"))
+    assert len(alone) == len(ranks) == 8
+    assert alone[-1] < alone[0] - 0.05
+    assert ranks == pytest.approx(alone, abs=TOLERANCE, rel=0)
