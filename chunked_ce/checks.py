@@ -47,7 +47,7 @@ def check_tensors(
     _tensor("target", target, floating=False)
     if target.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"target must be int32 or int64 class indices, was {target.dtype}")
-    if vocab is not None and vocab.input_grad == "sequence":
+    if vocab is not None and vocab.input_grad == "sequence" and input_name != "logits":
         tokens = vocab.size * (input.numel() // max(1, input.shape[-1]))
         if target.numel() != tokens:
             raise ValueError(

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from chunked_ce.checks import check_keywords, check_options, check_tensors
-from chunked_ce.distributed.vocab import VocabShard, local_head
+from chunked_ce.distributed.vocab import WHOLE_WEIGHT, VocabShard, local_head
 from chunked_ce.engine import logits_ops, ops, plain
 from chunked_ce.engine.linear import Head, Settings
 from chunked_ce.engine.rows import Wanted, work_dtype
@@ -115,7 +115,7 @@ def linear_cross_entropy(
         "num_tokens": num_tokens,
     }
     tensors = (input, linear_weight, target, linear_bias, weight, token_weight)
-    options = _enter(tensors, maths, options, vocab, return_stats=return_stats)
+    options = _enter("linear_cross_entropy", tensors, maths, options, vocab, return_stats=return_stats)
     settings = _settings(input, options)
     weights = _Weights.of(target, ignore_index, weight, token_weight, vocab, work_dtype(settings.compute_dtype))
     head = _head(linear_weight, linear_bias, softcap, logit_scale, weights.classes, vocab)
@@ -185,13 +185,13 @@ def cross_entropy(
         "num_tokens": num_tokens,
     }
     tensors = (logits, None, target, None, weight, token_weight)
-    _enter(tensors, maths, options, vocab, input_name="logits", return_stats=return_stats)
+    _enter("cross_entropy", tensors, maths, options, vocab, input_name="logits", return_stats=return_stats)
     weights = _Weights.of(target, ignore_index, weight, token_weight, vocab, work_dtype(logits.dtype))
     objective = Objective(float(label_smoothing), float(z_loss), _vocab_size(logits.shape[-1], vocab))
     wanted = Wanted(label_smoothing > 0, mean=return_stats, correct=return_stats)
     here = logits if vocab is None else logits[..., : vocab.rows]
     arguments = (
-        here.reshape(-1, here.shape[-1]),
+        here.reshape(target.numel(), here.shape[-1]),
         weights.target,
         weights.classes,
         Logits(float(logit_scale), _float(softcap)),
@@ -234,7 +234,7 @@ def linear_logprobs(
     linear_weight, vocab, (input, linear_bias, target) = local_head(linear_weight, vocab, input, linear_bias, target)
     maths = {"reduction": "none", "ignore_index": ignore_index, "softcap": softcap, "logit_scale": logit_scale}
     tensors = (input, linear_weight, target, linear_bias, None, None)
-    options = _enter(tensors, maths, options, vocab, return_entropy=return_entropy)
+    options = _enter("linear_logprobs", tensors, maths, options, vocab, return_entropy=return_entropy)
     head = _head(linear_weight, linear_bias, softcap, logit_scale, None, vocab)
     hidden = input.reshape(-1, input.shape[-1])
     wanted = Wanted(mean=return_entropy)
@@ -246,6 +246,7 @@ def linear_logprobs(
 
 
 def _enter(
+    function: str,
     tensors: tuple[Tensor | None, ...],
     maths: dict[str, Any],
     options: ChunkOptions | None,
@@ -271,7 +272,9 @@ def _enter(
         if error is not None:
             raise error
         return options
-    vocab.agree({} if error else _shared(tensors, maths, options, vocab) | returned, error)
+    _transformed(vocab)
+    call = {} if error else {"function": function} | _shared(tensors, maths, options, vocab) | returned
+    vocab.agree(call, error)
     return options
 
 
@@ -297,7 +300,8 @@ def _shared(
     facts |= {
         "input.requires_grad": input.requires_grad,
         "grad mode": torch.is_grad_enabled(),
-        "weight": weight is not None and weight.numel() == vocab.total,
+        "weight": weight is not None,
+        WHOLE_WEIGHT: weight is not None and weight.numel() == vocab.total,
         "token_weight": token_weight is not None,
         "options": options,
         "input_grad": vocab.input_grad,

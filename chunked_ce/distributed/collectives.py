@@ -6,7 +6,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-__all__ = ["Collectives", "Pending"]
+__all__ = ["Collectives", "Pending", "all_gather_single"]
+
+# Torch 2.13 warns of the names that older ones have.
+_HAS_SINGLE = hasattr(dist, "all_gather_single")
+
+
+def all_gather_single(gathered: Tensor, part: Tensor, **keywords) -> dist.Work | None:
+    gather = dist.all_gather_single if _HAS_SINGLE else dist.all_gather_into_tensor
+    return gather(gathered, part, **keywords)
+
+
+def _reduce_scatter_single(mine: Tensor, parts: Tensor, **keywords) -> dist.Work | None:
+    scatter = dist.reduce_scatter_single if _HAS_SINGLE else dist.reduce_scatter_tensor
+    return scatter(mine, parts, **keywords)
 
 
 class Pending:
@@ -34,9 +47,7 @@ class Collectives:
     def all_gather(self, part: Tensor, what: str) -> Pending:
         """Every rank's ``part`` (n, ...), of one shape, as (R, n, ...)."""
         gathered = part.new_empty(self.size, *part.shape)
-        return self._start(
-            what, dist.all_gather_into_tensor, gathered.flatten(0, 1), part.contiguous(), result=gathered
-        )
+        return self._start(what, all_gather_single, gathered.flatten(0, 1), part.contiguous(), result=gathered)
 
     def all_reduce_(self, part: Tensor, what: str) -> Pending:
         """The sum of every rank's ``part``, in its place."""
@@ -45,7 +56,7 @@ class Collectives:
     def reduce_scatter(self, parts: Tensor, what: str) -> Pending:
         """This rank's (n, ...) of the sum of every rank's ``parts`` (R * n, ...)."""
         mine = parts.new_empty(len(parts) // self.size, *parts.shape[1:])
-        return self._start(what, dist.reduce_scatter_tensor, mine, parts, result=mine)
+        return self._start(what, _reduce_scatter_single, mine, parts, result=mine)
 
     def _start(self, what: str, collective, *tensors: Tensor, result: Tensor) -> Pending:
         if result.numel() == 0 and all(tensor.numel() == 0 for tensor in tensors):

@@ -11,10 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from chunked_ce.distributed.collectives import all_gather_single
 from chunked_ce.engine.sharded import Shard
 
-__all__ = ["VocabShard", "local_head"]
+__all__ = ["WHOLE_WEIGHT", "VocabShard", "local_head"]
 
+WHOLE_WEIGHT = "weight, of the whole vocabulary or not"
 _INPUT_GRADS = ("complete", "partial", "sequence")
 
 
@@ -53,13 +55,7 @@ class VocabShard:
     """Rows of this rank's head if some at its end are padding, which never gets probability."""
 
     def __post_init__(self) -> None:
-        if not (dist.is_available() and dist.is_initialized()):
-            raise ValueError("group must be of torch.distributed, which is not initialised: init_process_group first")
-        if self.group is None:
-            object.__setattr__(self, "group", dist.group.WORLD)
-        # new_group gives a rank that is not in the group a plain int.
-        if not isinstance(self.group, dist.ProcessGroup):
-            raise TypeError(f"group must be None or a ProcessGroup that this rank is in, was {self.group!r}")
+        object.__setattr__(self, "group", _group(self.group))
         for name in ("start", "stop", "total"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
@@ -85,10 +81,9 @@ class VocabShard:
         A head whose every shard has that size, or ``padded / R`` with a vocabulary padded to ``padded`` rows, is taken
         too: rows from ``total`` on are padding.
         """
-        if group is None and dist.is_available() and dist.is_initialized():
-            group = dist.group.WORLD
-        if not isinstance(group, dist.ProcessGroup):
-            return cls(group, 0, 0, total)  # which says what is wrong
+        group = _group(group)
+        if type(total) is not int or total < 1:
+            raise ValueError(f"total must be an integer >= 1, was {total!r}")
         ranks = dist.get_world_size(group)
         if padded is not None and (padded < total or padded % ranks):
             raise ValueError(f"padded must be >= total = {total} and a multiple of {ranks} ranks, was {padded}")
@@ -99,7 +94,11 @@ class VocabShard:
     @classmethod
     def from_local(cls, rows: int, group: dist.ProcessGroup | None = None, **keywords: Any):
         """From the rows that this rank holds; the ranks tell each other how many they have."""
-        sizes = _exchange(rows, dist.group.WORLD if group is None else group)
+        group = _group(group)
+        sizes = _exchange(rows, group)
+        if not all(type(size) is int and size >= 0 for size in sizes):
+            said = ", ".join(f"rank {rank} has {size!r}" for rank, size in enumerate(sizes))
+            raise ValueError(f"rows must be an integer >= 0 on every rank: {said}")
         rank = dist.get_rank(group)
         start = sum(sizes[:rank])
         return cls(group, start, start + rows, sum(sizes), **keywords)
@@ -129,10 +128,12 @@ class VocabShard:
     def from_deepspeed(cls, layer: nn.Module, **keywords: Any):
         """From DeepSpeed's ``VocabParallelLinear``, whose weight is this rank's shard."""
         try:
-            bounds = layer.vocab_start_index, layer.vocab_end_index, layer.vocab_size
-            return cls(layer.mp_group, *bounds, **keywords)
+            group, *bounds = layer.mp_group, layer.vocab_start_index, layer.vocab_end_index, layer.vocab_size
         except AttributeError as error:
             raise TypeError(f"layer must be DeepSpeed's VocabParallelLinear, was {type(layer).__name__}") from error
+        if group is None:  # which would mean all ranks here
+            raise ValueError("layer must be sharded over a group, but its mp_group is None: leave vocab out")
+        return cls(group, *bounds, **keywords)
 
     @property
     def rows(self) -> int:
@@ -164,28 +165,44 @@ class VocabShard:
         for rank, other in enumerate(everyone):
             if other["error"] is not None:
                 raise ValueError(f"vocab: rank {rank} of the group could not take part: {other['error']}")
-        _check_calls([other["call"] for other in everyone])
         bounds = [(other["start"], other["stop"]) for other in everyone]
+        calls = [other["call"] for other in everyone]
+        if (0, self.total) in bounds:  # then the same class weights are those of the shard and of the whole
+            calls = [{name: value for name, value in call.items() if name != WHOLE_WEIGHT} for call in calls]
+        _check_calls(calls)
         _check_cover(bounds, self.total)
         object.__setattr__(self, "_bounds", bounds)
 
     def whole_vocabulary(self, values: Tensor) -> Tensor:
         """``values`` (V,) as they are, or of this rank's words (rows,) gathered from all ranks."""
-        if len(values) == self.total:
+        if len(values) == self.total and (self.size == 1 or self.rows not in (0, self.total)):
             return values
         bounds = getattr(self, "_bounds", None)
         if bounds is None:
             bounds = _exchange((self.start, self.stop), self.group)
             object.__setattr__(self, "_bounds", bounds)
+        if len(values) == self.total and (0, self.total) not in bounds:
+            return values
         largest = max(stop - start for start, stop in bounds)
         mine = values.new_zeros(largest)
         mine[: self.rows] = values[: self.rows]
         gathered = values.new_empty(self.size, largest)
-        dist.all_gather_into_tensor(gathered.view(-1), mine, group=self.group)
+        all_gather_single(gathered.view(-1), mine, group=self.group)
         whole = values.new_empty(self.total)
         for (start, stop), part in zip(bounds, gathered, strict=True):
             whole[start:stop] = part[: stop - start]
         return whole
+
+
+def _group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """The group, of all ranks for None, checked."""
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError("group must be of torch.distributed, which is not initialised: init_process_group first")
+    group = dist.group.WORLD if group is None else group
+    # new_group gives a rank that is not in the group a plain int.
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group must be None or a ProcessGroup that this rank is in, was {group!r}")
+    return group
 
 
 def local_head(
@@ -195,7 +212,9 @@ def local_head(
     if not _is_dtensor(linear_weight):
         return linear_weight, vocab, [t.to_local() if _is_dtensor(t) else t for t in others]
     if vocab is None and not all(placement.is_replicate() for placement in linear_weight.placements):
-        vocab = _shard_of(linear_weight.device_mesh, linear_weight.placements, linear_weight.shape)
+        mesh, placements = linear_weight.device_mesh, linear_weight.placements
+        # Meshes of a group that was destroyed and of its successor are equal.
+        vocab = _shard_of(dist.group.WORLD, mesh, placements, linear_weight.shape)
     return linear_weight.to_local(), vocab, [t.to_local() if _is_dtensor(t) else t for t in others]
 
 
@@ -206,7 +225,7 @@ def _is_dtensor(value: object) -> bool:
 
 
 @functools.lru_cache(maxsize=64)
-def _shard_of(mesh: Any, placements: tuple[Any, ...], shape: torch.Size) -> VocabShard:
+def _shard_of(_world: dist.ProcessGroup, mesh: Any, placements: tuple[Any, ...], shape: torch.Size) -> VocabShard:
     """`VocabShard.from_dtensor`, made once, so that ranks compare their bounds once."""
     return VocabShard.from_placements(mesh, placements, shape)
 
@@ -226,9 +245,9 @@ def _runs_on_cpu(group: dist.ProcessGroup) -> bool:
 
 
 def _check_calls(calls: list[dict[str, Any]]) -> None:
-    for name, value in calls[0].items():
+    for name in dict.fromkeys(name for call in calls for name in call):
         found = [call.get(name) for call in calls]
-        if any(other != value for other in found):
+        if any(value != found[0] for value in found):
             said = ", ".join(f"rank {rank} has {other!r}" for rank, other in enumerate(found))
             raise ValueError(f"ranks of the vocabulary group disagree on {name}: {said}")
 

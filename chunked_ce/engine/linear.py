@@ -19,6 +19,7 @@ from chunked_ce.engine import rows as row_kernels
 from chunked_ce.engine.counted import CountedTokens
 from chunked_ce.engine.products import add_product_, project
 from chunked_ce.engine.rows import Slopes, Wanted, work_dtype
+from chunked_ce.engine.scratch import scratch
 from chunked_ce.objective import Logits, Objective, RowStatistics
 
 __all__ = [
@@ -189,14 +190,16 @@ def gradients(
     needed: tuple[bool, bool, bool],  # hidden, weight, bias
     settings: Settings,
     words: tuple[int, int] | None = None,
+    hidden_dtype: torch.dtype | None = None,
 ) -> Gradients:
     """The gradients in the dtypes of their tensors, from statistics and the slopes of the loss in them.
 
-    ``words`` are the first word that a shard of the vocabulary holds, and the words of all shards.
+    ``words`` are the first word that a shard of the vocabulary holds, and the words of all shards, over which the
+    gradient of the hidden states is yet to be summed, in ``hidden_dtype``.
     """
     first_word, vocab_size = words or (0, len(head.weight))
     tokens = CountedTokens(target, ignore_index, vocab_size)
-    total = new_gradients(hidden, head, tokens, needed)
+    total = new_gradients(hidden, head, tokens, needed, hidden_dtype=hidden_dtype)
     if len(tokens) == 0:
         return total
     slopes = slopes.map(lambda slope: tokens.mask(tokens.select(slope)) * head.logits.scale)
@@ -215,7 +218,7 @@ def gradients(
     if total.hidden is not None:
         make = x.new_empty if len(head.weight) else x.new_zeros
         hidden_total = make(x.shape, dtype=settings.compute_dtype if one_block else total_dtype)
-    buffer = x.new_empty(len(tokens) * block_size)
+    buffer = scratch(len(tokens) * block_size, dtype=x.dtype, device=x.device)
     for start in range(0, len(head.weight), block_size):
         words = slice(start, min(start + block_size, len(head.weight)))
         part = Head(
@@ -255,7 +258,7 @@ def _chunks(
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Each chunk's rows among the counted tokens, hidden states (C, D) and products with the head (C, V)."""
     vocab_size = len(head.weight)
-    buffer = head.weight.new_empty(min(chunk, len(tokens)), vocab_size)
+    buffer = scratch(min(chunk, len(tokens)), vocab_size, dtype=head.weight.dtype, device=hidden.device)
     for rows in tokens.blocks(chunk):
         x = tokens.select(hidden, rows).to(head.weight.dtype)
         yield rows, x, project(x, head.weight, head.bias, out=buffer[: len(x)])
@@ -280,18 +283,22 @@ def new_gradients(
     tokens: CountedTokens,
     needed: tuple[bool, bool, bool],
     head_dtype: torch.dtype | None = None,
+    hidden_dtype: torch.dtype | None = None,
 ) -> Gradients:
-    """Gradients to be written: zero already where no product will be; ``head_dtype`` None is each tensor's own."""
+    """Gradients to be written: zero already where no product will be; a dtype of None is each tensor's own."""
 
     def new(tensor: Tensor | None, need: bool, dtype: torch.dtype | None, written: bool) -> Tensor | None:
         if not need:
             return None
-        make = torch.empty if written else torch.zeros
-        return make(tensor.shape, dtype=dtype or tensor.dtype, device=tensor.device)
+        dtype = dtype or tensor.dtype
+        if not written:
+            return torch.zeros(tensor.shape, dtype=dtype, device=tensor.device)
+        make = torch.empty if dtype == tensor.dtype else scratch  # a sum that is converted to the gradient
+        return make(*tensor.shape, dtype=dtype, device=tensor.device)
 
     some = len(tokens) > 0
     return Gradients(
-        new(hidden, needed[0], None, some and tokens.all_kept),
+        new(hidden, needed[0], hidden_dtype, some and tokens.all_kept),
         new(head.weight, needed[1], head_dtype, some),
         new(head.bias, needed[2], head_dtype, False),
     )

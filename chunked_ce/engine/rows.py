@@ -121,6 +121,11 @@ def shard_statistics(
             next(part).copy_(found.mean * sum_exp)
         if best is not None:
             next(part).copy_(best + start)
+    masked = parts[:, 0] == -torch.inf  # every word of the row, by a bias
+    neutral = {1: 0.0, 2: -torch.inf} | ({3: -torch.inf} if wanted.weighted else {})
+    neutral |= {3 + 2 * wanted.weighted: 0.0} if wanted.mean else {}
+    for column, value in neutral.items():
+        parts[:, column].masked_fill_(masked, value)
     return parts
 
 

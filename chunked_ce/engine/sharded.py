@@ -7,6 +7,7 @@ follow from what all ranks share, so that every rank issues the same collectives
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from chunked_ce.engine.linear import Gradients, Head, Settings, Sums, add_head_g
 from chunked_ce.engine.linear import gradients as local_gradients
 from chunked_ce.engine.products import project
 from chunked_ce.engine.rows import Slopes, Wanted
+from chunked_ce.engine.scratch import scratch
 from chunked_ce.objective import Logits, Objective, RowStatistics, combine_shards
 
 __all__ = ["Shard", "gradients", "logits_statistics", "loss_and_gradients", "statistics"]
@@ -127,13 +129,22 @@ def gradients(
     if shard.input_grad == "sequence":
         return _sequence_gradients(hidden, head, target, known, slopes, ignore_index, needed, settings, shard)
     local = head._replace(class_weight=shard.classes(head.class_weight, len(head.weight)))
+    partial = shard.input_grad == "partial"
     total = local_gradients(
-        hidden, local, target, known, slopes, ignore_index, needed, settings, words=(shard.start, shard.total)
+        hidden,
+        local,
+        target,
+        known,
+        slopes,
+        ignore_index,
+        needed,
+        settings,
+        words=(shard.start, shard.total),
+        hidden_dtype=None if partial else _reduce_dtype(shard, settings),
     )
-    if total.hidden is None or shard.input_grad == "partial":
+    if total.hidden is None or partial:
         return total
-    partial = total.hidden.to(_reduce_dtype(shard, settings))
-    reduced = Collectives(shard.group_name).all_reduce_(partial, _HIDDEN_GRADIENT).wait()
+    reduced = Collectives(shard.group_name).all_reduce_(total.hidden, _HIDDEN_GRADIENT).wait()
     return total._replace(hidden=reduced.to(hidden.dtype))
 
 
@@ -153,7 +164,7 @@ def _sequence_gradients(
     known = known.map(run.chunk_order).map(run.tokens.select)
     slopes = slopes.map(run.chunk_order).map(run.tokens.select)
     slopes = slopes.map(lambda slope: run.tokens.mask(slope) * head.logits.scale)
-    total = new_gradients(hidden, head, run.tokens, needed, _reduce_dtype(shard, settings))
+    total = new_gradients(hidden, head, run.tokens, needed, run.head_sum_dtype)
     for chunk in run.chunks():
         run.differentiate(chunk, slopes.at(chunk.rows), known.at(chunk.rows))
         run.spend(chunk, total)
@@ -242,6 +253,7 @@ class _Run:
         self._order = None
         if self._sequence:
             self._chunk = max(1, self._chunk // ranks)  # of each rank's tokens
+            self._largest = min(self._chunk * ranks, len(target))
             places = torch.arange(len(target), device=target.device).view(ranks, -1)
             self._order = torch.cat([part.flatten() for part in places.split(self._chunk, dim=1)])
         self.tokens = CountedTokens(self.chunk_order(target), ignore_index, shard.total)
@@ -262,7 +274,7 @@ class _Run:
         buffers: list[Tensor] = []
         for turn, (rows, x, window) in enumerate(self._sequence_parts() if self._sequence else self._parts()):
             if turn < 2:
-                buffers.append(x.new_empty(self._largest, len(self.head.weight)))
+                buffers.append(scratch(self._largest, len(self.head.weight), dtype=x.dtype, device=x.device))
             out = buffers[turn % 2][: len(x)]
             yield _Chunk(rows, x, project(x, self.head.weight, self.head.bias, out=out), window)
 
@@ -280,7 +292,7 @@ class _Run:
             return self._collectives.all_gather(self._hidden[window].to(self.head.weight.dtype), _HIDDEN)
 
         pending = gather(windows[0]) if windows else None
-        for window, following in zip(windows, [*windows[1:], None], strict=True):
+        for window, following in itertools.zip_longest(windows, windows[1:]):
             gathered = pending.wait().flatten(0, 1)  # (R * c, D)
             pending = None if following is None else gather(following)
             first = window.start * ranks

@@ -1,0 +1,27 @@
+"""Large scratch memory."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+
+import torch
+from torch import Tensor
+
+__all__ = ["scratch"]
+
+# First touching 206 MiB of logits page by page took 0.16 s, in huge pages 0.07 s, beside 0.29 s for all three products
+# of that chunk in bf16.
+_LEAST_HUGE = 8 * 2**20
+
+
+def scratch(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised tensor, on a CPU in huge pages where the system has them."""
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or size < _LEAST_HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
