@@ -1,0 +1,59 @@
+"""Counts the collectives that this process, or each thread of it, starts."""
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+
+# The position of the tensor that a rank puts in. Torch's old names of the last two call the new ones.
+SINGLE = hasattr(dist, "all_gather_single")
+GATHER, REDUCE, SCATTER = (
+    "all_gather_single" if SINGLE else "all_gather_into_tensor",
+    "all_reduce",
+    "reduce_scatter_single" if SINGLE else "reduce_scatter_tensor",
+)
+_PUT_IN = {
+    "all_gather": 1,
+    "all_to_all_single": 1,
+    "broadcast": 0,
+    "reduce_scatter": 1,
+    GATHER: 1,
+    REDUCE: 0,
+    SCATTER: 1,
+}
+
+
+class Collective(NamedTuple):
+    name: str
+    bytes: int  # that this rank puts in
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Callable[[], list[Collective]]]:
+    """`with counted() as collectives:` makes `collectives()` those that the calling thread has started in it."""
+    by_thread: dict[int, list[Collective]] = {}
+
+    def counting(name: str, collective: Callable) -> Callable:
+        @functools.wraps(collective)
+        def started(*args, **keywords):
+            tensors = args[_PUT_IN[name]]
+            size = sum(t.numel() * t.element_size() for t in (tensors if isinstance(tensors, list) else [tensors]))
+            by_thread.setdefault(threading.get_ident(), []).append(Collective(name, size))
+            return collective(*args, **keywords)
+
+        return started
+
+    originals = {name: getattr(c10d, name) for name in _PUT_IN}
+    for name, original in originals.items():
+        for module in (dist, c10d):
+            setattr(module, name, counting(name, original))
+    try:
+        yield lambda: by_thread.get(threading.get_ident(), [])
+    finally:
+        for name, original in originals.items():
+            for module in (dist, c10d):
+                setattr(module, name, original)
