@@ -92,7 +92,7 @@ def explanation(config: dict, precision: str, ranks: int, steps: int) -> str:
 Both runs: {steps} steps on {where}, the same seed, one after the other.
 A rank's micro-batch is {tokens:,} tokens; {logits}.
 Peak memory: {memory}, above what there was before the first step, on the worst rank.
-It includes activations, gradients and DeepSpeed's buffers, not the parameters and optimizer states.
+It includes activations, gradients, AdamW's moments and DeepSpeed's buffers, the same in both runs.
 Time per step: median after {WARM_UP} steps; forward, backward, averaging over the ranks and AdamW."""
 
 

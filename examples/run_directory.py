@@ -49,7 +49,7 @@ class RunDirectory:
         """Writes a checkpoint, then the name of it into `latest`.
 
         DeepSpeed's own `latest` can name a checkpoint that other ranks are still writing, since rank 0 does
-        not wait for them, and `load_checkpoint` then goes on without the optimizer's state.
+        not wait for them: after a kill at that moment there would be nothing to resume from.
         """
         tag = f"step{engine.global_steps}"
         engine.save_checkpoint(str(self.path), tag=tag, save_latest=False)  # ends with a barrier

@@ -6,7 +6,7 @@ from tests.examples.commands import EXAMPLES, TORCHRUN, run
 
 SCRIPT = EXAMPLES / "custom_trainer.py"
 TINY = ["--steps=8", "--width=16", "--depth=1", "--context=32"]
-TOLERANCE = 1e-4  # printed to four digits; float32 rounding is far below, a mean of means far above
+TOLERANCE = 1.5e-4  # losses are printed to four digits; a mean of means is off by 3e-3
 
 
 def losses(printed: str) -> list[float]:
@@ -18,8 +18,8 @@ def test_is_short():
 
 
 def test_learns_and_two_ranks_train_as_one_process_does(tmp_path):
-    alone = losses(run(SCRIPT, *TINY, "--micro-batches=4", log=tmp_path / "alone"))
-    ranks = losses(run(*TORCHRUN, SCRIPT, *TINY, "--micro-batches=2", log=tmp_path / "ranks"))
+    alone = losses(run(SCRIPT, *TINY, "--batch=8", "--micro-batches=1", log=tmp_path / "alone"))
+    ranks = losses(run(*TORCHRUN, SCRIPT, *TINY, "--batch=2", "--micro-batches=2", log=tmp_path / "ranks"))
     assert len(alone) == len(ranks) == 8
     assert alone[-1] < alone[0] - 0.05
     assert ranks == pytest.approx(alone, abs=TOLERANCE, rel=0)
