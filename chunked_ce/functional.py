@@ -285,7 +285,7 @@ def _shared(
     vocab: VocabShard,
 ) -> dict[str, Any]:
     """What must be the same on every rank of a vocabulary group."""
-    input, linear_weight, target, _, weight, token_weight = tensors
+    input, linear_weight, target, linear_bias, weight, token_weight = tensors
     facts = {"target": tuple(target.shape), "input dtype": input.dtype}
     if target.device.type != "meta":
         places = torch.arange(1, target.numel() + 1, device=target.device)
@@ -303,7 +303,9 @@ def _shared(
         "weight": weight is not None,
         WHOLE_WEIGHT: weight is not None and weight.numel() == vocab.total,
         "token_weight": token_weight is not None,
+        "linear_bias": linear_bias is not None,
         "options": options,
+        "check": vocab.check,
         "input_grad": vocab.input_grad,
         "reduce_dtype": vocab.reduce_dtype,
     }
