@@ -93,8 +93,7 @@ def step_error(state: State, exact: State, start: torch.dtype) -> float:
     """The largest relative error of a parameter's step, against the exact step in float64."""
     initial = new_model().to(start).double().state_dict()
     return max(
-        ((state[name].double() - exact[name]).norm() / (exact[name] - initial[name]).norm()).item()
-        for name in exact
+        ((state[name].double() - exact[name]).norm() / (exact[name] - initial[name]).norm()).item() for name in exact
     )
 
 
