@@ -1,0 +1,212 @@
+"""64 ranks in one process: the value, and the collectives against the formula of docs/distributed.md."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from chunked_ce import ChunkOptions, VocabShard, cross_entropy, linear_cross_entropy, linear_logprobs
+from tests.cases import array, assert_close, chunks, problem, random_like
+from tests.distributed.counting import GATHER, REDUCE, SCATTER, Collective, counted
+from tests.distributed.threads import run_threads
+
+RANKS = 64
+VOCAB, HIDDEN, TOKENS, CHUNK = 500, 8, 192, 128  # the last of 63 shards of 8 rows holds 4, the 64th none
+
+
+class Case(NamedTuple):
+    function: str = "loss"
+    way: str = "forward"
+    input_grad: str = "complete"
+    dtype: torch.dtype = torch.float32
+    reduce_dtype: torch.dtype | None = None
+    smoothing: bool = False
+    stats: bool = False  # of a loss; the entropy of log-probabilities
+    weight: bool = False  # of the shard's classes
+    train_input: bool = True
+    check: str = "auto"
+
+    def __str__(self):
+        return "-".join(str(value) for value in self)
+
+
+CASES = [
+    *(Case(way=way, input_grad=at) for way in ("forward", "backward") for at in ("complete", "partial", "sequence")),
+    *(Case(way=way, smoothing=True, stats=True) for way in ("forward", "backward")),
+    *(Case(way=way, smoothing=True, weight=True) for way in ("forward", "backward")),
+    *(
+        Case(way=way, input_grad=at, dtype=torch.bfloat16, reduce_dtype=reduce_dtype)
+        for way in ("forward", "backward")
+        for at in ("complete", "sequence")
+        for reduce_dtype in (None, torch.bfloat16)
+    ),
+    *(Case(input_grad=at, train_input=False) for at in ("complete", "sequence")),
+    Case("logprobs", "backward"),
+    Case("logprobs", "backward", stats=True),
+    Case("logits", "backward", smoothing=True, stats=True),
+    Case(check="first"),
+]
+
+
+def the_problem(case: Case):
+    return problem(TOKENS, HIDDEN, VOCAB, dtype=case.dtype, ignored=0.25)
+
+
+def class_weights(case: Case):
+    return torch.linspace(0.5, 1.5, VOCAB) if case.weight else None
+
+
+def expected_collectives(case: Case) -> list[Collective]:
+    """The formula of docs/distributed.md, what each rank puts in.
+
+    Per chunk one all-gather of statistics and one reduction of the hidden gradient (one for all tokens in the backward
+    way); with sequence shards also an all-gather of hidden states for each time a chunk's logits are formed. Sequence
+    shards move all tokens of a chunk, everything else moves those that count.
+    """
+    counts = the_problem(case).target != -100
+    sequence = case.input_grad == "sequence" and case.function != "logits"
+    chunk_tokens = counts.view(RANKS, -1).split(CHUNK // RANKS, dim=1) if sequence else counts[counts].split(CHUNK)
+    if case.function == "logits":
+        chunk_tokens = [counts[counts]]
+    columns = 3 + 2 * case.smoothing + case.stats + (case.stats and case.function != "logprobs")
+    size, reduced = case.dtype.itemsize, (case.reduce_dtype or torch.float32).itemsize
+
+    # As many tokens as are moved for a chunk.
+    all_of = [tokens.numel() for tokens in chunk_tokens]
+    counted_of = [int(tokens.sum()) for tokens in chunk_tokens]
+    gathers = [Collective(GATHER, n // RANKS * HIDDEN * size) for n in all_of] if sequence else []
+    statistics = [Collective(GATHER, n * columns * 4) for n in counted_of]
+    if case.input_grad == "partial" or not case.train_input or case.function == "logits":
+        reductions = []
+    elif sequence:
+        reductions = [Collective(SCATTER, n * HIDDEN * reduced) for n in all_of]
+    elif case.way == "forward":
+        reductions = [Collective(REDUCE, n * HIDDEN * reduced) for n in counted_of]
+    else:
+        reductions = [Collective(REDUCE, TOKENS * HIDDEN * reduced)]
+    again = gathers if case.way == "backward" else []
+    weights = [Collective(GATHER, 8 * 4)] if case.weight else []  # of the largest shard
+    return weights + gathers + statistics + reductions + again
+
+
+def call(case: Case, hidden, head, target, weight, vocab=None):
+    """The value, and what is returned with it."""
+    options = chunks(CHUNK, case.way)
+    if case.function == "logprobs":
+        found = linear_logprobs(hidden, head, target, options=options, return_entropy=case.stats, vocab=vocab)
+    else:
+        keywords = {
+            "label_smoothing": 0.1 * case.smoothing,
+            "weight": weight,
+            "reduction": "sum",
+            "return_stats": case.stats,
+            "vocab": vocab,
+        }
+        if case.function == "logits":
+            found = cross_entropy((hidden @ head.t()).detach().requires_grad_(), target, **keywords)
+        else:
+            found = linear_cross_entropy(hidden, head, target, options=options, **keywords)
+    return found if case.stats else (found, None)
+
+
+def one_call(rank: int, case: Case, collectives) -> tuple:
+    whole = the_problem(case)
+    vocab = VocabShard.split(
+        VOCAB, input_grad=case.input_grad, reduce_dtype=case.reduce_dtype, check=case.check, padded=512
+    )
+    words = slice(vocab.start, vocab.stop)
+    share = TOKENS // RANKS
+    tokens = slice(rank * share, rank * share + share) if case.input_grad == "sequence" else slice(None)
+    hidden = whole.hidden.detach()[tokens].clone().requires_grad_(case.train_input)
+    head = whole.head.detach()[words].clone().requires_grad_()
+    weight = class_weights(case)
+    arguments = hidden, head, whole.target, None if weight is None else weight[words], vocab
+    if case.check == "first":
+        call(case, *arguments)
+    before = len(collectives())
+    value, _ = call(case, *arguments)
+    total = (value * random_like(value)).sum()
+    if total.requires_grad:
+        leaves = [leaf for leaf in (hidden, head) if leaf.requires_grad]
+        if case.function == "logits":
+            total.backward()
+            gradients = []
+        else:
+            gradients = torch.autograd.grad(total, leaves)
+    return value.detach(), gradients, collectives()[before:]
+
+
+def all_cases(rank: int, world_size: int, collectives) -> dict[Case, tuple]:
+    return {case: one_call(rank, case, collectives) for case in CASES}
+
+
+@pytest.fixture(scope="module")
+def results():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with counted() as collectives:
+        yield run_threads(all_cases, RANKS, collectives)
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_value_and_gradients_are_those_of_one_process(results, case):
+    whole = the_problem(case)
+    weight = class_weights(case)
+    expected = whole.rows(label_smoothing=0.1 * case.smoothing, **({} if weight is None else {"weight": weight}))
+    of = "logprob" if case.function == "logprobs" else "loss"
+    exact = expected.logprob, expected.logprob_scale
+    if of == "loss":
+        exact = expected.reduce("sum")
+    for of_rank in results:
+        assert torch.equal(of_rank[case][0], results[0][case][0])
+    value = results[0][case][0]
+    assert_close(value, *exact, case.dtype)
+    if case.function == "logits":
+        return
+    upstream = array(random_like(value)) * (expected.coefficient("sum") if of == "loss" else 1)
+    (hidden, hidden_scale), (head, head_scale), _ = expected.gradients(
+        of, array(whole.hidden), array(whole.head), upstream
+    )
+    assert_close(torch.cat([of_rank[case][1][-1] for of_rank in results]), head, head_scale, case.dtype, "head")
+    if not case.train_input:
+        return
+    found = [of_rank[case][1][0] for of_rank in results]
+    if case.input_grad == "sequence":
+        found = [torch.cat(found)]
+    elif case.input_grad == "partial":
+        found = [sum(found)]
+    # Each of the 64 ranks rounds its share to the dtype that is summed in.
+    roundings = 3.0 + RANKS * (case.reduce_dtype is not None)
+    for gradient in found:
+        assert_close(gradient, hidden, hidden_scale, case.dtype, "hidden", roundings)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_number_and_bytes_of_collectives(results, case):
+    for of_rank in results:
+        found = of_rank[case][2]
+        # The comparison of the ranks' calls: the sizes of what they say, and what they say.
+        comparison = [collective.name for collective in found[: 2 * (case.check != "first")]]
+        assert comparison == ["all_gather"] * len(comparison)
+        assert sorted(found[len(comparison) :]) == sorted(expected_collectives(case))
+
+
+def test_chunks_are_those_of_a_plan_for_the_group():
+    """The default plan sees the sizes that all ranks share, so that 64 ranks make the same chunks."""
+    options = ChunkOptions(memory_budget=2 * 8 * 4 * 50)  # for 2 chunks in flight of 50 tokens and 8 words
+
+    def count(rank, world_size):
+        whole = the_problem(Case())
+        vocab = VocabShard.split(VOCAB, check="first")
+        with torch.no_grad():
+            before = len(collectives())
+            head = whole.head.detach()[vocab.start : vocab.stop]
+            linear_cross_entropy(whole.hidden.detach(), head, whole.target, vocab=vocab, options=options)
+            return [collective for collective in collectives()[before:] if collective.name == GATHER]
+
+    with counted() as collectives:
+        found = run_threads(count, RANKS)
+    counts = int((the_problem(Case()).target != -100).sum())
+    assert all(of_rank == found[0] for of_rank in found)
+    assert len(found[0]) == -(-counts // 50) and sum(c.bytes for c in found[0]) == counts * 3 * 4
