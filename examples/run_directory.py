@@ -31,7 +31,6 @@ class RunDirectory:
 
     def start(self, settings: dict, step: int) -> None:
         """Records the settings and drops the metrics of steps that the checkpoint does not contain."""
-        self.path.mkdir(parents=True, exist_ok=True)
         lines = self.metrics.read_text().splitlines() if self.metrics.exists() else []
         replace(self.metrics, "".join(f"{line}\n" for line in lines[:step]))
         replace(self.settings, json.dumps(settings, indent=1))

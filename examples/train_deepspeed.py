@@ -26,7 +26,7 @@ if not torch.cuda.is_available():
 
 import deepspeed
 import torch.distributed as dist
-from deepspeed import DeepSpeedEngine
+from deepspeed import DeepSpeedConfig, DeepSpeedConfigError, DeepSpeedEngine
 from model import LOSSES, LanguageModel, ModelConfig
 from peak_memory import PeakMemory
 from run_directory import RunDirectory
@@ -77,6 +77,16 @@ def parse_arguments() -> argparse.Namespace:
         if value < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     return arguments
+
+
+def read_config(path: Path) -> dict:
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(config).__name__}")
+    return config
 
 
 def start_process() -> None:
@@ -148,22 +158,26 @@ def main() -> None:
     run = RunDirectory(arguments.out)
     try:
         model = ModelConfig(**{field.name: getattr(arguments, field.name) for field in MODEL_OPTIONS})
-        ds_config = json.loads(arguments.deepspeed_config.read_text("utf-8"))
+        ds_config = read_config(arguments.deepspeed_config)
         tokens = load_tokens(arguments.text)
         batches = TextBatches(tokens, model.context, arguments.seed, arguments.mask_prompt)
         settings = {name: getattr(arguments, name) for name in ("loss", "seed", "mask_prompt")}
         settings |= asdict(model) | {"text": batches.fingerprint(), "deepspeed": ds_config}
         settings |= {"ranks": int(os.environ.get("WORLD_SIZE", 1))}
         run.check(settings, arguments.resume)
-    except json.JSONDecodeError as error:
-        stop(f"{arguments.deepspeed_config} is not JSON: {error}")
+        run.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        stop(f"cannot read {error.filename}: {error.strerror}")
+        stop(f"{error.filename}: {error.strerror}")
     except ValueError as error:
         stop(error)
 
     quieten()
     start_process()
+    try:
+        DeepSpeedConfig(ds_config)
+    except (DeepSpeedConfigError, ValueError, AssertionError) as error:
+        dist.destroy_process_group()
+        stop(f"{arguments.deepspeed_config}: {' '.join(str(error).split())}")
     torch.manual_seed(arguments.seed)
     network = LanguageModel(model, arguments.loss)
     parameters = sum(parameter.numel() for parameter in network.parameters())

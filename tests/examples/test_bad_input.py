@@ -42,23 +42,34 @@ def test_options(refusal):
 
 
 def test_files(refusal, tmp_path, text):
-    assert "cannot read nowhere.txt: No such file" in refusal("--text", "nowhere.txt")
-    assert f"cannot read {tmp_path}: Is a directory" in refusal("--text", text, tmp_path)
-    assert "cannot read nowhere.json: No such file" in refusal("--deepspeed-config", "nowhere.json")
+    assert "nowhere.txt: No such file" in refusal("--text", "nowhere.txt")
+    assert f"{tmp_path}: Is a directory" in refusal("--text", text, tmp_path)
+    assert "nowhere.json: No such file" in refusal("--deepspeed-config", "nowhere.json")
     assert f"{text} is not JSON" in refusal("--deepspeed-config", text)
 
-    short, binary = tmp_path / "short.txt", tmp_path / "binary"
+    short, binary, array = (tmp_path / name for name in ("short.txt", "binary", "array.json"))
     short.write_text("Too little.")
     binary.write_bytes(b"\xff\xfe\x00")
+    array.write_text("[]")
+    assert f"{array} must hold a JSON object, got list" in refusal("--deepspeed-config", array)
     assert "tokens, too few for a context of 512" in refusal("--text", short)
     assert f"{binary} is not UTF-8 text" in refusal("--text", binary)
 
 
-def test_every_rank_ends(tmp_path):
-    arguments = [EXAMPLES / "train_deepspeed.py", "--out", tmp_path / "out", "--text", "nowhere.txt"]
-    log = tmp_path / "log"
-    with Command(*TORCHRUN, *arguments, log=log) as command:
+@pytest.mark.parametrize(
+    ("option", "refused"),
+    [
+        ("--text=nowhere.txt", "nowhere.txt: No such file or directory"),
+        ("--deepspeed-config={config}", "{config}: Either train_batch_size or train_micro_batch_size_per_gpu"),
+    ],
+)
+def test_every_rank_ends(tmp_path, text, option, refused):
+    log, config = tmp_path / "log", tmp_path / "config.json"
+    config.write_text("{}")
+    arguments = ["--out", tmp_path / "out", "--text", text, "--context=32", option.format(config=config)]
+    with Command(*TORCHRUN, EXAMPLES / "train_deepspeed.py", *arguments, log=log) as command:
         assert command.status() != 0
     lines = [line for line in log.read_text().splitlines() if line.startswith("train_deepspeed: ")]
-    assert lines == ["train_deepspeed: cannot read nowhere.txt: No such file or directory"]
-    assert not (tmp_path / "out").exists()
+    assert len(lines) == 1
+    assert lines[0].startswith("train_deepspeed: " + refused.format(config=config))
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()

@@ -7,7 +7,7 @@ SETTINGS = {"width": 128, "ranks": 2}
 
 
 def test_refuses_to_overwrite_a_run(tmp_path):
-    run = RunDirectory(tmp_path / "out")
+    run = RunDirectory(tmp_path)
     run.check(SETTINGS, resume=False)
     run.check(SETTINGS, resume=True)
     run.start(SETTINGS, step=0)
