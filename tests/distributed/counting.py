@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -38,9 +39,12 @@ def counted() -> Iterator[Callable[[], list[Collective]]]:
     by_thread: dict[int, list[Collective]] = {}
 
     def counting(name: str, collective: Callable) -> Callable:
+        signature = inspect.signature(collective)
+        put_in = list(signature.parameters)[_PUT_IN[name]]
+
         @functools.wraps(collective)
         def started(*args, **keywords):
-            tensors = args[_PUT_IN[name]]
+            tensors = signature.bind(*args, **keywords).arguments[put_in]
             size = sum(t.numel() * t.element_size() for t in (tensors if isinstance(tensors, list) else [tensors]))
             by_thread.setdefault(threading.get_ident(), []).append(Collective(name, size))
             return collective(*args, **keywords)
