@@ -1,0 +1,129 @@
+"""Trains a small causal transformer whose 131,072 words are sharded over ranks: tensor times data parallel.
+
+    torchrun --nproc-per-node 4 examples/vocab_parallel.py --tensor-parallel 2
+
+The R ranks of a tensor group see the same sequences. Each holds 1/R of the words: of the weight that embedding and
+head share, of its gradient and of its optimizer state. The ranks of a data group hold the same words and see
+different sequences. Everything else is whole on every rank. The losses depend on neither number of ranks.
+NCCL where every rank has a GPU, gloo where there are none.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+from model import ModelConfig, Transformer
+from peak_memory import PeakMemory
+from sharded_words import shard_words
+from text_data import TextBatches, load_tokens
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from chunked_ce import TokenMean, VocabShard, linear_cross_entropy
+
+SIZES = {"width": 128, "depth": 2, "heads": 4, "context": 256}
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line from the first rank and status 2 from all, at once: torchrun ends the others when one has ended."""
+        if dist.get_rank() == 0:
+            print(f"vocab_parallel: {message}", file=sys.stderr, flush=True)
+        dist.barrier()
+        os._exit(2)
+
+
+def start_process() -> torch.device:
+    """Joins the process group; without torchrun it is a group of one."""
+    on_gpu = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=device if on_gpu else None, **alone)
+    return device
+
+
+def parse_options(device: torch.device) -> tuple[argparse.Namespace, ModelConfig, TextBatches]:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in ({"tensor-parallel": 1, "steps": 20, "batch": 8} | SIZES).items():
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"({default})")
+    parser.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="UTF-8 (Python's manual and sources)")
+    options, ranks = parser.parse_args(), dist.get_world_size()
+    try:
+        if min(options.tensor_parallel, options.steps, options.batch) < 1:
+            raise ValueError("--tensor-parallel, --steps and --batch must be at least 1")
+        if ranks % options.tensor_parallel:
+            raise ValueError(
+                f"ranks must be a multiple of --tensor-parallel, got {ranks} and {options.tensor_parallel}"
+            )
+        data_ranks = ranks // options.tensor_parallel
+        if options.batch % data_ranks:
+            raise ValueError(f"--batch must be a multiple of the data ranks, got {options.batch} and {data_ranks}")
+        if device.type == "cpu" and torch.cuda.is_available():
+            raise ValueError("more ranks than GPUs: start fewer, or set CUDA_VISIBLE_DEVICES='' for the CPU")
+        config = ModelConfig(**{name: getattr(options, name) for name in SIZES})
+        return options, config, TextBatches(load_tokens(options.text), config.context, mask_prompt=True)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+
+
+def average_gradients(model: Transformer, words: nn.Parameter, mesh: DeviceMesh) -> Tensor:
+    """Averages each gradient over the ranks that hold the same parameter; returns the norm of all of them."""
+    squares = {}
+    for parameter in model.parameters():
+        copies = mesh.get_group("data") if parameter is words else dist.group.WORLD
+        dist.all_reduce(parameter.grad, group=copies)
+        parameter.grad /= dist.get_world_size(copies)
+        squares[parameter] = torch.linalg.vector_norm(parameter.grad, dim=-1).double().square().sum()
+    dist.all_reduce(squares[words], group=mesh.get_group("tensor"))  # of all words
+    return sum(squares.values()).sqrt()
+
+
+def train(options: argparse.Namespace, config: ModelConfig, batches: TextBatches, device: torch.device) -> None:
+    parallel, data_ranks = options.tensor_parallel, dist.get_world_size() // options.tensor_parallel
+    mesh = init_device_mesh(device.type, (data_ranks, parallel), mesh_dim_names=("data", "tensor"))
+    shape = {"micro_batches": 1, "batch": options.batch // data_ranks}
+    shape |= {"rank": mesh.get_local_rank("data"), "ranks": data_ranks}
+
+    torch.manual_seed(0)
+    model = Transformer(config)  # with all words, for a moment, so that the first values do not depend on the ranks
+    shard = VocabShard.split(config.vocab, mesh.get_group("tensor"))
+    words = shard_words(model, shard)  # (V / R, D)
+    model.to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4)
+    memory = PeakMemory()
+    for step in range(1, options.steps + 1):
+        started = time.perf_counter()
+        inputs, targets = (ids[0].to(device) for ids in batches.step(step, **shape))  # (B, T)
+        mean = TokenMean.over(targets, group=mesh.get_group("data"))  # tensor ranks hold the same tokens
+        loss_sum = linear_cross_entropy(model(inputs), words, targets, reduction="sum", vocab=shard)
+        mean(loss_sum).backward()
+        norm = average_gradients(model, words, mesh)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss = mean.report(loss_sum).item()
+        speed = options.batch * config.context / (time.perf_counter() - started)
+        if dist.get_rank() == 0:
+            print(f"step {step:4}  loss {loss:.6f}  gradient {norm:.6f}  {speed:7,.0f} tokens/s", flush=True)
+
+    reports = [None] * dist.get_world_size()
+    rows = f"head rows {shard.start:7,} to {shard.stop:7,}"
+    dist.all_gather_object(reports, f"{rows}, training took {memory.bytes() / 2**20:5.0f} MiB at its peak")
+    for rank, report in enumerate(reports if dist.get_rank() == 0 else []):
+        print(f"rank {rank}: data {rank // parallel}, tensor {rank % parallel}, {report}")
+
+
+def main() -> None:
+    device = start_process()
+    train(*parse_options(device), device)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
