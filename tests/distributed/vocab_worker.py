@@ -371,6 +371,30 @@ def logits_with_the_shard_of_a_sequence_parallel_head():
     assert_close(gradient, expected.d_loss[:, words], expected.d_loss_scale[:, words], torch.float64)
 
 
+def compiled():
+    """In one graph, with a shard that the eager call before has compared, or not."""
+    case = problem(12, 5, sum(EVEN))
+    weight = torch.linspace(0.5, 1.5, sum(EVEN))
+    for way, given in (("forward", None), ("backward", "whole"), ("forward", "shard")):
+        leaves, vocab, words, _ = sharded(case, EVEN)
+        _, fresh, _, _ = sharded(case, EVEN)
+        mine = {None: None, "whole": weight, "shard": weight[words]}[given]
+
+        def loss(hidden, head, vocab, mine=mine, way=way):
+            options = chunks(5, way)
+            return linear_cross_entropy(
+                hidden, head, case.target, weight=mine, label_smoothing=0.1, vocab=vocab, options=options
+            )
+
+        wanted = list(leaves.values())
+        expected = loss(*wanted, vocab)
+        torch._dynamo.reset()
+        found = torch.compile(loss, fullgraph=True, backend="aot_eager")(*wanted, vocab if given == "shard" else fresh)
+        gradients = torch.autograd.grad(found, wanted), torch.autograd.grad(expected, wanted)
+        assert torch.equal(found, expected)
+        assert_equal(*gradients)
+
+
 def second_derivatives_are_refused():
     case = problem(24, 5, sum(EVEN))
     for reduction, way in REDUCTIONS_AND_WAYS:
@@ -426,6 +450,7 @@ SITUATIONS = {
         shapes_of_targets,
         as_a_module,
         logits_with_the_shard_of_a_sequence_parallel_head,
+        compiled,
         second_derivatives_are_refused,
         transforms_are_refused,
     )
