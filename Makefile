@@ -23,5 +23,12 @@ lint: install
 test: lint
 	$(BIN)/python -m pytest -q
 
+# About 25 minutes on 2 cores; nothing else should run meanwhile.
+bench: install
+	$(BIN)/python -m benchmarks.ratios --json benchmarks/results/ratios.json
+	$(BIN)/python -m benchmarks.memory --json benchmarks/results/memory.json
+	$(BIN)/python -m pytest benchmarks -o timeout=3600 --benchmark-columns=median,min,max,rounds \
+		--benchmark-json=benchmarks/results/speed.json
+
 clean:
 	rm -rf $(VENV) runs

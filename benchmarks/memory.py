@@ -1,0 +1,176 @@
+"""Peak memory of forward and backward above their inputs, beside the memory law's prediction.
+
+Each measurement has a process of its own, warmed up by a small call. On the CPU the peak is that of the process's
+resident memory (Linux), so it holds what the matrix library and the C allocator keep too; on a GPU it is the peak of
+torch's allocator.
+
+    python -m benchmarks.memory
+    python -m benchmarks.memory --tokens 1024 --vocab 32768 --dtype bf16
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import contextlib
+import ctypes
+import gc
+import multiprocessing
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.contestants import BACKWARD, DEVICE, DTYPES, FORWARD, FULL, Problem, train_step
+from benchmarks.report import MIB, conditions, print_conditions, print_table, write
+from chunked_ce import ChunkOptions
+from chunked_ce.plan import MemoryPrediction, predict_memory
+
+__all__ = ["Case", "allowed", "measure", "why_not"]
+
+_CLEAR_REFS = "/proc/self/clear_refs"
+_WARM_UP = (64, 64, 4100)  # N, D and V: small, and more words than one product covers on a CPU
+
+
+class Case(NamedTuple):
+    """One measurement."""
+
+    contestant: str
+    dtype: str
+    tokens: int
+    hidden: int = 256
+    vocab: int = 131072
+    device: str = DEVICE
+
+    @property
+    def gradients(self) -> int:
+        """Bytes of the gradients of hidden states and head."""
+        return (self.tokens + self.vocab) * self.hidden * DTYPES[self.dtype].itemsize
+
+    @property
+    def prediction(self) -> MemoryPrediction | None:
+        """What the memory law says; None for those it says nothing about."""
+        if self.contestant not in (FORWARD, BACKWARD):
+            return None
+        return predict_memory(
+            self.tokens,
+            self.vocab,
+            self.hidden,
+            dtype=DTYPES[self.dtype],
+            options=ChunkOptions(gradients="backward" if self.contestant == BACKWARD else "auto"),
+            device_type=self.device,
+        )
+
+
+def allowed(case: Case) -> int:
+    """Bytes that the chunked loss may take above its inputs: the gradients, what bf16 gradients of the head are summed
+    in over chunks (in the forward way), and 96 MiB."""
+    sums = case.contestant == FORWARD and case.dtype != "fp32"
+    return case.gradients + 96 * MIB + sums * 4 * case.vocab * case.hidden
+
+
+def why_not(device: str = DEVICE) -> str | None:
+    """Why nothing can be measured here; None if it can."""
+    if device == "cpu" and not os.access(_CLEAR_REFS, os.W_OK):
+        return f"peak memory of a process is reset by writing to {_CLEAR_REFS}, which is not writable here"
+    return None
+
+
+def measure(case: Case) -> int:
+    """The peak in bytes, in a fresh process."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_measure_here, case).result()
+
+
+def _measure_here(case: Case) -> int:
+    dtype = DTYPES[case.dtype]
+    problem = Problem.random(case.tokens, case.hidden, case.vocab, dtype, device=case.device)
+    train_step(case.contestant, Problem.random(*_WARM_UP, dtype, device=case.device))
+    gc.collect()
+    if case.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        train_step(case.contestant, problem)
+        return torch.cuda.max_memory_allocated() - before
+    _return_free_memory()
+    Path(_CLEAR_REFS).write_text("5")
+    before = _resident("VmRSS")
+    train_step(case.contestant, problem)
+    return _resident("VmHWM") - before
+
+
+def _return_free_memory() -> None:
+    """Hand pages that the C allocator holds free back to the system, or the step would use them unseen."""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _resident(name: str) -> int:
+    """A number of /proc/self/status in bytes: VmRSS is the resident memory, VmHWM its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def main() -> None:
+    arguments = _arguments()
+    reason = why_not()
+    if reason:
+        raise SystemExit(reason)
+    where = conditions()
+    print_conditions(where)
+    results = []
+    for dtype in arguments.dtype:
+        print()
+        for tokens in arguments.tokens:
+            contestants = (FORWARD, BACKWARD, FULL) if tokens <= arguments.full_up_to else (FORWARD, BACKWARD)
+            for contestant in contestants:
+                case = Case(contestant, dtype, tokens, arguments.hidden, arguments.vocab)
+                results.append(_result(case, measure(case)))
+                print(_progress(results[-1]), flush=True)
+            if arguments.json:
+                write(arguments.json, where, results)
+    print()
+    print_table(
+        ("contestant", "dtype", "N", "D", "V", "peak MiB", "of it gradients", "predicted", "peak / predicted"),
+        [tuple(_cell(value) for value in result.values()) for result in results],
+    )
+
+
+def _result(case: Case, peak: int) -> dict[str, object]:
+    prediction = case.prediction
+    return {
+        "contestant": case.contestant,
+        "dtype": case.dtype,
+        "tokens": case.tokens,
+        "hidden": case.hidden,
+        "vocab": case.vocab,
+        "peak_mib": round(peak / MIB, 1),
+        "gradients_mib": round(case.gradients / MIB, 1),
+        "predicted_mib": prediction and round(prediction.peak / MIB, 1),
+        "peak_to_predicted": prediction and round(peak / prediction.peak, 3),
+    }
+
+
+def _progress(result: dict[str, object]) -> str:
+    return f"{result['contestant']}, {result['dtype']}, {result['tokens']} tokens: {result['peak_mib']} MiB"
+
+
+def _cell(value: object) -> str:
+    return "-" if value is None else str(value)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__.split("\n")[0])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1024, 4096, 16384])
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--vocab", type=int, default=131072)
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--full-up-to", type=int, default=4096, help="tokens that the full logits are measured for")
+    parser.add_argument("--json", type=Path, help="where to write the results too")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,19 @@
+"""What a whole process takes: the two gradients and a chunk, as the memory law says."""
+
+import pytest
+
+from benchmarks.contestants import BACKWARD, FORWARD
+from benchmarks.memory import Case, allowed, measure, why_not
+
+NOT_HERE = why_not("cpu")
+
+
+@pytest.mark.skipif(NOT_HERE is not None, reason=NOT_HERE or "")
+@pytest.mark.parametrize("way", [FORWARD, BACKWARD], ids=["forward", "backward"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_peak_memory_of_a_large_vocabulary(dtype, way):
+    """N=4096 D=256 V=131072, in a process of its own; full logits would take 2 GiB and more."""
+    case = Case(way, dtype, 4096, device="cpu")
+    peak = measure(case)
+    assert peak <= allowed(case)
+    assert peak == pytest.approx(case.prediction.peak, rel=0.1)
