@@ -217,10 +217,10 @@ def lose_a_rank(rank: int, world_size: int, folder: str, scenes: list[Scene], pa
         )
 
     def lose() -> None:
-        if how == "stops":
-            time.sleep(patience + 3.0)
+        time.sleep(patience + 3.0 if how == "stops" else 1.0)  # until the others wait in the collective
         os._exit(0)  # as if nothing had failed, or the others would be ended before they have seen it
 
+    dist.barrier()  # or a rank is lost while others still form their groups
     if "comparison" not in collective:
         loss()
     elif rank % 2:
