@@ -274,7 +274,8 @@ def _enter(
         return options
     _transformed(vocab)
     call = {} if error else {"function": function} | _shared(tensors, maths, options, vocab) | returned
-    vocab.agree(call, error)
+    on_cpu = not isinstance(tensors[0], Tensor) or tensors[0].device.type == "cpu"
+    vocab.agree(call, error, on_cpu=on_cpu)
     return options
 
 

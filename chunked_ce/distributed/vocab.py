@@ -38,7 +38,7 @@ class VocabShard:
         reduce_dtype: what the input's gradient is summed over the ranks in; None for ``accumulate_dtype`` (fp32).
         check: whether ranks compare their calls, so that a disagreement is an error on every rank and not a hang:
             ``"always"``, ``"first"`` (at the first call only, which leaves the others free of host synchronisation), or
-            ``"auto"``: always where the group runs on the CPU, else at first.
+            ``"auto"``: always where the tensors are on the CPU, else at first.
 
     Raises:
         TypeError, ValueError: naming the argument, what it was and what is allowed.
@@ -148,14 +148,14 @@ class VocabShard:
         """What operators are given."""
         return Shard(self.group.group_name, self.start, self.total, self.input_grad, self.reduce_dtype)
 
-    def agree(self, call: dict[str, Any], error: Exception | None = None) -> None:
+    def agree(self, call: dict[str, Any], error: Exception | None = None, *, on_cpu: bool = True) -> None:
         """Compare this rank's call with the others', if it is time to; raise an ``error`` of this rank on every rank.
 
         ``call`` holds what must be the same on every rank, by name.
         """
         if torch.compiler.is_compiling():
             return
-        always = self.check == "always" or (self.check == "auto" and _runs_on_cpu(self.group))
+        always = self.check == "always" or (self.check == "auto" and on_cpu)
         if not always and getattr(self, "_bounds", None) is not None:
             return
         mine = {"start": self.start, "stop": self.stop, "error": None if error is None else str(error)}
@@ -238,10 +238,6 @@ def _exchange(value: Any, group: dist.ProcessGroup) -> list[Any]:
     except RuntimeError as error:
         raise RuntimeError(f"chunked_ce: the comparison of calls over the vocabulary group failed: {error}") from error
     return values
-
-
-def _runs_on_cpu(group: dist.ProcessGroup) -> bool:
-    return "cuda" not in dist.get_backend_config(group)
 
 
 def _check_calls(calls: list[dict[str, Any]]) -> None:

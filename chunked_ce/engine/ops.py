@@ -330,6 +330,7 @@ def _rescaled(
         unchanged = total.device.type == "cpu" and bool(ratio == 1)
         return total if unchanged else total.mul_(ratio)
     scaled = torch.empty_like(total, dtype=dtype)
+    scratch = torch.empty_like(total[:_RESCALED_ROWS])
     for part, source in zip(scaled.split(_RESCALED_ROWS), total.split(_RESCALED_ROWS), strict=True):
-        part.copy_(source * ratio)
+        part.copy_(torch.mul(source, ratio, out=scratch[: len(source)]))
     return scaled
