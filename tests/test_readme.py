@@ -20,7 +20,7 @@ def test_python_blocks_run():
 
 def test_commands_exist():
     """Every ``make`` target that the README names is in the Makefile."""
-    targets = set(re.findall(r"make (\w+)", README.read_text(encoding="utf-8")))
+    targets = set(re.findall(r"^`?make (\w+)", README.read_text(encoding="utf-8"), flags=re.MULTILINE))
     makefile = (README.parent / "Makefile").read_text(encoding="utf-8")
     assert targets
     assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in targets)
