@@ -127,7 +127,7 @@ def main() -> None:
     fast_bf16 = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
     parser = argparse.ArgumentParser(description=__doc__)
     option = parser.add_argument
-    option("--steps", type=int, default=20, help="of each training (20)")
+    option("--steps", type=int, default=16, help="of each training (16)")
     option("--precision", choices=("bf16", "fp32"), default="bf16" if fast_bf16 else "fp32")
     option("--micro-batch", type=int, help="sequences per rank; the logits' memory is proportional to it")
     arguments = parser.parse_args()

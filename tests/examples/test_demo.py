@@ -39,4 +39,5 @@ def test_peak_memory():
     memory = PeakMemory()
     block = torch.ones(2**26, device="cuda" if memory.cuda else "cpu")  # 256 MiB
     del block
-    assert 256 * 2**20 <= memory.bytes() < 300 * 2**20
+    # Linux counts resident pages per processor and adds them up now and then.
+    assert 255 * 2**20 <= memory.bytes() < 300 * 2**20

@@ -52,7 +52,7 @@ def test_the_model_learns(trained):
 
 def test_metrics(trained):
     for record in metrics(trained):
-        assert record["tokens"] == 2 * 2 * 2 * 32
+        assert record["tokens"] == 2 * 2 * 2 * 16
         assert record["tokens_per_second"] == pytest.approx(record["tokens"] / record["seconds"])
         assert 0 < record["peak_memory_bytes"] < 2**30
     assert metrics(trained)[-1]["lr"] == pytest.approx(6e-4)
