@@ -72,13 +72,13 @@ def head_sum_dtype(
     hidden_size: int,
     *,
     compute_dtype: torch.dtype,
-    head_dtype: torch.dtype,
+    head_dtype: torch.dtype | None,
     accumulate_dtype: torch.dtype = torch.float32,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
     in_flight: int = 1,
 ) -> torch.dtype:
-    """The dtype that the head's gradient is summed in over chunks: its own if there is only one chunk.
+    """The dtype that the gradients of head and bias are summed in over chunks: the head's if there is only one chunk.
 
     An fp16 gradient is always summed in ``accumulate_dtype``: before it is divided by the token count it can overflow.
     """

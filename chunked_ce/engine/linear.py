@@ -102,15 +102,9 @@ def loss_and_gradients(
     The head's gradients come in the dtype of their sum over the chunks.
     """
     tokens = CountedTokens(target, ignore_index, len(head.weight))
-    chunk = plan.tokens_per_chunk(
-        len(tokens),
-        *head.weight.shape,
-        head_dtype=head.weight.dtype if needed[1] else None,
-        **settings._asdict(),
-    )
-    head_sum_dtype = plan.head_sum_dtype(
-        len(target), *head.weight.shape, head_dtype=head.weight.dtype, **settings._asdict()
-    )
+    planned = {"head_dtype": head.weight.dtype if needed[1] else None, **settings._asdict()}
+    chunk = plan.tokens_per_chunk(len(tokens), *head.weight.shape, **planned)
+    head_sum_dtype = plan.head_sum_dtype(len(target), *head.weight.shape, **planned)
     sums = Sums(hidden, head, tokens, token_weight, upstream, objective, wanted, needed, settings, head_sum_dtype)
     head = head.to(settings.compute_dtype)
     for rows, x, products in _chunks(hidden, head, tokens, chunk):

@@ -275,7 +275,11 @@ def _(hidden, weight, bias, target, *rest):
     found = fake_statistics(target.shape[0], settings.compute_dtype, hidden.device, wanted)
     shape, in_flight = (weight.shape, 1) if shard is None else (shard.planned_shape(weight), 2)
     total_dtype = plan.head_sum_dtype(
-        target.shape[0], *shape, head_dtype=weight.dtype, in_flight=in_flight, **settings._asdict()
+        target.shape[0],
+        *shape,
+        head_dtype=weight.dtype if needed[1] else None,
+        in_flight=in_flight,
+        **settings._asdict(),
     )
     grads = fake_gradients((hidden, weight, bias), (None, total_dtype, total_dtype), needed)
     return found[0].new_empty(()), *grads, *found

@@ -246,9 +246,9 @@ class _Run:
         self.class_weight = shard.classes(head.class_weight, len(head.weight))
         ranks = self._collectives.size
         shape = (len(target), *shard.planned_shape(head.weight))
-        shared = {"head_dtype": head.weight.dtype, "in_flight": 2, **settings._asdict()}
-        self.head_sum_dtype = plan.head_sum_dtype(*shape, **shared)
-        self._chunk = plan.tokens_per_chunk(*shape, **shared | ({} if sums_head else {"head_dtype": None}))
+        planned = {"head_dtype": head.weight.dtype if sums_head else None, "in_flight": 2, **settings._asdict()}
+        self.head_sum_dtype = plan.head_sum_dtype(*shape, **planned)
+        self._chunk = plan.tokens_per_chunk(*shape, **planned)
         self._largest = min(self._chunk, len(target))
         self._order = None
         if self._sequence:
