@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from chunked_ce.distributed.vocab import VocabShard
+from chunked_ce.engine.kernels import why_not_triton
 from chunked_ce.options import ChunkOptions
 
-__all__ = ["check_keywords", "check_options", "check_tensors"]
+__all__ = ["check_backend", "check_keywords", "check_options", "check_tensors"]
 
 
 def check_tensors(
@@ -133,6 +134,15 @@ def check_options(options: ChunkOptions | None, reduction: str | None) -> ChunkO
             "was given with 'none': use gradients='backward' or 'auto'"
         )
     return options
+
+
+def check_backend(options: ChunkOptions, device: torch.device, dtype: torch.dtype) -> None:
+    """Whether the row kernels that were asked for can run on products in ``dtype``."""
+    if options.backend != "triton":
+        return
+    reason = why_not_triton(device, dtype)
+    if reason is not None:
+        raise ValueError(f"options.backend='triton' cannot run here: {reason}; use 'auto' or 'torch'")
 
 
 def _rows(linear_weight: Tensor, input: Tensor, vocab: VocabShard | None) -> int:

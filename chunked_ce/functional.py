@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from chunked_ce.checks import check_keywords, check_options, check_tensors
+from chunked_ce.checks import check_backend, check_keywords, check_options, check_tensors
 from chunked_ce.distributed.vocab import WHOLE_WEIGHT, VocabShard, local_head
 from chunked_ce.engine import logits_ops, ops, plain
 from chunked_ce.engine.linear import Head, Settings
@@ -185,7 +185,7 @@ def cross_entropy(
         "num_tokens": num_tokens,
     }
     tensors = (logits, None, target, None, weight, token_weight)
-    _enter("cross_entropy", tensors, maths, options, vocab, input_name="logits", return_stats=return_stats)
+    options = _enter("cross_entropy", tensors, maths, options, vocab, input_name="logits", return_stats=return_stats)
     weights = _Weights.of(target, ignore_index, weight, token_weight, vocab, work_dtype(logits.dtype))
     objective = Objective(float(label_smoothing), float(z_loss), _vocab_size(logits.shape[-1], vocab))
     wanted = Wanted(label_smoothing > 0, mean=return_stats, correct=return_stats)
@@ -201,7 +201,7 @@ def cross_entropy(
     if _transformed(vocab):
         rows = plain.logits_statistics(*arguments)
     else:
-        rows = logits_ops.logits_statistics(*arguments, None if vocab is None else vocab.plain())
+        rows = logits_ops.logits_statistics(*arguments, options.backend, None if vocab is None else vocab.plain())
     losses = weights.losses(objective, rows)
     loss_sum = losses.sum()
     loss = losses.view(target.shape) if reduction == "none" else loss_sum * weights.upstream(reduction, num_tokens)
@@ -258,11 +258,14 @@ def _enter(
     if vocab is None:
         check_tensors(*tensors, input_name=input_name)
         check_keywords(**maths)
-        return check_options(options, maths["reduction"])
+        options = check_options(options, maths["reduction"])
+        check_backend(options, tensors[0].device, _compute_dtype(tensors[0], input_name))
+        return options
     try:
         check_tensors(*tensors, vocab, input_name=input_name)
         check_keywords(**maths)
         options = check_options(options, maths["reduction"])
+        check_backend(options, tensors[0].device, _compute_dtype(tensors[0], input_name))
         error = None
     except (TypeError, ValueError) as found:
         if not isinstance(vocab, VocabShard):
@@ -412,12 +415,16 @@ class _Weights(NamedTuple):
 
 
 def _settings(input: Tensor, options: ChunkOptions) -> Settings:
-    device_type = input.device.type
-    dtype = input.dtype
-    if dtype != torch.float64 and torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
     chunk_size = None if options.chunk_size == "auto" else options.chunk_size
-    return Settings(dtype, options.accumulate_dtype, chunk_size, options.memory_budget)
+    return Settings(_compute_dtype(input), options.accumulate_dtype, chunk_size, options.memory_budget, options.backend)
+
+
+def _compute_dtype(input: Tensor, input_name: str = "input") -> torch.dtype:
+    """The dtype of the products, or of logits that exist."""
+    device_type = input.device.type
+    if input_name == "logits" or input.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
+        return input.dtype
+    return torch.get_autocast_dtype(device_type)
 
 
 def _needed(*tensors: Tensor | None) -> tuple[bool, ...]:

@@ -42,8 +42,9 @@ class ChunkOptions:
     gradient_filter: None = None
     """Reserved: None is exact."""
 
-    backend: Literal["auto", "torch"] = "auto"
-    """Which row kernels run."""
+    backend: Literal["auto", "torch", "triton"] = "auto"
+    """Which row kernels run: ``"auto"`` takes Triton's on CUDA devices (fp32, bf16 and fp16, if it is installed), else
+    torch's; ``"triton"`` raises ``ValueError`` in a call where Triton cannot run."""
 
     def __post_init__(self) -> None:
         if self.chunk_size != "auto" and not _is_integer(self.chunk_size, 1):
@@ -57,8 +58,8 @@ class ChunkOptions:
             raise ValueError(f"accumulate_dtype must be one of {allowed}, was {self.accumulate_dtype!r}")
         if self.gradient_filter is not None:
             raise ValueError(f"gradient_filter must be None, was {self.gradient_filter!r}")
-        if self.backend not in ("auto", "torch"):
-            raise ValueError(f"backend must be 'auto' or 'torch', was {self.backend!r}")
+        if self.backend not in ("auto", "torch", "triton"):
+            raise ValueError(f"backend must be 'auto', 'torch' or 'triton', was {self.backend!r}")
 
 
 def _is_integer(value: object, least: int) -> bool:

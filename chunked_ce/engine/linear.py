@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from chunked_ce import plan
-from chunked_ce.engine import rows as row_kernels
 from chunked_ce.engine.counted import CountedTokens
+from chunked_ce.engine.kernels import row_kernels as choose_row_kernels
 from chunked_ce.engine.products import add_product_, project
-from chunked_ce.engine.rows import Slopes, Wanted, work_dtype
+from chunked_ce.engine.rows import Slopes, Wanted, empty_statistics, work_dtype
 from chunked_ce.engine.scratch import scratch
 from chunked_ce.objective import Logits, Objective, RowStatistics
 
@@ -33,6 +34,9 @@ __all__ = [
     "new_gradients",
     "statistics",
 ]
+
+
+_PLANNED = ("compute_dtype", "accumulate_dtype", "chunk_size", "memory_budget")
 
 
 class Head(NamedTuple):
@@ -54,6 +58,15 @@ class Settings(NamedTuple):
     accumulate_dtype: torch.dtype
     chunk_size: int | None
     memory_budget: int | None
+    backend: str = "auto"
+
+    @property
+    def planned(self) -> dict[str, Any]:
+        """What `chunked_ce.plan` takes."""
+        return {name: getattr(self, name) for name in _PLANNED}
+
+    def row_kernels(self, device: torch.device) -> ModuleType:
+        return choose_row_kernels(self.backend, device, self.compute_dtype)
 
 
 class Gradients(NamedTuple):
@@ -74,9 +87,10 @@ def statistics(
 ) -> RowStatistics:
     """The statistics of every token's row, (N,) each and 0 for tokens that do not count."""
     tokens = CountedTokens(target, ignore_index, len(head.weight))
-    found = row_kernels.empty_statistics(len(target), settings.compute_dtype, hidden.device, wanted)
-    chunk = plan.tokens_per_chunk(len(tokens), *head.weight.shape, **settings._asdict())
+    found = empty_statistics(len(target), settings.compute_dtype, hidden.device, wanted)
+    chunk = plan.tokens_per_chunk(len(tokens), *head.weight.shape, **settings.planned)
     head = head.to(settings.compute_dtype)
+    row_kernels = settings.row_kernels(hidden.device)
     for rows, _, products in _chunks(hidden, head, tokens, chunk):
         part = row_kernels.statistics(
             products, tokens.target[rows], head.class_weight, head.logits, wanted, overwrite=True
@@ -102,11 +116,12 @@ def loss_and_gradients(
     The head's gradients come in the dtype of their sum over the chunks.
     """
     tokens = CountedTokens(target, ignore_index, len(head.weight))
-    planned = {"head_dtype": head.weight.dtype if needed[1] else None, **settings._asdict()}
+    planned = {"head_dtype": head.weight.dtype if needed[1] else None, **settings.planned}
     chunk = plan.tokens_per_chunk(len(tokens), *head.weight.shape, **planned)
     head_sum_dtype = plan.head_sum_dtype(len(target), *head.weight.shape, **planned)
     sums = Sums(hidden, head, tokens, token_weight, upstream, objective, wanted, needed, settings, head_sum_dtype)
     head = head.to(settings.compute_dtype)
+    row_kernels = settings.row_kernels(hidden.device)
     for rows, x, products in _chunks(hidden, head, tokens, chunk):
         part = row_kernels.statistics_and_gradients_(
             products,
@@ -147,7 +162,7 @@ class Sums:
         num_tokens = tokens.num_tokens
         self.loss = torch.zeros((), dtype=dtype, device=hidden.device)
         self.gradients = new_gradients(hidden, head, tokens, needed, head_sum_dtype)
-        self.statistics = row_kernels.empty_statistics(num_tokens, dtype, hidden.device, wanted)
+        self.statistics = empty_statistics(num_tokens, dtype, hidden.device, wanted)
         self._tokens = tokens
         self._objective = objective
         weights = torch.ones_like(tokens.target, dtype=dtype)
@@ -212,6 +227,7 @@ def gradients(
     if total.hidden is not None:
         make = x.new_empty if len(head.weight) else x.new_zeros
         hidden_total = make(x.shape, dtype=settings.compute_dtype if one_block else total_dtype)
+    row_kernels = settings.row_kernels(hidden.device)
     buffer = scratch(len(tokens) * block_size, dtype=x.dtype, device=x.device)
     for start in range(0, len(head.weight), block_size):
         words = slice(start, min(start + block_size, len(head.weight)))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from chunked_ce.engine import rows as row_kernels
 from chunked_ce.engine.counted import CountedTokens
-from chunked_ce.engine.rows import Slopes, Wanted
+from chunked_ce.engine.kernels import row_kernels as choose_row_kernels
+from chunked_ce.engine.rows import Slopes, Wanted, empty_statistics
 from chunked_ce.objective import Logits, RowStatistics
 
 __all__ = ["gradients", "statistics"]
@@ -20,10 +20,12 @@ def statistics(
     logits: Logits,
     ignore_index: int,
     wanted: Wanted,
+    backend: str = "auto",
 ) -> RowStatistics:
     """The statistics of every row, (N,) each and 0 for tokens that do not count."""
     tokens = CountedTokens(target, ignore_index, products.shape[-1])
-    found = row_kernels.empty_statistics(len(target), products.dtype, products.device, wanted)
+    row_kernels = choose_row_kernels(backend, products.device, products.dtype)
+    found = empty_statistics(len(target), products.dtype, products.device, wanted)
     for rows in tokens.blocks(row_kernels.rows_in_flight(products.shape[-1], products.device.type)):
         block = tokens.select(products, rows)
         part = row_kernels.statistics(block, tokens.target[rows], class_weight, logits, wanted, overwrite=tokens.copied)
@@ -39,6 +41,7 @@ def gradients(
     known: RowStatistics,  # (N,) each
     slopes: Slopes,  # (N,) each
     ignore_index: int,
+    backend: str = "auto",
     words: tuple[int, int] | None = None,
 ) -> Tensor:
     """The gradient of the products, in their dtype, from statistics and the slopes of the loss in them.
@@ -53,6 +56,7 @@ def gradients(
     slopes = slopes.map(lambda slope: tokens.mask(tokens.select(slope)) * logits.scale)
     slopes = slopes._replace(target=slopes.target.where(here, 0))
     known = known.map(tokens.select)
+    row_kernels = choose_row_kernels(backend, products.device, products.dtype)
     total = torch.empty_like(products) if tokens.all_kept else torch.zeros_like(products)
     for rows in tokens.blocks(row_kernels.rows_in_flight(products.shape[-1], products.device.type)):
         block = tokens.select(products, rows)

@@ -31,10 +31,13 @@ def logits_statistics(
     logits: Logits,
     ignore_index: int,
     wanted: Wanted,
+    backend: str = "auto",
     shard: Shard | None = None,
 ) -> RowStatistics:
     """The statistics of the rows of logits that exist, differentiable; (N,) each and 0 where ignored."""
-    found = _logits_statistics(products, target, class_weight, *logits, ignore_index, list(wanted), *flat_shard(shard))
+    found = _logits_statistics(
+        products, target, class_weight, *logits, ignore_index, list(wanted), backend, *flat_shard(shard)
+    )
     return RowStatistics(*found[:3], *only_wanted(found[3:], wanted))
 
 
@@ -47,6 +50,7 @@ def _logits_statistics(
     softcap: float | None,
     ignore_index: int,
     wanted: list[bool],
+    backend: str,
     group_name: str | None,
     start: int,
     total: int,
@@ -54,7 +58,7 @@ def _logits_statistics(
     reduce_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     shard = shard_of(group_name, start, total, input_grad, reduce_dtype)
-    arguments = (products, target, class_weight, Logits(scale, softcap), ignore_index, Wanted(*wanted))
+    arguments = (products, target, class_weight, Logits(scale, softcap), ignore_index, Wanted(*wanted), backend)
     with no_autocast(products.device):
         found = logits.statistics(*arguments) if shard is None else sharded.logits_statistics(*arguments, shard)
     return filled(found, found.log_sum)
@@ -80,6 +84,7 @@ def _logits_gradients(
     scale: float,
     softcap: float | None,
     ignore_index: int,
+    backend: str,
     start: int,
     total: int,
 ) -> Tensor:
@@ -87,7 +92,7 @@ def _logits_gradients(
     slopes = Slopes(log_sum_slope, target_slope, weighted_slope, mean_slope)
     with no_autocast(products.device):
         return logits.gradients(
-            products, target, class_weight, Logits(scale, softcap), known, slopes, ignore_index, (start, total)
+            products, target, class_weight, Logits(scale, softcap), known, slopes, ignore_index, backend, (start, total)
         )
 
 
@@ -107,8 +112,8 @@ def _save_logits_statistics(ctx, inputs, output):
 
 def _backward_of_logits_statistics(ctx, _maximum, *upstream):
     products, target, class_weight, maximum, log_sum, mean = ctx.saved_tensors
-    scale, softcap, ignore_index, wanted = ctx.settings[:4]
-    shard = shard_of(*ctx.settings[4:])
+    scale, softcap, ignore_index, wanted, backend = ctx.settings[:5]
+    shard = shard_of(*ctx.settings[5:])
     upstream = upstream_of_wanted(upstream, wanted)
     if torch.is_grad_enabled():
         refuse_shard(shard)
@@ -129,6 +134,7 @@ def _backward_of_logits_statistics(ctx, _maximum, *upstream):
             scale,
             softcap,
             ignore_index,
+            backend,
             *((0, vocab_size) if shard is None else (shard.start, shard.total)),
         )
     return (grad, *[None] * (ctx.inputs - 1))

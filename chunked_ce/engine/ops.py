@@ -110,6 +110,7 @@ def _linear_statistics(
     accumulate_dtype: torch.dtype,
     chunk_size: int | None,
     memory_budget: int | None,
+    backend: str,
     group_name: str | None,
     start: int,
     total: int,
@@ -117,7 +118,7 @@ def _linear_statistics(
     reduce_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     head = Head(weight, bias, Logits(scale, softcap), class_weight)
-    settings = Settings(compute_dtype, accumulate_dtype, chunk_size, memory_budget)
+    settings = Settings(compute_dtype, accumulate_dtype, chunk_size, memory_budget, backend)
     shard = shard_of(group_name, start, total, input_grad, reduce_dtype)
     arguments = (hidden, head, target, ignore_index, Wanted(*wanted), settings)
     with no_autocast(hidden.device):
@@ -152,6 +153,7 @@ def _linear_gradients(
     accumulate_dtype: torch.dtype,
     chunk_size: int | None,
     memory_budget: int | None,
+    backend: str,
     group_name: str | None,
     start: int,
     total: int,
@@ -161,7 +163,7 @@ def _linear_gradients(
     head = Head(weight, bias, Logits(scale, softcap), class_weight)
     known = RowStatistics(maximum, log_sum, log_sum, mean=mean if mean_slope is not None else None)
     slopes = Slopes(log_sum_slope, target_slope, weighted_slope, mean_slope)
-    settings = Settings(compute_dtype, accumulate_dtype, chunk_size, memory_budget)
+    settings = Settings(compute_dtype, accumulate_dtype, chunk_size, memory_budget, backend)
     shard = shard_of(group_name, start, total, input_grad, reduce_dtype)
     arguments = (hidden, head, target, known, slopes, ignore_index, tuple(needed), settings)
     with no_autocast(hidden.device):
@@ -171,7 +173,7 @@ def _linear_gradients(
 
 @_linear_gradients.register_fake
 def _(hidden, weight, bias, *rest):
-    needed = rest[-10]
+    needed = rest[-11]
     return fake_gradients((hidden, weight, bias), (None, None, None), needed)
 
 
@@ -241,6 +243,7 @@ def _linear_loss(
     accumulate_dtype: torch.dtype,
     chunk_size: int | None,
     memory_budget: int | None,
+    backend: str,
     group_name: str | None,
     start: int,
     total: int,
@@ -258,7 +261,7 @@ def _linear_loss(
         ignore_index,
         Wanted(*wanted),
         tuple(needed),
-        Settings(compute_dtype, accumulate_dtype, chunk_size, memory_budget),
+        Settings(compute_dtype, accumulate_dtype, chunk_size, memory_budget, backend),
     )
     with no_autocast(hidden.device):
         if shard is None:
@@ -270,7 +273,7 @@ def _linear_loss(
 
 @_linear_loss.register_fake
 def _(hidden, weight, bias, target, *rest):
-    wanted, needed, *settings = rest[-11:-5]
+    wanted, needed, *settings = rest[-12:-5]
     settings, shard = Settings(*settings), shard_of(*rest[-5:])
     found = fake_statistics(target.shape[0], settings.compute_dtype, hidden.device, wanted)
     shape, in_flight = (weight.shape, 1) if shard is None else (shard.planned_shape(weight), 2)
@@ -279,7 +282,7 @@ def _(hidden, weight, bias, target, *rest):
         *shape,
         head_dtype=weight.dtype if needed[1] else None,
         in_flight=in_flight,
-        **settings._asdict(),
+        **settings.planned,
     )
     grads = fake_gradients((hidden, weight, bias), (None, total_dtype, total_dtype), needed)
     return found[0].new_empty(()), *grads, *found

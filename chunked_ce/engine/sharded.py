@@ -16,12 +16,12 @@ from torch import Tensor
 
 from chunked_ce import plan
 from chunked_ce.distributed.collectives import Collectives, Pending
-from chunked_ce.engine import rows as row_kernels
 from chunked_ce.engine.counted import CountedTokens
+from chunked_ce.engine.kernels import row_kernels as choose_row_kernels
 from chunked_ce.engine.linear import Gradients, Head, Settings, Sums, add_head_gradients, new_gradients
 from chunked_ce.engine.linear import gradients as local_gradients
 from chunked_ce.engine.products import project
-from chunked_ce.engine.rows import Slopes, Wanted
+from chunked_ce.engine.rows import Slopes, Wanted, empty_statistics
 from chunked_ce.engine.scratch import scratch
 from chunked_ce.objective import Logits, Objective, RowStatistics, combine_shards
 
@@ -75,7 +75,7 @@ def statistics(
 ) -> RowStatistics:
     """The statistics of every row over the whole vocabulary, (N,) each and 0 for tokens that do not count."""
     run = _Run(hidden, head, target, ignore_index, wanted, settings, shard, sums_head=False)
-    found = row_kernels.empty_statistics(len(target), settings.compute_dtype, hidden.device, wanted)
+    found = empty_statistics(len(target), settings.compute_dtype, hidden.device, wanted)
 
     def finish(chunk: _Chunk, pending: Pending) -> None:
         run.tokens.put_statistics(found, chunk.rows, run.combine(chunk.rows, pending))
@@ -182,10 +182,12 @@ def logits_statistics(
     logits: Logits,
     ignore_index: int,
     wanted: Wanted,
+    backend: str,
     shard: Shard,
 ) -> RowStatistics:
     """The statistics of rows of logits that exist, sharded by columns: one collective."""
     n, vocab_size = products.shape
+    row_kernels = choose_row_kernels(backend, products.device, products.dtype)
     tokens = CountedTokens(target, ignore_index, shard.total)
     column, here = shard.here(tokens.target, vocab_size)
     class_weight = shard.classes(class_weight, vocab_size)
@@ -195,7 +197,7 @@ def logits_statistics(
         )
         for rows in tokens.blocks(row_kernels.rows_in_flight(vocab_size, products.device.type))
     ]
-    found = row_kernels.empty_statistics(n, products.dtype, products.device, wanted)
+    found = empty_statistics(n, products.dtype, products.device, wanted)
     if parts:
         gathered = Collectives(shard.group_name).all_gather(torch.cat(parts), _STATISTICS).wait()
         tokens.put_statistics(found, slice(None), combine_shards(gathered, tokens.target, **wanted._asdict()))
@@ -241,12 +243,13 @@ class _Run:
         self._shard = shard
         self._wanted = wanted
         self._settings = settings
+        self._row_kernels = settings.row_kernels(hidden.device)
         self._hidden = hidden
         self._sequence = shard.input_grad == "sequence"
         self.class_weight = shard.classes(head.class_weight, len(head.weight))
         ranks = self._collectives.size
         shape = (len(target), *shard.planned_shape(head.weight))
-        planned = {"head_dtype": head.weight.dtype if sums_head else None, "in_flight": 2, **settings._asdict()}
+        planned = {"head_dtype": head.weight.dtype if sums_head else None, "in_flight": 2, **settings.planned}
         self.head_sum_dtype = plan.head_sum_dtype(*shape, **planned)
         self._chunk = plan.tokens_per_chunk(*shape, **planned)
         self._largest = min(self._chunk, len(target))
@@ -300,7 +303,7 @@ class _Run:
             yield rows, self.tokens.select_from(gathered, first, rows), window
 
     def start_statistics(self, chunk: _Chunk) -> Pending:
-        part = row_kernels.shard_statistics(
+        part = self._row_kernels.shard_statistics(
             chunk.products,
             self._column[chunk.rows],
             self._here[chunk.rows],
@@ -317,7 +320,7 @@ class _Run:
     def differentiate(self, chunk: _Chunk, slopes: Slopes, known: RowStatistics) -> None:
         """Write the gradients of a chunk's products over them."""
         here = self._here[chunk.rows]
-        row_kernels.logit_gradients(
+        self._row_kernels.logit_gradients(
             chunk.products,
             self._column[chunk.rows],
             self.class_weight,
