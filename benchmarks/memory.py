@@ -12,24 +12,18 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import contextlib
-import ctypes
-import gc
 import multiprocessing
-import os
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from benchmarks.contestants import BACKWARD, DEVICE, DTYPES, FORWARD, FULL, Problem, train_step
 from benchmarks.report import MIB, conditions, print_conditions, print_table, write
-from chunked_ce import ChunkOptions
-from chunked_ce.plan import MemoryPrediction, predict_memory
+from chunked_ce.cli import memory
+from chunked_ce.cli.laws import predicted
+from chunked_ce.plan import MemoryPrediction
 
 __all__ = ["Case", "allowed", "measure", "why_not"]
 
-_CLEAR_REFS = "/proc/self/clear_refs"
 _WARM_UP = (64, 64, 4100)  # N, D and V: small, and more words than one product covers on a CPU
 
 
@@ -51,16 +45,8 @@ class Case(NamedTuple):
     @property
     def prediction(self) -> MemoryPrediction | None:
         """What the memory law says; None for those it says nothing about."""
-        if self.contestant not in (FORWARD, BACKWARD):
-            return None
-        return predict_memory(
-            self.tokens,
-            self.vocab,
-            self.hidden,
-            dtype=DTYPES[self.dtype],
-            options=ChunkOptions(gradients="backward" if self.contestant == BACKWARD else "auto"),
-            device_type=self.device,
-        )
+        sizes = self.tokens, self.vocab, self.hidden
+        return predicted(self.contestant, *sizes, dtype=DTYPES[self.dtype], device=self.device)
 
 
 def allowed(case: Case) -> int:
@@ -72,9 +58,7 @@ def allowed(case: Case) -> int:
 
 def why_not(device: str = DEVICE) -> str | None:
     """Why nothing can be measured here; None if it can."""
-    if device == "cpu" and not os.access(_CLEAR_REFS, os.W_OK):
-        return f"peak memory of a process is reset by writing to {_CLEAR_REFS}, which is not writable here"
-    return None
+    return memory.why_not_measured(device)
 
 
 def measure(case: Case) -> int:
@@ -88,29 +72,7 @@ def _measure_here(case: Case) -> int:
     dtype = DTYPES[case.dtype]
     problem = Problem.random(case.tokens, case.hidden, case.vocab, dtype, device=case.device)
     train_step(case.contestant, Problem.random(*_WARM_UP, dtype, device=case.device))
-    gc.collect()
-    if case.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        train_step(case.contestant, problem)
-        return torch.cuda.max_memory_allocated() - before
-    _return_free_memory()
-    Path(_CLEAR_REFS).write_text("5")
-    before = _resident("VmRSS")
-    train_step(case.contestant, problem)
-    return _resident("VmHWM") - before
-
-
-def _return_free_memory() -> None:
-    """Hand pages that the C allocator holds free back to the system, or the step would use them unseen."""
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _resident(name: str) -> int:
-    """A number of /proc/self/status in bytes: VmRSS is the resident memory, VmHWM its peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+    return memory.peak_of(lambda: train_step(case.contestant, problem), case.device)
 
 
 def main() -> None:

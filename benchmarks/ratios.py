@@ -14,7 +14,7 @@ import statistics
 import time
 from pathlib import Path
 
-from benchmarks.contestants import CONTESTANTS, DTYPES, PRODUCTS, Problem, train_step, why_not
+from benchmarks.contestants import CONTESTANTS, DEVICE, DTYPES, PRODUCTS, Problem, train_step, why_not
 from benchmarks.report import conditions, print_conditions, print_table, write
 
 __all__ = ["measure"]
@@ -52,7 +52,7 @@ def main() -> None:
     results = []
     for dtype in arguments.dtype:
         for ignored in arguments.ignored:
-            problem = Problem.random(*sizes.values(), DTYPES[dtype], ignored=ignored)
+            problem = Problem.random(*sizes.values(), DTYPES[dtype], ignored=ignored, device=DEVICE)
             seconds = measure(problem, contestants, arguments.repeats)
             found = [
                 sizes | {"dtype": dtype, "ignored": ignored, "contestant": name} | _summary(taken, seconds[PRODUCTS])

@@ -1,40 +1,22 @@
-"""Results for people and for programs: a table, and JSON that says where, when and with what it was measured."""
+"""Results for people: tables on the output, and the README's table from results in JSON.
+
+python -m benchmarks.report benchmarks/results/bench_cpu.json
+"""
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
+import argparse
 import json
-import os
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
+from chunked_ce.cli.report import MIB, conditions, conditions_text, write
 
-from benchmarks.contestants import DEVICE
-
-__all__ = ["MIB", "conditions", "print_conditions", "print_table", "write"]
-
-MIB = 2**20
-_PACKAGES = ("chunked_ce", "torch", "deepspeed", "numpy", "pytest-benchmark")
-
-
-def conditions() -> dict[str, object]:
-    """Device, threads, versions and date; nothing that names the machine."""
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "load_average": round(os.getloadavg()[0], 2),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
-    }
+__all__ = ["MIB", "conditions", "markdown", "print_conditions", "print_table", "write"]
 
 
 def print_conditions(found: dict[str, object]) -> None:
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
-    print(f"{found['date']}: {found['device']}, {found['threads']} threads, load average {found['load_average']}")
-    print(versions, flush=True)
+    print(conditions_text(found), flush=True)
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -46,23 +28,44 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print("  ".join((first.strip().ljust(widths[0]), *others)), flush=True)
 
 
-def write(path: Path, found: dict[str, object], results: Sequence[dict[str, object]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"conditions": found, "results": list(results)}, indent=1) + "\n")
+def markdown(document: dict[str, object]) -> str:
+    """What ``chunked-ce bench --json`` wrote, as a table: a row for each contestant, two columns for each case.
+
+    The first is the time as a multiple of the three products, the second the peak in MiB. What did not run says why.
+    """
+    results = document["results"]
+    cases = list(dict.fromkeys(map(_case, results)))
+    header = ["contestant", *(f"{case}: {what}" for case in cases for what in ("time", "MiB"))]
+    lines = [header, ["---"] * len(header)]
+    for contestant in dict.fromkeys(result["contestant"] for result in results):
+        found = {_case(result): result for result in results if result["contestant"] == contestant}
+        cells = [cell for case in cases for cell in _cells(found.get(case))]
+        lines.append([contestant, *cells])
+    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{conditions_text(document['conditions'])}\n\n{text}\n"
 
 
-def _cpu_name() -> str:
-    capability = torch.backends.cpu.get_cpu_capability()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name} ({capability})"
+def _case(result: dict[str, object]) -> str:
+    chunk = f" C={result['chunk']}" if result.get("chunk") else ""
+    ignored = f", {result['ignored']:.0%} ignored" if result.get("ignored") else ""
+    return f"{result['tokens']} x {result['hidden']} x {result['vocab']}{chunk} {result['dtype']}{ignored}"
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def _cells(result: dict[str, object] | None) -> tuple[str, str]:
+    if result is None:
+        return "-", "-"
+    if result.get("status", "ok") != "ok":
+        return str(result["status"]), "-"
+    peak = result.get("peak_mib")
+    return f"{result['ratio']:.2f}", "-" if peak is None else f"{peak:,.0f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.split("\n")[0])
+    parser.add_argument("results", nargs="+", type=Path, help="what chunked-ce bench --json wrote")
+    for path in parser.parse_args().results:
+        print(markdown(json.loads(path.read_text())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""Who runs against whom: one training step of each, on the same problem.
+
+A loss is a function of hidden states (N, D), head (V, D) and targets (N,); `train_step` runs it forward and backward.
+`PRODUCTS` is the yardstick: the three matrix products that no exact loss can do without, 6 N V D operations.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from chunked_ce import ChunkOptions, linear_cross_entropy
+from chunked_ce.cli.problems import Problem
+
+__all__ = [
+    "BACKWARD",
+    "CONTESTANTS",
+    "DEEPSPEED",
+    "DEVICE",
+    "DTYPES",
+    "FILTERED",
+    "FORWARD",
+    "FULL",
+    "LOSSES",
+    "PRODUCTS",
+    "Contestant",
+    "train_step",
+    "why_not",
+]
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+PRODUCTS = "three products"
+FORWARD = "chunked_ce"
+BACKWARD = "chunked_ce, backward way"
+FILTERED = "chunked_ce, filtered"
+FULL = "full logits"
+COMPILED = "full logits, compiled"
+TORCH = "torch, 512 rows"
+TORCH_AUTO = "torch, automatic"
+DEEPSPEED = "deepspeed"
+LIGER = "liger"
+CCE = "cut-cross-entropy"
+CCE_EXACT = "cut-cross-entropy, no filter"
+CCE_PRETRAINING = "cut-cross-entropy, pretraining"
+QUACK = "quack"
+
+_YARDSTICK_BYTES = 2**31  # logits of the products alone at a time, so that they run where full logits do not fit
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Contestant(NamedTuple):
+    """One way to compute the loss."""
+
+    key: str  # what ``--only`` takes
+    loss: Callable[[int | None], Loss]  # given the tokens in a chunk, None for its own choice
+    why_not: Callable[[str], str | None] = lambda device: None
+    exact: bool = True  # no part of the gradient is left out or approximated on purpose
+    takes_chunk: bool = False
+    compiles: bool = False  # at each shape, so that it has to be warmed up at that shape
+
+
+def products(hidden: Tensor, weight: Tensor) -> None:
+    """The logits and the two products with a gradient of their shape, as anyone would write them.
+
+    In slices of the tokens of 2 GiB of logits each, and the gradient of the head is summed in its own dtype.
+    """
+    step = max(1, _YARDSTICK_BYTES // (len(weight) * weight.element_size()))
+    with torch.no_grad():
+        hidden_grad, total = torch.empty_like(hidden), None
+        for start in range(0, len(hidden), step):
+            x = hidden[start : start + step]
+            logits = x @ weight.t()
+            torch.mm(logits, weight, out=hidden_grad[start : start + step])
+            total = logits.t() @ x if total is None else total.addmm_(logits.t(), x)
+
+
+def _ours(chunk: int | None, **options: object) -> Loss:
+    chosen = ChunkOptions(chunk_size=chunk or "auto", **options)
+    return functools.partial(linear_cross_entropy, options=chosen)
+
+
+def _full(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight).float(), target)
+
+
+def _torch(chunk: int | None) -> Loss:
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk or 512, chunking_method=None)
+    return functools.partial(F.linear_cross_entropy, options=options)
+
+
+def _torch_auto(chunk: int | None) -> Loss:
+    return functools.partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
+
+
+def _deepspeed(chunk: int | None) -> Loss:
+    from deepspeed.sequence.linear_cross_entropy import vocab_parallel_linear_cross_entropy
+
+    return vocab_parallel_linear_cross_entropy
+
+
+def _liger(chunk: int | None) -> Loss:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss()
+    return lambda hidden, weight, target: loss(weight, hidden, target)
+
+
+def _cce(chunk: int | None, **keywords: object) -> Loss:
+    from cut_cross_entropy import linear_cross_entropy as cut
+
+    return functools.partial(cut, **keywords)
+
+
+def _quack(chunk: int | None) -> Loss:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy as quack
+
+    return functools.partial(quack, chunk_size=chunk) if chunk else quack
+
+
+# ---- why one cannot run ----
+
+
+def _no_filter(device: str) -> str | None:
+    try:
+        ChunkOptions(gradient_filter="auto")
+    except (TypeError, ValueError):
+        return "this version of chunked_ce has no gradient filter"
+    return None
+
+
+def _no_compiler(device: str) -> str | None:
+    if device == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++"))):
+        return "torch.compile needs a C++ compiler on a CPU"
+    if device == "cuda" and importlib.util.find_spec("triton") is None:
+        return "torch.compile needs triton on a GPU"
+    return None
+
+
+def _no_torch_chunks(device: str) -> str | None:
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        return None
+    return f"torch {torch.__version__} has no chunked linear_cross_entropy"
+
+
+def _no_deepspeed(device: str) -> str | None:
+    os.environ.setdefault("DS_ACCELERATOR", device)  # or it warns that it found none
+    return _not_imported("deepspeed.sequence.linear_cross_entropy", "DeepSpeed with a linear_cross_entropy")
+
+
+def _needs_cuda(module: str, device: str) -> str | None:
+    if device != "cuda":
+        return "it runs on CUDA only"
+    return _not_imported(module, module.partition(".")[0])
+
+
+def _no_cce_preset(device: str) -> str | None:
+    reason = _needs_cuda("cut_cross_entropy", device)
+    if reason is None and _not_imported("cut_cross_entropy.cce_utils", "presets"):
+        reason = "this version of cut_cross_entropy has no presets"
+    return reason
+
+
+def _not_imported(module: str, what: str) -> str | None:
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # whatever a peer's import raises, it cannot run here
+        return f"no {what}: {error}".splitlines()[0]
+    return None
+
+
+_CCE_HERE = functools.partial(_needs_cuda, "cut_cross_entropy")
+
+LOSSES: dict[str, Contestant] = {
+    FORWARD: Contestant("forward", _ours, takes_chunk=True),
+    BACKWARD: Contestant("backward", functools.partial(_ours, gradients="backward"), takes_chunk=True),
+    FILTERED: Contestant(
+        "filtered", functools.partial(_ours, gradient_filter="auto"), _no_filter, exact=False, takes_chunk=True
+    ),
+    FULL: Contestant("full", lambda chunk: _full),
+    COMPILED: Contestant("compiled", lambda chunk: torch.compile(_full), _no_compiler, compiles=True),
+    TORCH: Contestant("torch", _torch, _no_torch_chunks, takes_chunk=True),
+    TORCH_AUTO: Contestant("torch-auto", _torch_auto, _no_torch_chunks),
+    DEEPSPEED: Contestant("deepspeed", _deepspeed, _no_deepspeed),
+    LIGER: Contestant("liger", _liger, functools.partial(_needs_cuda, "liger_kernel.transformers")),
+    CCE: Contestant("cce", _cce, _CCE_HERE, exact=False),
+    CCE_EXACT: Contestant("cce-exact", functools.partial(_cce, filter_eps=None), _CCE_HERE),
+    CCE_PRETRAINING: Contestant(
+        "cce-pretraining", functools.partial(_cce, impl="cce_kahan_full_c"), _no_cce_preset, exact=False
+    ),
+    QUACK: Contestant("quack", _quack, functools.partial(_needs_cuda, "quack.linear_cross_entropy"), takes_chunk=True),
+}
+CONTESTANTS = (PRODUCTS, *LOSSES)
+
+
+def why_not(contestant: str, device: str = DEVICE) -> str | None:
+    """Why a contestant cannot run here; None if it can."""
+    return None if contestant == PRODUCTS else LOSSES[contestant].why_not(device)
+
+
+@functools.cache
+def loss_of(contestant: str, chunk: int | None = None) -> Loss:
+    """The loss of a contestant; what it compiles, it compiles once per shape."""
+    return LOSSES[contestant].loss(chunk)
+
+
+def train_step(contestant: str, problem: Problem, chunk: int | None = None) -> None:
+    """Forward and backward, gradients into fresh memory, and all of it done on the device when it returns."""
+    hidden, weight, target = problem
+    if contestant == PRODUCTS:
+        products(hidden, weight)
+    else:
+        loss_of(contestant, chunk)(hidden, weight, target).mean().backward()
+        hidden.grad = weight.grad = None
+    if hidden.is_cuda:
+        torch.cuda.synchronize()

@@ -1,0 +1,204 @@
+"""One contestant in a process of its own: its peak memory, its errors, and rounds beside the three products.
+
+The process serves tasks through a pipe. Of each it tells, as they are known, ``("memory", bytes)``,
+``("errors", dict)``, ``("round", (seconds, seconds of the products))`` for every round, and ``("done", None)``, or
+``("failed", what)``. In a round the contestant and the products take turns at being first. So no two contestants need
+to be in memory at a time, and a machine that gets slower or faster changes both times of a round.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from chunked_ce.cli import memory, problems
+from chunked_ce.cli.accuracy import Reference, errors_of, reference
+from chunked_ce.cli.contestants import DTYPES, LOSSES, PRODUCTS, loss_of, train_step
+from chunked_ce.cli.problems import Problem
+
+__all__ = ["OUT_OF_MEMORY", "Preparation", "Task", "Worker"]
+
+OUT_OF_MEMORY = "out of memory"
+_WARM_UP = (64, 64, 4100)  # N, D and V: small, and more words than one product covers on a CPU
+_AVAILABLE = 0.9  # the share of free memory that a process may take
+
+
+class Task(NamedTuple):
+    """What to measure of a contestant."""
+
+    contestant: str
+    dtype: str
+    tokens: int
+    hidden: int
+    vocab: int
+    device: str
+    chunk: int | None = None
+    ignored: float = 0.0
+    tensors: str | None = None  # a file to take the problem from
+    exact: str | None = None  # a file with the `Reference`
+    rounds: int = 5
+    memory_limit: int | None = None  # bytes above the inputs
+
+    def problem(self) -> Problem:
+        dtype = DTYPES[self.dtype]
+        if self.tensors is not None:
+            return problems.load(Path(self.tensors), dtype, self.device)
+        sizes = self.tokens, self.hidden, self.vocab
+        return Problem.random(*sizes, dtype, ignored=self.ignored, device=self.device)
+
+
+class Preparation(NamedTuple):
+    """What to make for the tasks of a problem: it answers ``("prepared", (task, summary of the softmax))``."""
+
+    task: Task
+    data: str  # "random" or "trained"
+    folder: str
+    errors: bool
+
+
+Message = tuple[str, object]
+
+
+class Worker:
+    """The process of a contestant; it ends with the ``with`` block."""
+
+    def __init__(self, device: str) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, there = context.Pipe()
+        descriptor, self._log = tempfile.mkstemp(prefix="chunked-ce-")
+        os.close(descriptor)
+        self._process = context.Process(target=_serve, args=(there, self._log, device), daemon=True)
+        self._process.start()
+        there.close()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pipe.close()
+        self._process.join(2)  # it ends by itself unless it is in the middle of something
+        self._process.kill()
+        self._process.join()
+        os.unlink(self._log)
+
+    @property
+    def alive(self) -> bool:
+        return self._process.is_alive()
+
+    def run(self, task: Task | Preparation, timeout: float) -> Iterator[Message]:
+        """The messages of one task, at the latest after ``timeout`` seconds. It may end the process."""
+        deadline = time.monotonic() + timeout
+        try:
+            self._pipe.send(task)
+            while True:
+                if not self._pipe.poll(max(0.0, deadline - time.monotonic())):
+                    self._process.kill()
+                    yield "failed", f"not done after {timeout:g} s"
+                    return
+                message = self._pipe.recv()
+                yield message
+                if message[0] in ("done", "failed"):
+                    return
+        except (EOFError, OSError):
+            self._process.join(10)
+            yield "failed", self._end()
+
+    def _end(self) -> str:
+        code = self._process.exitcode
+        if code == -signal.SIGKILL:
+            return f"{OUT_OF_MEMORY} (killed)"
+        text = Path(self._log).read_text(errors="replace").strip()
+        if any(sign in text for sign in ("bad_alloc", "llocate memory")):
+            return OUT_OF_MEMORY
+        last = text.splitlines()[-1] if text else ""
+        how = f"ended by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
+        return f"{how} {last}".strip()
+
+
+def _serve(pipe: Connection, log: str, device: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which keeps what was measured
+    with open(log, "w", buffering=1) as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    with contextlib.suppress(OSError):  # should the system run out of memory, this process is the one to end
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    while True:
+        try:
+            task = pipe.recv()
+        except EOFError:
+            return
+        try:
+            memory.limit_memory(int(_AVAILABLE * memory.available(device)), device)
+            for message in _prepared(task) if isinstance(task, Preparation) else _measured(task):
+                pipe.send(message)
+            pipe.send(("done", None))
+        except Exception as error:
+            reason = OUT_OF_MEMORY if memory.out_of_memory(error) else _one_line(error)
+            pipe.send(("failed", reason))
+            return
+
+
+def _prepared(wanted: Preparation) -> Iterator[Message]:
+    task, folder = wanted.task, Path(wanted.folder)
+    if wanted.data == "trained" and task.tensors is None:
+        sizes = task.tokens, task.hidden, task.vocab
+        problem = Problem.trained(*sizes, DTYPES[task.dtype], ignored=task.ignored, device=task.device)
+        task = task._replace(tensors=str(folder / "tensors.pt"))
+        torch.save({name: tensor.detach() for name, tensor in problem._asdict().items()}, task.tensors)
+    else:
+        problem = task.problem()
+    if wanted.errors:
+        task = task._replace(exact=str(folder / "exact.pt"))
+        torch.save(reference(problem)._asdict(), task.exact)
+    yield "prepared", (task, problems.softmax_summary(problem))
+
+
+def _measured(task: Task) -> Iterator[Message]:
+    contestant, chunk, device = task.contestant, task.chunk, task.device
+    problem = task.problem()
+    small = Problem.random(*_WARM_UP, DTYPES[task.dtype], device=device)
+    for name in (PRODUCTS, contestant):
+        at_shape = device == "cuda" or (name in LOSSES and LOSSES[name].compiles)
+        train_step(name, problem if at_shape else small, chunk)
+    del small
+    if task.memory_limit is not None:
+        memory.limit_memory(task.memory_limit, device)
+    if memory.why_not_measured(device) is None:
+        yield "memory", memory.peak_of(lambda: train_step(contestant, problem, chunk), device)
+    elif task.memory_limit is not None:
+        train_step(contestant, problem, chunk)
+    memory.limit_memory(int(_AVAILABLE * memory.available(device)), device)  # the products may take more
+    if task.exact is not None and contestant != PRODUCTS:
+        exact = Reference(**torch.load(task.exact, map_location=device, weights_only=True))
+        loss = loss_of(contestant, chunk)(*problem).mean()
+        loss.backward()
+        yield "errors", errors_of(exact, loss.detach(), problem.hidden.grad, problem.weight.grad)
+        problem.hidden.grad = problem.weight.grad = None
+        del loss
+    for turn in range(-1, task.rounds):
+        names = (PRODUCTS, contestant) if turn % 2 else (contestant, PRODUCTS)
+        seconds = {name: _seconds(name, problem, chunk) for name in names}
+        if turn >= 0:
+            yield "round", (seconds[contestant], seconds[PRODUCTS])
+
+
+def _seconds(contestant: str, problem: Problem, chunk: int | None) -> float:
+    start = time.perf_counter()
+    train_step(contestant, problem, chunk)
+    return time.perf_counter() - start
+
+
+def _one_line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
