@@ -1,0 +1,239 @@
+"""The row kernels of `chunked_ce.engine.rows` in Triton: statistics read a logit once, gradients read and write it once.
+
+`chunked_ce.engine.kernels` says where they can run; `chunked_ce.engine.rows` is their twin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import triton
+from torch import Tensor
+
+from chunked_ce.engine import triton_kernels as kernels
+from chunked_ce.engine.rows import Slopes, Wanted, empty_statistics
+from chunked_ce.objective import Logits, RowStatistics
+
+__all__ = [
+    "column_statistics",
+    "logit_gradients",
+    "masked_mass",
+    "rows_in_flight",
+    "scale_into",
+    "shard_statistics",
+    "statistics",
+    "statistics_and_gradients_",
+]
+
+_BLOCK = 4096  # logits of a row that a program holds at a time: 16 in each of 256 threads
+_ROWS, _COLUMNS = 32, 128  # what a program holds of a block of columns
+
+
+def rows_in_flight(vocab_size: int, device_type: str) -> int:
+    """All rows: a program takes one, and nothing of a row is kept in memory."""
+    return 2**31 // max(1, triton.cdiv(vocab_size, _BLOCK)) - 1
+
+
+def statistics(
+    products: Tensor,  # (n, V)
+    target: Tensor,  # (n,)
+    class_weight: Tensor | None,  # (V,)
+    logits: Logits,
+    wanted: Wanted,
+    *,
+    overwrite: bool,
+) -> RowStatistics:
+    """The statistics of each row; the products are kept, with ``overwrite`` too."""
+    found = torch.empty(3 + sum(wanted), len(products), dtype=torch.float32, device=products.device)
+    _find(products, target, None, class_weight, logits, wanted, found.t())
+    parts = iter(found.unbind())
+    return RowStatistics(*(next(parts) if need else None for need in (True, True, True, *wanted)))
+
+
+def shard_statistics(
+    products: Tensor,  # (n, V_r), kept
+    target: Tensor,  # (n,) column of the target, of any column where it is in another shard
+    here: Tensor,  # (n,) whether the target is in this shard
+    class_weight: Tensor | None,  # (V_r,)
+    logits: Logits,
+    wanted: Wanted,
+    start: int,  # index of the first column in the whole vocabulary
+) -> Tensor:
+    """This shard's part of the statistics of each row, (n, columns): see `chunked_ce.objective.combine_shards`."""
+    columns = 3 + 2 * wanted.weighted + wanted.mean + wanted.correct
+    parts = torch.empty(len(products), columns, dtype=torch.float32, device=products.device)
+    if products.shape[1] == 0:
+        parts.zero_()
+        parts[:, 0] = parts[:, 2] = -torch.inf
+        return parts
+    _find(products, target, here, class_weight, logits, wanted, parts, start)
+    return parts
+
+
+def statistics_and_gradients_(
+    products: Tensor,  # (n, V): the gradients when it returns
+    target: Tensor,  # (n,)
+    class_weight: Tensor | None,  # (V,)
+    logits: Logits,
+    wanted: Wanted,
+    slopes_of: Callable[[RowStatistics, slice], Slopes],
+) -> RowStatistics:
+    """The statistics of each row, and the gradients that ``slopes_of`` makes of them written over the products."""
+    found = statistics(products, target, class_weight, logits, wanted, overwrite=False)
+    slopes = slopes_of(found, slice(None))
+    logit_gradients(products, target, class_weight, logits, slopes, found, out=products)
+    return found
+
+
+def logit_gradients(
+    products: Tensor,  # (n, V), or (n, B) for a block of the vocabulary
+    target: Tensor,  # (n,) column of the target; of any column where ``slopes.target`` is 0
+    class_weight: Tensor | None,  # (V,) or (B,)
+    logits: Logits,
+    slopes: Slopes,
+    known: RowStatistics,  # over the whole vocabulary
+    out: Tensor,  # as products; may be products itself
+) -> None:
+    """The gradients of the products, from statistics that are known. A row whose slopes are 0 is not read."""
+    n, vocab_size = products.shape
+    if products.numel() == 0:
+        return
+    block, warps = _block_of(vocab_size)
+    blocks = triton.cdiv(vocab_size, block)
+    with torch.cuda.device_of(products):
+        kernels.gradients_kernel[(n * blocks,)](
+            products,
+            *products.stride(),
+            out,
+            *out.stride(),
+            target.contiguous(),
+            _contiguous(class_weight),
+            known.maximum.contiguous(),
+            known.log_sum.contiguous(),
+            _contiguous(known.mean if slopes.mean is not None else None),
+            *(_contiguous(slope) for slope in slopes),
+            vocab_size,
+            blocks,
+            *logits,
+            BLOCK=block,
+            num_warps=warps,
+        )
+
+
+def column_statistics(
+    products: Tensor,  # (n, V)
+    known: RowStatistics,  # over the whole vocabulary
+    weights: Tensor,  # (n,)
+    logits: Logits,
+) -> tuple[Tensor, Tensor]:
+    """Of each column, over the rows: the largest log-probability, and ``weights @ probabilities``; (V,) fp32 both."""
+    n, vocab_size = products.shape
+    log_max = torch.full((vocab_size,), -torch.inf, dtype=torch.float32, device=products.device)
+    weighted_sum = torch.zeros_like(log_max)
+    if products.numel() == 0:
+        return log_max, weighted_sum
+    with torch.cuda.device_of(products):
+        kernels.columns_kernel[(triton.cdiv(vocab_size, _COLUMNS),)](
+            products,
+            *products.stride(),
+            known.maximum.contiguous(),
+            known.log_sum.contiguous(),
+            weights.contiguous(),
+            log_max,
+            weighted_sum,
+            n,
+            vocab_size,
+            *logits,
+            ROWS=_ROWS,
+            BLOCK=_COLUMNS,
+            num_warps=4,
+        )
+    return log_max, weighted_sum
+
+
+def masked_mass(
+    products: Tensor,  # (n, V)
+    known: RowStatistics,  # over the whole vocabulary
+    mask: Tensor,  # (V,) bool
+    logits: Logits,
+) -> Tensor:
+    """The probability that each row gives to the columns of ``mask``, (n,) fp32; other columns are not read."""
+    n, vocab_size = products.shape
+    mass = torch.zeros(n, dtype=torch.float32, device=products.device)
+    if products.numel() == 0:
+        return mass
+    block, warps = _block_of(vocab_size)
+    with torch.cuda.device_of(products):
+        kernels.masked_mass_kernel[(n,)](
+            products,
+            *products.stride(),
+            known.maximum.contiguous(),
+            known.log_sum.contiguous(),
+            mask.contiguous().view(torch.uint8),
+            mass,
+            vocab_size,
+            *logits,
+            BLOCK=block,
+            num_warps=warps,
+        )
+    return mass
+
+
+def scale_into(
+    source: Tensor,  # contiguous
+    factor: Tensor,  # () on the device
+    out: Tensor,  # as source, contiguous; may be source itself
+) -> Tensor:
+    """``factor * source`` in ``out``; into source itself it costs nothing where the factor is 1."""
+    if source.numel() > 0:
+        with torch.cuda.device_of(source):
+            kernels.scale_kernel[(triton.cdiv(source.numel(), _BLOCK),)](
+                source, factor, out, source.numel(), IN_PLACE=out is source, BLOCK=_BLOCK, num_warps=8
+            )
+    return out
+
+
+def _find(
+    products: Tensor,  # (n, V)
+    target: Tensor,  # (n,)
+    here: Tensor | None,  # (n,)
+    class_weight: Tensor | None,  # (V,)
+    logits: Logits,
+    wanted: Wanted,
+    found: Tensor,  # (n, statistics)
+    start: int = 0,
+) -> None:
+    n, vocab_size = products.shape
+    if n == 0:
+        return
+    block, warps = _block_of(vocab_size)
+    with torch.cuda.device_of(products):
+        kernels.statistics_kernel[(n,)](
+            products,
+            *products.stride(),
+            target.contiguous(),
+            None if here is None else here.contiguous().view(torch.uint8),
+            _contiguous(class_weight),
+            found,
+            *found.stride(),
+            vocab_size,
+            *logits,
+            start,
+            SHARD=here is not None,
+            WEIGHTED=wanted.weighted,
+            MEAN=wanted.mean,
+            CORRECT=wanted.correct,
+            BLOCK=block,
+            num_warps=warps,
+        )
+
+
+def _block_of(vocab_size: int) -> tuple[int, int]:
+    """Logits that a program holds at a time, and its warps."""
+    block = min(_BLOCK, max(128, triton.next_power_of_2(vocab_size)))
+    return block, max(1, block // 512)
+
+
+def _contiguous(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.contiguous()
