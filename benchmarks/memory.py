@@ -6,12 +6,14 @@ torch's allocator.
 
     python -m benchmarks.memory
     python -m benchmarks.memory --tokens 1024 --vocab 32768 --dtype bf16
+    python -m benchmarks.memory --tokens 1024 4096 16384 --vocab 32768 131072 262144 --full-up-to 0 --json law.json
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import itertools
 import multiprocessing
 from pathlib import Path
 from typing import NamedTuple
@@ -83,21 +85,31 @@ def main() -> None:
     where = conditions()
     print_conditions(where)
     results = []
-    for dtype in arguments.dtype:
-        print()
-        for tokens in arguments.tokens:
-            contestants = (FORWARD, BACKWARD, FULL) if tokens <= arguments.full_up_to else (FORWARD, BACKWARD)
-            for contestant in contestants:
-                case = Case(contestant, dtype, tokens, arguments.hidden, arguments.vocab)
-                results.append(_result(case, measure(case)))
-                print(_progress(results[-1]), flush=True)
-            if arguments.json:
-                write(arguments.json, where, results)
+    for dtype, vocab, tokens in itertools.product(arguments.dtype, arguments.vocab, arguments.tokens):
+        contestants = (FORWARD, BACKWARD, FULL) if tokens <= arguments.full_up_to else (FORWARD, BACKWARD)
+        for contestant in contestants:
+            case = Case(contestant, dtype, tokens, arguments.hidden, vocab)
+            results.append(_result(case, measure(case)))
+            print(_progress(results[-1]), flush=True)
+        if arguments.json:
+            write(arguments.json, where, results, worst=worst(results))
     print()
     print_table(
         ("contestant", "dtype", "N", "D", "V", "peak MiB", "of it gradients", "predicted", "peak / predicted"),
         [tuple(_cell(value) for value in result.values()) for result in results],
     )
+    for contestant, result in worst(results).items():
+        print(f"furthest from the law, {contestant}: {result['peak_to_predicted']} at {_progress(result)}")
+
+
+def worst(results: list[dict[str, object]]) -> dict[str, dict[str, object]]:
+    """For each contestant with a law, the result that is furthest from it."""
+    found: dict[str, dict[str, object]] = {}
+    for result in results:
+        ratio, name = result["peak_to_predicted"], str(result["contestant"])
+        if ratio and (name not in found or abs(ratio - 1) > abs(found[name]["peak_to_predicted"] - 1)):
+            found[name] = result
+    return found
 
 
 def _result(case: Case, peak: int) -> dict[str, object]:
@@ -116,7 +128,8 @@ def _result(case: Case, peak: int) -> dict[str, object]:
 
 
 def _progress(result: dict[str, object]) -> str:
-    return f"{result['contestant']}, {result['dtype']}, {result['tokens']} tokens: {result['peak_mib']} MiB"
+    sizes = f"N={result['tokens']} D={result['hidden']} V={result['vocab']}"
+    return f"{result['contestant']}, {result['dtype']}, {sizes}: {result['peak_mib']} MiB"
 
 
 def _cell(value: object) -> str:
@@ -127,7 +140,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1024, 4096, 16384])
     parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--vocab", type=int, default=131072)
+    parser.add_argument("--vocab", nargs="+", type=int, default=[131072])
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--full-up-to", type=int, default=4096, help="tokens that the full logits are measured for")
     parser.add_argument("--json", type=Path, help="where to write the results too")

@@ -145,6 +145,7 @@ def predict_memory(
     train_head: bool = True,
     options: ChunkOptions | None = None,
     device_type: str = "cpu",
+    ranks: int = 1,
 ) -> MemoryPrediction:
     """The memory law: what `chunked_ce.linear_cross_entropy` allocates for a loss and a backward.
 
@@ -155,12 +156,15 @@ def predict_memory(
         train_input, train_head: whether they need a gradient.
         options: ``gradients="auto"`` stands for the forward way, which sums and means take.
         device_type: where it runs.
+        ranks: that share the vocabulary evenly (`chunked_ce.VocabShard`); the prediction is for the one with most rows.
 
     Terms in bytes: ``logits`` of one chunk, ``rows`` in flight in fp32, ``hidden_grad``, ``head_sum`` (the head's
     gradient as it is summed over chunks), ``head_grad`` (as it is returned, where that is another tensor),
     ``products`` before they are added to a wider sum, and as wide as it, ``hidden_sum`` (in the backward way),
-    ``head_copy`` and ``hidden_copy`` in the products' dtype, and ``statistics`` of the tokens. Not in it is what the
-    matrix library and the C allocator keep for themselves: 1 to 15 MiB on two cores, 4 % of the peak in the median.
+    ``head_copy`` and ``hidden_copy`` in the products' dtype, and ``statistics`` of the tokens. With several ranks, two
+    chunks' ``logits``, and ``collectives``: what is gathered and reduced, without what the backend keeps for itself.
+    Not in it is what the matrix library and the C allocator keep for themselves: 1 to 15 MiB on two cores, 4 % of the
+    peak in the median.
 
     >>> law = predict_memory(4096, 131072, 256, dtype=torch.float32)
     >>> law.forward["logits"] // 2**20, law.forward["head_sum"] // 2**20
@@ -170,6 +174,8 @@ def predict_memory(
     head_dtype = head_dtype or dtype
     compute_dtype = compute_dtype or dtype
     counted = num_tokens if num_counted is None else num_counted
+    sharded = ranks > 1
+    vocab_size = math.ceil(vocab_size / ranks)
     settings = {
         "compute_dtype": compute_dtype,
         "chunk_size": None if options.chunk_size == "auto" else options.chunk_size,
@@ -189,20 +195,23 @@ def predict_memory(
         head_dtype=head_dtype,
         accumulate_dtype=accumulate_dtype,
     )
+    in_flight = 2 if sharded else 1
     chunk = tokens_per_chunk(
-        counted,
+        num_tokens if sharded else counted,
         vocab_size,
         hidden_size,
         head_dtype=head_dtype if in_forward and train_head else None,
         accumulate_dtype=accumulate_dtype,
+        in_flight=in_flight,
         **settings,
     )
     chunk = min(chunk, counted)
+    at_a_time = min(in_flight, math.ceil(counted / max(1, chunk)))
 
-    def rows_and_logits(tokens: int, words: int) -> dict[str, int]:
-        copies = compute_dtype != work
+    def rows_and_logits(tokens: int, words: int, buffers: int = 1, keeps: bool = False) -> dict[str, int]:
+        copies = keeps or compute_dtype != work
         return {
-            "logits": tokens * words * compute_dtype.itemsize,
+            "logits": buffers * tokens * words * compute_dtype.itemsize,
             "rows": copies * min(tokens, rows_in_flight(words, device_type)) * words * work.itemsize,
         }
 
@@ -216,14 +225,18 @@ def predict_memory(
         return part + adds * widened
 
     common = {"statistics": 3 * num_tokens * work.itemsize}
-    forward = rows_and_logits(chunk, vocab_size) | common
+    forward = rows_and_logits(chunk, vocab_size, at_a_time, sharded) | common
+    if sharded:
+        gathered = at_a_time * (ranks + 1) * chunk * 3 * work.itemsize
+        parts = compute_dtype.itemsize * (wide != compute_dtype) + wide.itemsize
+        forward["collectives"] = gathered + in_forward * train_input * chunk * hidden_size * parts
     if head_dtype != compute_dtype:
         forward["head_copy"] = head_elements * compute_dtype.itemsize
     if counted < num_tokens or dtype != compute_dtype:
         forward["hidden_copy"] = chunk * hidden_size * compute_dtype.itemsize
     gradients = {"hidden_grad": train_input * num_tokens * hidden_size * dtype.itemsize}
     if in_forward:
-        total_dtype = head_sum_of(**settings)
+        total_dtype = head_sum_of(in_flight=in_flight, **settings)
         gradients["head_sum"] = train_head * head_elements * total_dtype.itemsize
         forward |= gradients
         forward["products"] = train_head * product(vocab_size, chunk, total_dtype, counted > chunk)
@@ -241,6 +254,8 @@ def predict_memory(
         train_input * product(counted, words, hidden_total, words < vocab_size),
         train_head * product(words, counted, head_dtype, False),
     )
+    if sharded:
+        backward["collectives"] = train_input * num_tokens * hidden_size * wide.itemsize
     if counted < num_tokens or dtype != compute_dtype:
         backward["hidden_copy"] = counted * hidden_size * compute_dtype.itemsize
     if head_dtype != compute_dtype:
