@@ -6,6 +6,7 @@ cache and each logit is read from and written to memory once. `chunked_ce.object
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -145,7 +146,7 @@ def statistics_and_gradients_(
         _store(found, rows, block)
         slopes = slopes_of(block, rows)
         gradients = _gradients_(z, sum_exp, target[rows], class_weight, slopes, logits, kept, block)
-        if gradients.data_ptr() != products[rows].data_ptr():
+        if products.dtype != gradients.dtype:
             products[rows] = gradients
     return found
 
@@ -159,10 +160,13 @@ def logit_gradients(
     known: RowStatistics,  # over the whole vocabulary
     out: Tensor,  # as products; may be products itself
 ) -> None:
-    """The gradients of the products, from statistics that are known."""
+    """The gradients of the products, from statistics that are known; zero in rows whose slopes are all 0."""
     if products.shape[1] == 0:
         return
     overwrite = out is products
+    dead = functools.reduce(torch.logical_and, [slope == 0 for slope in slopes if slope is not None])  # (n,)
+    if products.device.type == "cpu" and not dead.any():
+        dead = None
     for rows, z in _visit(products, logits, overwrite):
         block = known.at(rows)
         kept = z.clone() if logits.softcap is not None or slopes.mean is not None else None
@@ -170,7 +174,9 @@ def logit_gradients(
         gradients = _gradients_(
             z, block.log_sum.exp(), target[rows], class_weight, slopes.at(rows), logits, kept, block
         )
-        if gradients.data_ptr() != out[rows].data_ptr():
+        if dead is not None:  # whatever the logits hold
+            gradients.masked_fill_(dead[rows].unsqueeze(-1), 0)
+        if not overwrite or out.dtype != gradients.dtype:
             out[rows] = gradients
 
 
