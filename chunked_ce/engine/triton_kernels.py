@@ -122,6 +122,24 @@ def statistics_kernel(
 
 
 @triton.jit
+def _of_softmax(z, maximum, log_sum, mean, by_log_sum, by_mean):
+    """What the log-sum-exp and the mean give to the gradients of the logits ``z``."""
+    relative = z - maximum
+    factor = by_log_sum
+    if by_mean is not None:
+        factor = by_log_sum + by_mean * (tl.maximum(relative, _NO_EXP) + (1.0 - mean))
+    return tl.exp(relative) * (factor * tl.exp(-log_sum))
+
+
+@triton.jit
+def _through_softcap(gradients, z, softcap):
+    if softcap is not None:
+        capped = z / softcap
+        gradients *= 1.0 - capped * capped
+    return gradients
+
+
+@triton.jit
 def gradients_kernel(
     products,  # (n, V)
     row_stride,
@@ -152,46 +170,51 @@ def gradients_kernel(
     by_log_sum = tl.load(log_sum_slope + row)
     by_target = tl.load(target_slope + row)
     alive = (by_log_sum != 0.0) | (by_target != 0.0)
+    by_weighted = None
     if weighted_slope is not None:
         by_weighted = tl.load(weighted_slope + row)
         alive |= by_weighted != 0.0
+    by_mean = None
+    mean = None
     if mean_slope is not None:
         by_mean = tl.load(mean_slope + row)
         alive |= by_mean != 0.0
+        mean = tl.load(row_mean + row)
 
     read = columns < tl.where(alive, vocab_size, 0)
     places = columns.to(tl.int64)
     block = tl.load(products + row * row_stride + places * column_stride, mask=read, other=0.0)
     z = _logits(block, scale, softcap)
-    relative = z - tl.load(row_maximum + row)
-    factor = by_log_sum
-    if mean_slope is not None:
-        centred = tl.maximum(relative, _NO_EXP) + (1.0 - tl.load(row_mean + row))
-        factor = by_log_sum + by_mean * centred
-    gradients = tl.exp(relative) * (factor * tl.exp(-tl.load(row_log_sum + row)))
+    maximum, log_sum = tl.load(row_maximum + row), tl.load(row_log_sum + row)
+    gradients = _of_softmax(z, maximum, log_sum, mean, by_log_sum, by_mean)
     gradients += tl.where(columns == tl.load(target + row), by_target, 0.0)
     if weighted_slope is not None:
         if class_weight is not None:
-            gradients += by_weighted * tl.load(class_weight + columns, mask=inside, other=0.0)
-        else:
-            gradients += by_weighted
-    if softcap is not None:
-        capped = z / softcap
-        gradients *= 1.0 - capped * capped
-    gradients = tl.where(read, gradients, 0.0)
+            by_weighted = by_weighted * tl.load(class_weight + columns, mask=inside, other=0.0)
+        gradients += by_weighted
+    gradients = tl.where(read, _through_softcap(gradients, z, softcap), 0.0)
     tl.store(out + row * out_row_stride + places * out_column_stride, gradients.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def columns_kernel(
+def gradients_and_columns_kernel(
     products,  # (n, V)
     row_stride,
     column_stride,
+    out,  # (n, V), may be products
+    out_row_stride,
+    out_column_stride,
+    target,  # (n,) a column
+    class_weight,  # (V,) or None
     row_maximum,  # (n,)
     row_log_sum,  # (n,)
-    row_weight,  # (n,)
-    log_max,  # (V,)
-    weighted_sum,  # (V,)
+    row_mean,  # (n,) or None
+    log_sum_slope,  # (n,)
+    target_slope,  # (n,)
+    weighted_slope,  # (n,) or None
+    mean_slope,  # (n,) or None, with row_mean
+    largest_of_column,  # (V,) of `chunked_ce.engine.columns.ColumnSums`
+    total_of_column,  # (V,)
     num_rows,
     vocab_size,
     scale,
@@ -199,52 +222,46 @@ def columns_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Of a block of columns, over all rows: the largest log-probability, and the weighted sum of probabilities."""
+    """`gradients_kernel` for a block of columns of all rows, and what the gradient filter asks of these columns."""
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < vocab_size
-    places = columns.to(tl.int64) * column_stride
-    largest = tl.full((BLOCK,), -float("inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
+    places = columns.to(tl.int64)[None, :]
+    largest = tl.load(largest_of_column + columns, mask=inside, other=0.0)
+    total = tl.load(total_of_column + columns, mask=inside, other=0.0)
+    weight = None
+    if class_weight is not None:
+        weight = tl.load(class_weight + columns, mask=inside, other=0.0)[None, :]
     for first in range(0, num_rows, ROWS):
         rows = (first + tl.arange(0, ROWS)).to(tl.int64)
         there = rows < num_rows
         mask = there[:, None] & inside[None, :]
-        block = tl.load(products + rows[:, None] * row_stride + places[None, :], mask=mask, other=0.0)
-        maximum = tl.load(row_maximum + rows, mask=there, other=0.0)
-        log_sum = tl.load(row_log_sum + rows, mask=there, other=0.0)
-        weight = tl.load(row_weight + rows, mask=there, other=0.0)
-        log_p = _logits(block, scale, softcap) - maximum[:, None] - log_sum[:, None]
-        largest = tl.maximum(largest, tl.max(tl.where(mask, log_p, -float("inf")), 0))
-        total += tl.sum(tl.where(mask, weight[:, None] * tl.exp(log_p), 0.0), 0)
-    tl.store(log_max + columns, largest, mask=inside)
-    tl.store(weighted_sum + columns, total, mask=inside)
-
-
-@triton.jit
-def masked_mass_kernel(
-    products,  # (n, V)
-    row_stride,
-    column_stride,
-    row_maximum,  # (n,)
-    row_log_sum,  # (n,)
-    mask,  # (V,) uint8
-    mass,  # (n,)
-    vocab_size,
-    scale,
-    softcap,
-    BLOCK: tl.constexpr,
-):
-    """The probability that a row gives to the columns of ``mask``; the logits of the others are not read."""
-    row = tl.program_id(0).to(tl.int64)
-    maximum = tl.load(row_maximum + row)
-    total = tl.full((), 0.0, tl.float32)
-    for first in range(0, vocab_size, BLOCK):
-        columns = first + tl.arange(0, BLOCK)
-        taken = tl.load(mask + columns, mask=columns < vocab_size, other=0) != 0
-        places = row * row_stride + columns.to(tl.int64) * column_stride
-        block = tl.load(products + places, mask=taken, other=0.0)
-        total += tl.sum(tl.where(taken, tl.exp(_logits(block, scale, softcap) - maximum), 0.0), 0)
-    tl.store(mass + row, total * tl.exp(-tl.load(row_log_sum + row)))
+        block = tl.load(products + rows[:, None] * row_stride + places * column_stride, mask=mask, other=0.0)
+        z = _logits(block, scale, softcap)
+        by_log_sum = tl.load(log_sum_slope + rows, mask=there, other=0.0)[:, None]
+        by_mean = None
+        mean = None
+        if mean_slope is not None:
+            by_mean = tl.load(mean_slope + rows, mask=there, other=0.0)[:, None]
+            mean = tl.load(row_mean + rows, mask=there, other=0.0)[:, None]
+        maximum = tl.load(row_maximum + rows, mask=there, other=0.0)[:, None]
+        log_sum = tl.load(row_log_sum + rows, mask=there, other=0.0)[:, None]
+        gradients = _of_softmax(z, maximum, log_sum, mean, by_log_sum, by_mean)
+        seen = tl.where(mask, _through_softcap(gradients, z, softcap), 0.0)
+        largest = tl.maximum(largest, tl.max(tl.abs(seen), 0))
+        sign = tl.where(by_log_sum > 0.0, 1.0, tl.where(by_log_sum < 0.0, -1.0, 0.0))
+        total += tl.sum(sign * seen, 0)
+        column_of_target = tl.load(target + rows, mask=there, other=-1)[:, None]
+        by_target = tl.load(target_slope + rows, mask=there, other=0.0)[:, None]
+        gradients += tl.where(columns[None, :] == column_of_target, by_target, 0.0)
+        if weighted_slope is not None:
+            by_weighted = tl.load(weighted_slope + rows, mask=there, other=0.0)[:, None]
+            if class_weight is not None:
+                by_weighted = by_weighted * weight
+            gradients += by_weighted
+        gradients = _through_softcap(gradients, z, softcap).to(out.dtype.element_ty)
+        tl.store(out + rows[:, None] * out_row_stride + places * out_column_stride, gradients, mask=mask)
+    tl.store(largest_of_column + columns, largest, mask=inside)
+    tl.store(total_of_column + columns, total, mask=inside)
 
 
 @triton.jit

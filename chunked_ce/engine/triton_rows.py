@@ -1,4 +1,6 @@
-"""The row kernels of `chunked_ce.engine.rows` in Triton: statistics read a logit once, gradients read and write it once.
+"""The row kernels of `chunked_ce.engine.rows` in Triton.
+
+Statistics read each logit once; gradients read and write it once, column sums of the gradient filter included.
 
 `chunked_ce.engine.kernels` says where they can run; `chunked_ce.engine.rows` is their twin.
 """
@@ -6,19 +8,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 from torch import Tensor
 
 from chunked_ce.engine import triton_kernels as kernels
-from chunked_ce.engine.rows import Slopes, Wanted, empty_statistics
+from chunked_ce.engine.rows import Slopes, Wanted
 from chunked_ce.objective import Logits, RowStatistics
 
+if TYPE_CHECKING:
+    from chunked_ce.engine.columns import ColumnSums
+
 __all__ = [
-    "column_statistics",
     "logit_gradients",
-    "masked_mass",
     "rows_in_flight",
     "scale_into",
     "shard_statistics",
@@ -78,11 +82,12 @@ def statistics_and_gradients_(
     logits: Logits,
     wanted: Wanted,
     slopes_of: Callable[[RowStatistics, slice], Slopes],
+    columns: ColumnSums | None = None,
 ) -> RowStatistics:
     """The statistics of each row, and the gradients that ``slopes_of`` makes of them written over the products."""
     found = statistics(products, target, class_weight, logits, wanted, overwrite=False)
     slopes = slopes_of(found, slice(None))
-    logit_gradients(products, target, class_weight, logits, slopes, found, out=products)
+    logit_gradients(products, target, class_weight, logits, slopes, found, out=products, columns=columns)
     return found
 
 
@@ -94,90 +99,41 @@ def logit_gradients(
     slopes: Slopes,
     known: RowStatistics,  # over the whole vocabulary
     out: Tensor,  # as products; may be products itself
+    columns: ColumnSums | None = None,
 ) -> None:
-    """The gradients of the products, from statistics that are known. A row whose slopes are 0 is not read."""
+    """The gradients of the products, from statistics that are known, zero in rows whose slopes are all 0."""
     n, vocab_size = products.shape
     if products.numel() == 0:
         return
-    block, warps = _block_of(vocab_size)
-    blocks = triton.cdiv(vocab_size, block)
+    tensors = (
+        products,
+        *products.stride(),
+        out,
+        *out.stride(),
+        target.contiguous(),
+        _contiguous(class_weight),
+        known.maximum.contiguous(),
+        known.log_sum.contiguous(),
+        _contiguous(known.mean if slopes.mean is not None else None),
+        *map(_contiguous, slopes),
+    )
     with torch.cuda.device_of(products):
-        kernels.gradients_kernel[(n * blocks,)](
-            products,
-            *products.stride(),
-            out,
-            *out.stride(),
-            target.contiguous(),
-            _contiguous(class_weight),
-            known.maximum.contiguous(),
-            known.log_sum.contiguous(),
-            _contiguous(known.mean if slopes.mean is not None else None),
-            *(_contiguous(slope) for slope in slopes),
-            vocab_size,
-            blocks,
-            *logits,
-            BLOCK=block,
-            num_warps=warps,
-        )
-
-
-def column_statistics(
-    products: Tensor,  # (n, V)
-    known: RowStatistics,  # over the whole vocabulary
-    weights: Tensor,  # (n,)
-    logits: Logits,
-) -> tuple[Tensor, Tensor]:
-    """Of each column, over the rows: the largest log-probability, and ``weights @ probabilities``; (V,) fp32 both."""
-    n, vocab_size = products.shape
-    log_max = torch.full((vocab_size,), -torch.inf, dtype=torch.float32, device=products.device)
-    weighted_sum = torch.zeros_like(log_max)
-    if products.numel() == 0:
-        return log_max, weighted_sum
-    with torch.cuda.device_of(products):
-        kernels.columns_kernel[(triton.cdiv(vocab_size, _COLUMNS),)](
-            products,
-            *products.stride(),
-            known.maximum.contiguous(),
-            known.log_sum.contiguous(),
-            weights.contiguous(),
-            log_max,
-            weighted_sum,
-            n,
-            vocab_size,
-            *logits,
-            ROWS=_ROWS,
-            BLOCK=_COLUMNS,
-            num_warps=4,
-        )
-    return log_max, weighted_sum
-
-
-def masked_mass(
-    products: Tensor,  # (n, V)
-    known: RowStatistics,  # over the whole vocabulary
-    mask: Tensor,  # (V,) bool
-    logits: Logits,
-) -> Tensor:
-    """The probability that each row gives to the columns of ``mask``, (n,) fp32; other columns are not read."""
-    n, vocab_size = products.shape
-    mass = torch.zeros(n, dtype=torch.float32, device=products.device)
-    if products.numel() == 0:
-        return mass
-    block, warps = _block_of(vocab_size)
-    with torch.cuda.device_of(products):
-        kernels.masked_mass_kernel[(n,)](
-            products,
-            *products.stride(),
-            known.maximum.contiguous(),
-            known.log_sum.contiguous(),
-            mask.contiguous().view(torch.uint8),
-            mass,
-            vocab_size,
-            *logits,
-            BLOCK=block,
-            num_warps=warps,
-        )
-    return mass
+        if columns is None:
+            block, warps = _block_of(vocab_size)
+            blocks = triton.cdiv(vocab_size, block)
+            kernels.gradients_kernel[(n * blocks,)](*tensors, vocab_size, blocks, *logits, BLOCK=block, num_warps=warps)
+        else:
+            kernels.gradients_and_columns_kernel[(triton.cdiv(vocab_size, _COLUMNS),)](
+                *tensors,
+                columns.largest,
+                columns.total,
+                n,
+                vocab_size,
+                *logits,
+                ROWS=_ROWS,
+                BLOCK=_COLUMNS,
+                num_warps=4,
+            )
 
 
 def scale_into(
