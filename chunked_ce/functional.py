@@ -403,8 +403,7 @@ class _Weights(NamedTuple):
         if num_tokens is None:
             denominator = self.count()
         else:
-            denominator = torch.as_tensor(num_tokens, dtype=self.dtype, device=self.target.device)
-            denominator = denominator.detach().reshape(())
+            denominator = _on_device(num_tokens, self.dtype, self.target.device)
         return torch.where(denominator == 0, 0.0, 1 / denominator)
 
     def stats(self, loss_sum: Tensor, rows: RowStatistics) -> LossStats:
@@ -440,6 +439,13 @@ def _transformed(vocab: VocabShard | None) -> bool:
     if transformed and vocab is not None:
         raise NotImplementedError("vocab: no torch.func transforms and no forward mode with a sharded vocabulary")
     return transformed
+
+
+def _on_device(number: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number as a tensor () without waiting for the device."""
+    if isinstance(number, Tensor):
+        return number.detach().to(device, dtype, non_blocking=True).reshape(())
+    return torch.full((), number, dtype=dtype, device=device)
 
 
 def _float(value: float | None) -> float | None:

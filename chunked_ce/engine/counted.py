@@ -9,7 +9,12 @@ from torch import Tensor
 
 from chunked_ce.objective import RowStatistics
 
-__all__ = ["CountedTokens"]
+__all__ = ["CountedTokens", "drops_ignored"]
+
+
+def drops_ignored(device: torch.device) -> bool:
+    """Whether the host may know how many tokens count without waiting for the device."""
+    return device.type == "cpu"
 
 
 class CountedTokens:
@@ -29,7 +34,7 @@ class CountedTokens:
         out_of_range = counted & ((target < 0) | (target >= vocab_size))
         self._index: Tensor | None = None
         self._mask: Tensor | None = None
-        if target.device.type == "cpu":
+        if drops_ignored(target.device):
             if out_of_range.any():
                 position = int(out_of_range.nonzero()[0])
                 raise IndexError(
@@ -50,11 +55,6 @@ class CountedTokens:
     def all_kept(self) -> bool:
         """Whether row i of what `select` returns is token i."""
         return self._index is None
-
-    @property
-    def copied(self) -> bool:
-        """Whether what `select` returns is a copy."""
-        return self._index is not None or self._mask is not None
 
     def blocks(self, size: int) -> Iterator[slice]:
         """The counted tokens in blocks of ``size``; the last may be smaller."""
@@ -77,6 +77,10 @@ class CountedTokens:
             return values[rows]
         mask = self._mask[rows].view(-1, *(1,) * (values.dim() - 1))
         return values[rows].where(mask, 0)
+
+    def unmasked(self, values: Tensor, rows: slice) -> Tensor:
+        """`select`, but what tokens that do not count were kept with is still there: a view of ``values`` then."""
+        return values[rows] if self._index is None else values.index_select(0, self._index[rows])
 
     def select_from(self, part: Tensor, first: int, rows: slice) -> Tensor:
         """`select` from ``part``, which holds the tokens from ``first`` on."""

@@ -27,8 +27,9 @@ def statistics(
     row_kernels = choose_row_kernels(backend, products.device, products.dtype)
     found = empty_statistics(len(target), products.dtype, products.device, wanted)
     for rows in tokens.blocks(row_kernels.rows_in_flight(products.shape[-1], products.device.type)):
-        block = tokens.select(products, rows)
-        part = row_kernels.statistics(block, tokens.target[rows], class_weight, logits, wanted, overwrite=tokens.copied)
+        block = tokens.unmasked(products, rows)
+        copied = not tokens.all_kept
+        part = row_kernels.statistics(block, tokens.target[rows], class_weight, logits, wanted, overwrite=copied)
         tokens.put_statistics(found, rows, part)
     return found
 
@@ -59,9 +60,9 @@ def gradients(
     row_kernels = choose_row_kernels(backend, products.device, products.dtype)
     total = torch.empty_like(products) if tokens.all_kept else torch.zeros_like(products)
     for rows in tokens.blocks(row_kernels.rows_in_flight(products.shape[-1], products.device.type)):
-        block = tokens.select(products, rows)
-        out = block if tokens.copied else total[rows]
+        block = tokens.unmasked(products, rows)  # the slopes of tokens that do not count are 0
+        out = total[rows] if tokens.all_kept else block
         row_kernels.logit_gradients(block, column[rows], class_weight, logits, slopes.at(rows), known.at(rows), out=out)
-        if tokens.copied:
+        if not tokens.all_kept:
             tokens.put(total, rows, out)
     return total

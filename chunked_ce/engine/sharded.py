@@ -193,7 +193,7 @@ def logits_statistics(
     class_weight = shard.classes(class_weight, vocab_size)
     parts = [
         row_kernels.shard_statistics(
-            tokens.select(products, rows), column[rows], here[rows], class_weight, logits, wanted, shard.start
+            tokens.unmasked(products, rows), column[rows], here[rows], class_weight, logits, wanted, shard.start
         )
         for rows in tokens.blocks(row_kernels.rows_in_flight(vocab_size, products.device.type))
     ]
