@@ -400,10 +400,7 @@ class _Weights(NamedTuple):
         """What the reduction multiplies the sum of the losses by, ()."""
         if reduction != "mean":
             return torch.ones((), dtype=self.dtype, device=self.target.device)
-        if num_tokens is None:
-            denominator = self.count()
-        else:
-            denominator = _on_device(num_tokens, self.dtype, self.target.device)
+        denominator = self.count() if num_tokens is None else _on_device(num_tokens, self.dtype, self.target.device)
         return torch.where(denominator == 0, 0.0, 1 / denominator)
 
     def stats(self, loss_sum: Tensor, rows: RowStatistics) -> LossStats:
