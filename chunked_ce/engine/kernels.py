@@ -1,7 +1,7 @@
 """Which row kernels run: those in Triton where they can, else those in torch. Both have one interface.
 
 `chunked_ce.engine.rows` documents it: ``statistics``, ``shard_statistics``, ``statistics_and_gradients_``,
-``logit_gradients`` and ``rows_in_flight``.
+``logit_gradients``, ``rows_in_flight`` and ``scale_into``.
 """
 
 from __future__ import annotations

@@ -22,16 +22,13 @@ from chunked_ce.engine.flat import (
     slopes_or_zero,
     upstream_of_wanted,
 )
+from chunked_ce.engine.kernels import row_kernels
 from chunked_ce.engine.linear import Gradients, Head, Settings
 from chunked_ce.engine.rows import Slopes, Wanted
 from chunked_ce.engine.sharded import Shard
 from chunked_ce.objective import Logits, Objective, RowStatistics
 
 __all__ = ["linear_loss", "linear_statistics"]
-
-# How much a saved gradient is rescaled at a time: small beside the gradient, large beside a cache.
-_RESCALED_ROWS = 4096
-
 
 def linear_statistics(
     hidden: Tensor,  # (N, D)
@@ -292,6 +289,7 @@ def _save_linear_loss(ctx, inputs, output):
     *tensors, scale, softcap, label_smoothing, z_loss, ignore_index = inputs[:12]
     objective = Objective(label_smoothing, z_loss, len(inputs[1]))
     ctx.maths = Logits(scale, softcap), objective, ignore_index, inputs[14]
+    ctx.backend = inputs[18]
     ctx.shard = shard_of(*inputs[-5:])
     ctx.inputs = len(inputs)
     ctx.mark_non_differentiable(*output[1:])
@@ -315,7 +313,7 @@ def _backward_of_linear_loss(ctx, grad, *_):
     saved = Gradients(hidden_grad, weight_grad, bias_grad)
     ratio = grad / upstream
     grads = [
-        _rescaled(total, ratio, like.dtype) if need else None
+        _rescaled(total, ratio, like.dtype, ctx.backend) if need else None
         for total, like, need in zip(saved, (hidden, weight, bias), needed, strict=True)
     ]
     return (*grads, *none)
@@ -328,16 +326,11 @@ def _rescaled(
     total: Tensor,
     ratio: Tensor,  # ()
     dtype: torch.dtype,
+    backend: str,
 ) -> Tensor:
     """``ratio * total`` in ``dtype``: in the memory of ``total`` if the graph ends with this backward."""
     if type(total) is not Tensor:
         return (total * ratio).to(dtype)  # traced by a compiler, which places memory itself
     last = not torch._C._autograd._get_current_graph_task_keep_graph()
-    if last and total.dtype == dtype:
-        unchanged = total.device.type == "cpu" and bool(ratio == 1)
-        return total if unchanged else total.mul_(ratio)
-    scaled = torch.empty_like(total, dtype=dtype)
-    scratch = torch.empty_like(total[:_RESCALED_ROWS])
-    for part, source in zip(scaled.split(_RESCALED_ROWS), total.split(_RESCALED_ROWS), strict=True):
-        part.copy_(torch.mul(source, ratio, out=scratch[: len(source)]))
-    return scaled
+    out = total if last and total.dtype == dtype else torch.empty_like(total, dtype=dtype)
+    return row_kernels(backend, total.device, total.dtype).scale_into(total, ratio, out)

@@ -21,6 +21,7 @@ __all__ = [
     "empty_statistics",
     "logit_gradients",
     "rows_in_flight",
+    "scale_into",
     "shard_statistics",
     "statistics",
     "statistics_and_gradients_",
@@ -28,6 +29,8 @@ __all__ = [
 ]
 
 _CACHED_ELEMENTS = 2**19  # fp32 numbers in flight: about the second-level caches of two cores
+# How much of a gradient is scaled at a time: small beside the gradient, large beside a cache.
+_SCALED_ROWS = 4096
 _DEVICE_ELEMENTS = 2**24  # on an accelerator a kernel must be worth its launch
 _EXP_IS_ZERO = -1000.0  # exp of it is 0 in fp32 and fp64, and 0 times it is 0, unlike 0 times -inf
 
@@ -178,6 +181,21 @@ def logit_gradients(
             gradients.masked_fill_(dead[rows].unsqueeze(-1), 0)
         if not overwrite or out.dtype != gradients.dtype:
             out[rows] = gradients
+
+
+def scale_into(
+    source: Tensor,  # contiguous
+    factor: Tensor,  # ()
+    out: Tensor,  # as source, contiguous; may be source itself
+) -> Tensor:
+    """``factor * source`` in ``out``; into source itself it costs nothing on a CPU where the factor is 1."""
+    if out is source:
+        unchanged = source.device.type == "cpu" and bool(factor == 1)
+        return source if unchanged else source.mul_(factor)
+    scratch = torch.empty_like(source[:_SCALED_ROWS])
+    for part, rows in zip(out.split(_SCALED_ROWS), source.split(_SCALED_ROWS), strict=True):
+        part.copy_(torch.mul(rows, factor, out=scratch[: len(rows)]))
+    return out
 
 
 def _visit(
