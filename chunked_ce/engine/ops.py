@@ -30,6 +30,7 @@ from chunked_ce.objective import Logits, Objective, RowStatistics
 
 __all__ = ["linear_loss", "linear_statistics"]
 
+
 def linear_statistics(
     hidden: Tensor,  # (N, D)
     head: Head,

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from chunked_ce.engine import counted
 from chunked_ce.objective import Logits, RowStatistics
 
 __all__ = [
@@ -163,13 +164,16 @@ def logit_gradients(
     known: RowStatistics,  # over the whole vocabulary
     out: Tensor,  # as products; may be products itself
 ) -> None:
-    """The gradients of the products, from statistics that are known; zero in rows whose slopes are all 0."""
+    """The gradients of the products, from statistics that are known.
+
+    Where tokens that do not count are kept, rows whose slopes are all 0 get 0, whatever their logits hold.
+    """
     if products.shape[1] == 0:
         return
     overwrite = out is products
-    dead = functools.reduce(torch.logical_and, [slope == 0 for slope in slopes if slope is not None])  # (n,)
-    if products.device.type == "cpu" and not dead.any():
-        dead = None
+    dead = None  # (n,)
+    if not counted.drops_ignored(products.device):
+        dead = functools.reduce(torch.logical_and, [slope == 0 for slope in slopes if slope is not None])
     for rows, z in _visit(products, logits, overwrite):
         block = known.at(rows)
         kept = z.clone() if logits.softcap is not None or slopes.mean is not None else None
@@ -177,7 +181,7 @@ def logit_gradients(
         gradients = _gradients_(
             z, block.log_sum.exp(), target[rows], class_weight, slopes.at(rows), logits, kept, block
         )
-        if dead is not None:  # whatever the logits hold
+        if dead is not None:
             gradients.masked_fill_(dead[rows].unsqueeze(-1), 0)
         if not overwrite or out.dtype != gradients.dtype:
             out[rows] = gradients
