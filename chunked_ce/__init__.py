@@ -3,11 +3,15 @@
 from chunked_ce.distributed.tokens import TokenMean, count_tokens
 from chunked_ce.distributed.vocab import VocabShard
 from chunked_ce.functional import LossStats, cross_entropy, linear_cross_entropy, linear_logprobs
+from chunked_ce.lazy.logits import LazyLogits
+from chunked_ce.lm_head import LMHead
 from chunked_ce.modules import LinearCrossEntropyLoss
 from chunked_ce.options import ChunkOptions
 
 __all__ = [
     "ChunkOptions",
+    "LMHead",
+    "LazyLogits",
     "LinearCrossEntropyLoss",
     "LossStats",
     "TokenMean",

@@ -1,0 +1,113 @@
+"""What is done to lazy tensors, function by function: followed, answered from the hidden states, or computed.
+
+A handler returns ``NotImplemented`` for arguments that it cannot follow.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+
+from chunked_ce.lazy.logits import Lazy
+
+__all__ = ["dispatch", "follows", "functions"]
+
+_QUERIES: set[Callable] = set()
+_FOLLOWED: dict[Callable, tuple[Callable, inspect.Signature]] = {}
+_OF_COMPUTED: set[Callable] = set()
+
+
+def dispatch(function: Callable, args: tuple, kwargs: dict) -> Any:
+    """``function`` of arguments with a lazy tensor among them."""
+    if function in _QUERIES:
+        return _query(function, args, kwargs)
+    if function in _FOLLOWED:
+        handler, signature = _FOLLOWED[function]
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError:
+            return _compute(function, args, kwargs)
+        first = next(iter(bound.arguments.values()))
+        if isinstance(first, Lazy) and (not first.is_computed or handler in _OF_COMPUTED):
+            result = handler(*bound.args, **bound.kwargs)
+            if result is not NotImplemented:
+                return result
+    return _compute(function, args, kwargs)
+
+
+def functions(names: str, *spaces: Any) -> list[Callable]:
+    """The functions of these names in torch.Tensor and torch, or in ``spaces``."""
+    spaces = spaces or (torch.Tensor, torch)
+    return [getattr(space, name) for name in names.split() for space in spaces if hasattr(space, name)]
+
+
+def follows(names: str, *spaces: Any, computed: bool = False) -> Callable[[Callable], Callable]:
+    """The decorated handler answers for these functions; with ``computed`` even once the logits are computed."""
+
+    def register(handler: Callable) -> Callable:
+        for function in functions(names, *spaces):
+            _FOLLOWED[function] = (handler, inspect.signature(handler))
+        if computed:
+            _OF_COMPUTED.add(handler)
+        return handler
+
+    return register
+
+
+def _compute(function: Callable, args: tuple, kwargs: dict) -> Any:
+    """``function`` of the logits themselves."""
+    lazy = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Lazy)]
+    for one in lazy:
+        one.compute_for(_name(function))
+
+    def value(x: Any) -> Any:
+        return x.materialize() if isinstance(x, Lazy) else x
+
+    result = function(*tree_map(value, args), **tree_map(value, kwargs))
+    # In place, or nothing was to be done.
+    return next((one for one in lazy if result is one.materialize()), result)
+
+
+def _name(function: Callable) -> str:
+    name = getattr(function, "__name__", str(function))
+    owner = getattr(function, "__self__", None)
+    return f"Tensor.{owner.__name__}" if name in ("__get__", "__set__", "__delete__") and owner is not None else name
+
+
+# ---- questions that the tensor without values answers ----
+
+_NOT_ANSWERED = ["data", "T", "mT", "H", "mH", "real", "imag", "volatile"]
+_HOOKS = set(functions("register_hook retain_grad", torch.Tensor))
+
+
+def _query(function: Callable, args: tuple, kwargs: dict) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():
+        result = function(*args, **kwargs)
+    if function in _HOOKS:
+        args[0].hook_added()
+    return result
+
+
+def _attributes() -> list[Callable]:
+    found = {name: inspect.getattr_static(Tensor, name) for name in dir(Tensor) if name not in _NOT_ANSWERED}
+    kinds = [value for value in found.values() if inspect.isgetsetdescriptor(value)]
+    return [getattr(value, name) for value in kinds for name in ("__get__", "__set__")]
+
+
+_QUERIES.update(_attributes())
+_QUERIES.update(functions("grad", Tensor) and [inspect.getattr_static(Tensor, "grad").__get__])
+_QUERIES.update(_HOOKS)
+_QUERIES.update(
+    functions(
+        "size dim ndimension numel nelement stride is_contiguous is_floating_point is_complex is_signed element_size "
+        "get_device storage_offset is_same_size requires_grad_ is_inference __len__ __hash__ has_names is_conj is_neg "
+        "result_type"
+    )
+)
+
+Lazy._dispatch = staticmethod(dispatch)

@@ -1,0 +1,93 @@
+"""How a tensor without values takes part in autograd.
+
+A lazy tensor is the output of `attach(hidden, ...)`, so that whatever walks the graph or hangs hooks on it (engines do,
+on everything a forward returns) finds the hidden states and the head behind it. `detour(lazy, hidden)` is the way
+back: hidden states whose gradient passes through that graph, wrapped as `HiddenGradient`, in place of the gradient of
+the logits that nobody forms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["HiddenGradient", "attach", "detour", "is_attached"]
+
+_aten = torch.ops.aten
+_SAME = {_aten.detach.default, _aten.alias.default, _aten.clone.default, _aten.view_as.default}
+
+
+class HiddenGradient(Tensor):
+    """The gradient of lazy logits to autograd, of the logits' shape and dtype; holds that of the hidden states."""
+
+    @staticmethod
+    def __new__(cls, like: tuple[torch.Size, torch.dtype, torch.device], hidden: Tensor) -> HiddenGradient:
+        shape, dtype, device = like
+        self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        self.hidden, self.like = hidden, like
+        return self
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def __repr__(self) -> str:
+        return f"HiddenGradient(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function in _SAME:
+            return cls(args[0].like, args[0].hidden)
+        if function is _aten.add.Tensor and not kwargs and all(isinstance(a, cls) for a in args):
+            return cls(args[0].like, args[0].hidden + args[1].hidden)
+        raise RuntimeError(
+            f"chunked_ce: {function} on the gradient of lazy logits, which is never formed. For the gradient of the "
+            "logits themselves call materialize() on the logits first, and go on with what it returns"
+        )
+
+
+class _Attach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, make: Callable[[], Tensor], hidden: Tensor, *parameters: Tensor | None) -> Tensor:
+        ctx.parameters = len(parameters)
+        ctx.set_materialize_grads(False)
+        return make()
+
+    @staticmethod
+    def backward(ctx, grad):
+        rest = [None] * ctx.parameters
+        if grad is None:
+            return None, None, *rest
+        if not isinstance(grad, HiddenGradient):
+            raise RuntimeError(
+                "chunked_ce: a gradient reached lazy logits through an operation that Python does not see: "
+                "call materialize() on the logits before it"
+            )
+        return None, grad.hidden, *rest
+
+
+class _Detour(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, lazy: Tensor, hidden: Tensor) -> Tensor:
+        ctx.like = (lazy.shape, lazy.dtype, lazy.device)
+        ctx.set_materialize_grads(False)
+        return hidden.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None if grad is None else HiddenGradient(ctx.like, grad), None
+
+
+def attach(make: Callable[[], Tensor], hidden: Tensor, *parameters: Tensor | None) -> Tensor:
+    """The tensor that ``make`` makes, with ``hidden`` and ``parameters`` behind it in the graph."""
+    return _Attach.apply(make, hidden, *parameters)
+
+
+def is_attached(node: torch.autograd.graph.Node | None) -> bool:
+    """Whether this is the node of a tensor just as `attach` returned it."""
+    return node is None or isinstance(node, _Attach._backward_cls)
+
+
+def detour(lazy: Tensor, hidden: Tensor) -> Tensor:
+    """The values of ``hidden``, whose gradient passes through the graph of ``lazy``."""
+    return _Detour.apply(lazy, hidden.detach())

@@ -1,0 +1,225 @@
+"""`LazyLogits`: a tensor that stands for a head's logits without holding them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from chunked_ce.lazy.graph import attach, detour, is_attached
+from chunked_ce.lazy.source import Call, Root
+from chunked_ce.objective import Logits
+
+if TYPE_CHECKING:
+    from chunked_ce.lm_head import LMHead
+
+__all__ = ["Lazy", "LazyLogProbs", "LazyLogits"]
+
+
+class Lazy(Tensor):
+    """What `LazyLogits` and `LazyLogProbs` share: shape without values, and what happens to it.
+
+    The hidden states have the shape of the logits with D in place of V, so that whatever is done to the other
+    dimensions is done to them. A stand-in on the meta device has shape, strides and dtype, and raises what the
+    logits would raise. ``operations`` make the logits themselves out of the head's output, if it comes to that.
+    """
+
+    _dispatch: Callable[..., Any]  # `chunked_ce.lazy.follow.dispatch`
+    _root: Root
+    _operations: tuple[Callable[[Tensor], Tensor], ...]
+    _hidden: Tensor
+    _vocab_dim: int
+    _logits: Logits
+    _factor: float  # of the log-probabilities
+    _stand_in: Tensor
+    _value: Tensor | None  # once it was computed
+    _hooked: bool
+    _joined: bool
+
+    @classmethod
+    def _make(
+        cls,
+        root: Root,
+        operations: tuple[Callable[[Tensor], Tensor], ...],
+        hidden: Tensor,
+        vocab_dim: int,
+        logits: Logits,
+        stand_in: Tensor,
+        factor: float = 1.0,
+        tracked: bool = True,
+    ):
+        """A new lazy tensor, with a graph behind it if ``tracked``."""
+        call = root.call
+
+        def make() -> Lazy:
+            facts = {"strides": stand_in.stride(), "dtype": stand_in.dtype, "device": call.device}
+            self = Tensor._make_wrapper_subclass(cls, stand_in.shape, **facts)
+            self._root, self._operations, self._hidden = root, operations, hidden
+            self._vocab_dim, self._logits, self._factor, self._stand_in = vocab_dim, logits, factor, stand_in
+            self._value, self._hooked, self._joined = None, False, False
+            call.members[id(self)] = self
+            return self
+
+        return attach(make, hidden, *call.parameters) if tracked else make()
+
+    @classmethod
+    def of_call(cls, call: Call, hidden: Tensor, vocab_size: int, logits: Logits):
+        """What ``call`` with ``hidden`` (..., D) returns."""
+        tracked = torch.is_grad_enabled()
+        hidden = hidden if tracked else hidden.detach()
+        stand_in = torch.empty(*hidden.shape[:-1], vocab_size, dtype=call.dtype, device="meta")
+        root = Root(call, hidden, hidden.dim() - 1, logits, call.dtype)
+        return cls._make(root, (), hidden, hidden.dim() - 1, logits, stand_in, tracked=tracked)
+
+    def derive(self, operation: Callable[[Tensor], Tensor] | None, **changes: Any):
+        """What ``operation`` gives, where ``changes`` say what it does to this tensor's parts; None for `detach`."""
+        self.join_graph()
+        tracked = operation is not None and self.requires_grad and torch.is_grad_enabled()
+        root = self._root if tracked or not _tracked(self._root) else self._root.detached()
+        parts = {
+            "hidden": self._hidden,
+            "vocab_dim": self._vocab_dim,
+            "logits": self._logits,
+            "stand_in": self._stand_in,
+            "factor": self._factor,
+        }
+        cls = changes.pop("cls", type(self))
+        parts |= changes
+        if not tracked:
+            parts["hidden"] = parts["hidden"].detach()
+        operations = self._operations if operation is None else (*self._operations, operation)
+        return cls._make(root, operations, tracked=tracked, **parts)
+
+    def become(self, other: Lazy) -> bool:
+        """Take on the state of ``other``, which an operation made of this tensor, in place; whether that is sound."""
+        alone = all(one is self or one is other for one in self._root.call.members.values())
+        if not alone or (self.requires_grad and not other.requires_grad):
+            return False
+        self._root, self._operations, self._hidden = other._root, other._operations, other._hidden
+        self._logits, self._factor = other._logits, other._factor
+        return True
+
+    def hook_added(self) -> None:
+        """The gradient must pass through this tensor, that the hook be called."""
+        self._hooked = True
+
+    def join_graph(self) -> None:
+        """Make the gradient of the hidden states pass through what others put into this tensor's graph."""
+        if not self.requires_grad or self._joined:
+            return
+        if is_attached(self.grad_fn) and not self._hooked:
+            return
+        self._joined = True
+        with torch.enable_grad():
+            self._hidden = detour(self, self._hidden)
+        self._root = Root(self._root.call, self._hidden, self._vocab_dim, self._logits, self.dtype)
+        self._operations = ()
+        if isinstance(self, LazyLogProbs):
+            factor, dim = self._factor, self._vocab_dim
+            self._operations = (lambda logits: factor * logits.log_softmax(dim),)
+
+    def request(self, function: Callable[..., Any]) -> Any:
+        """``function(hidden, weight, bias)`` with hidden states (..., D), in the head's call."""
+        self.join_graph()
+        self._root.check_unchanged()
+        tracked = self.requires_grad and torch.is_grad_enabled()
+        hidden = self._hidden.movedim(self._vocab_dim, -1)
+        return self._root.call.run(hidden if tracked else hidden.detach(), function, tracked)
+
+    @property
+    def head(self) -> LMHead:
+        return self._root.call.head
+
+    @property
+    def is_computed(self) -> bool:
+        return self._value is not None
+
+    def compute_for(self, operation: str) -> None:
+        """Compute what this tensor stands for, with the one warning that ``operation`` needs it."""
+        call = self._root.call
+        call.head.check_can_compute(operation)
+        if not call.computed:
+            call.warn(operation, self.shape)
+        self.materialize()
+
+    def materialize(self) -> Tensor:
+        """The tensor that this one stands for, computed at the first call, with its graph.
+
+        From then on every operation on it, and on what was derived from the same logits, is one on these values.
+        """
+        if self._value is None:
+            call = self._root.call
+            call.computed = True
+            # All at once: views of one another are then views of the same memory, whatever happens to it.
+            members = [
+                (not one.requires_grad, len(one._operations), at, one) for at, one in enumerate(call.members.values())
+            ]
+            for _, _, _, one in sorted(members, key=lambda member: member[:3]):
+                one.join_graph()
+                if one._value is None:
+                    one._value = one._root.value(one._operations, one.requires_grad)
+        return self._value
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        return cls._dispatch(function, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        """What did not pass through Python: the same tensor again, or an operation on the values."""
+        if function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return args[0]._again()
+        if function is torch.ops.aten.view_as.default and isinstance(args[0], Lazy) and args[0] is args[1]:
+            return args[0]._again()
+
+        def value(x: Any) -> Any:
+            return x.materialize().detach() if isinstance(x, Lazy) else x
+
+        return function(*tree_map(value, args), **tree_map(value, kwargs or {}))
+
+    def _again(self):
+        parts = (self._operations, self._hidden.detach(), self._vocab_dim, self._logits, self._stand_in, self._factor)
+        return self._make(self._root.detached(), *parts, tracked=False)
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
+
+    __str__ = __repr__
+
+    def __format__(self, spec: str) -> str:
+        return format(repr(self), spec)
+
+    def __deepcopy__(self, memo: dict) -> Tensor:
+        return copy.deepcopy(self.materialize().detach(), memo)
+
+    def __reduce_ex__(self, protocol: int):
+        return self.materialize().detach().__reduce_ex__(protocol)
+
+
+class LazyLogits(Lazy):
+    """The logits of an `LMHead` call, not computed.
+
+    A tensor in shape, dtype, device and graph. Slices, reshapes, casts and scales of it are lazy too; the losses,
+    log-probabilities, ``argmax``, ``topk``, ``gather`` and ``logsumexp`` of it come from the hidden states, a chunk of
+    tokens or words at a time; anything else computes the logits once and says so in a warning.
+
+    >>> import torch
+    >>> from chunked_ce import LMHead
+    >>> logits = LMHead(4, 10)(torch.ones(2, 3, 4))
+    >>> logits[:, :-1].float().reshape(-1, 10)
+    LazyLogits(shape=(4, 10), dtype=torch.float32, device=cpu)
+    >>> torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.arange(6)).shape
+    torch.Size([])
+    """
+
+
+class LazyLogProbs(Lazy):
+    """The log-softmax of `LazyLogits`, times a number."""
+
+
+def _tracked(root: Root) -> bool:
+    return root.hidden.requires_grad or any(t is not None and t.requires_grad for t in root.call.parameters)

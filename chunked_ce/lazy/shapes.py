@@ -1,0 +1,354 @@
+"""Shape, memory and dtype of lazy tensors: what leaves the vocabulary whole is done to the hidden states."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chunked_ce.lazy.follow import follows, functions
+from chunked_ce.lazy.logits import Lazy
+
+__all__ = []
+
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def _follow(lazy: Lazy, operation: Callable[[Tensor], Tensor], vocab_dim: int) -> Lazy:
+    """``operation`` is the same for logits and hidden states, and leaves the vocabulary at ``vocab_dim``."""
+    stand_in = operation(lazy._stand_in)
+    return lazy.derive(operation, hidden=operation(lazy._hidden), stand_in=stand_in, vocab_dim=vocab_dim)
+
+
+def _dim(dim: Any, dims: int) -> int:
+    """A dimension counted from the front."""
+    if not isinstance(dim, int) or not -dims <= dim < dims:
+        raise IndexError(f"Dimension out of range (expected to be in range of [{-dims}, {dims - 1}], but got {dim})")
+    return dim % dims
+
+
+# ---- reshapes of the tokens, rows kept whole ----
+
+
+def _reshape(lazy: Lazy, operation: Callable[[Tensor], Tensor]) -> Lazy:
+    stand_in = operation(lazy._stand_in)
+    if lazy._vocab_dim != lazy.dim() - 1 or stand_in.dim() == 0 or stand_in.shape[-1] != lazy.shape[-1]:
+        return NotImplemented
+    if stand_in is lazy._stand_in:
+        return lazy
+    hidden = lazy._hidden.reshape(*stand_in.shape[:-1], lazy._hidden.shape[-1])
+    return lazy.derive(operation, hidden=hidden, stand_in=stand_in, vocab_dim=stand_in.dim() - 1)
+
+
+@follows("view")
+def _view(lazy: Lazy, *shape: Any, size: Any = None, dtype: Any = None) -> Lazy:
+    shape = shape or (size,)
+    if dtype is not None or shape[0] is None or isinstance(shape[0], torch.dtype):
+        return NotImplemented
+    return _reshape(lazy, lambda x: x.view(*shape))
+
+
+@follows("reshape")
+def _reshaped(lazy: Lazy, *shape: Any) -> Lazy:
+    return _reshape(lazy, lambda x: x.reshape(*shape))
+
+
+@follows("view_as reshape_as")
+def _as(lazy: Lazy, other: Tensor) -> Lazy:
+    shape = tuple(other.shape)
+    return _reshape(lazy, lambda x: x.reshape(shape))
+
+
+@follows("flatten")
+def _flatten(lazy: Lazy, start_dim: int = 0, end_dim: int = -1) -> Lazy:
+    return _reshape(lazy, lambda x: x.flatten(start_dim, end_dim))
+
+
+@follows("unflatten")
+def _unflatten(lazy: Lazy, dim: int, sizes: Any) -> Lazy:
+    return _reshape(lazy, lambda x: x.unflatten(dim, sizes))
+
+
+# ---- dimensions moved about ----
+
+
+@follows("transpose swapaxes swapdims")
+def _transpose(lazy: Lazy, dim0: int, dim1: int) -> Lazy:
+    a, b = _dim(dim0, lazy.dim()), _dim(dim1, lazy.dim())
+    vocab_dim = {a: b, b: a}.get(lazy._vocab_dim, lazy._vocab_dim)
+    return _follow(lazy, lambda x: x.transpose(a, b), vocab_dim)
+
+
+@follows("permute")
+def _permute(lazy: Lazy, *dims: Any) -> Lazy:
+    dims = dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims
+    order = [_dim(dim, lazy.dim()) for dim in dims]
+    if sorted(order) != list(range(lazy.dim())):
+        return NotImplemented
+    return _follow(lazy, lambda x: x.permute(order), order.index(lazy._vocab_dim))
+
+
+@follows("movedim moveaxis")
+def _movedim(lazy: Lazy, source: int, destination: int) -> Lazy:
+    if not isinstance(source, int) or not isinstance(destination, int):
+        return NotImplemented
+    source, destination = _dim(source, lazy.dim()), _dim(destination, lazy.dim())
+    order = [dim for dim in range(lazy.dim()) if dim != source]
+    order.insert(destination, source)
+    return _follow(lazy, lambda x: x.movedim(source, destination), order.index(lazy._vocab_dim))
+
+
+@follows("unsqueeze")
+def _unsqueeze(lazy: Lazy, dim: int) -> Lazy:
+    dim = _dim(dim, lazy.dim() + 1)
+    return _follow(lazy, lambda x: x.unsqueeze(dim), lazy._vocab_dim + (dim <= lazy._vocab_dim))
+
+
+@follows("squeeze")
+def _squeeze(lazy: Lazy, dim: int | None = None) -> Lazy:
+    if dim is not None and not isinstance(dim, int):
+        return NotImplemented
+    asked = range(lazy.dim()) if dim is None else [_dim(dim, lazy.dim())]
+    gone = [d for d in asked if lazy.shape[d] == 1]
+    if lazy._vocab_dim in gone:
+        return NotImplemented
+    before = sum(d < lazy._vocab_dim for d in gone)
+    return _follow(lazy, lambda x: x.squeeze(tuple(gone)), lazy._vocab_dim - before)
+
+
+# ---- parts of the tokens ----
+
+
+@follows("__getitem__")
+def _getitem(lazy: Lazy, index: Any) -> Lazy:
+    items = list(index) if isinstance(index, tuple) else [index]
+    if any(isinstance(item, Lazy) for item in items):
+        return NotImplemented
+    consumed = [_consumed(item) for item in items]
+    if None in consumed:
+        return NotImplemented
+    free = lazy.dim() - sum(consumed)
+    places = [place for place, item in enumerate(items) if item is Ellipsis]
+    if free < 0 or len(places) > 1:
+        return NotImplemented  # the logits will raise
+    place = places[0] if places else len(items)
+    items[place : place + 1] = [slice(None)] * free
+    reached = vocab_at = 0
+    for at, item in enumerate(items):
+        if reached <= lazy._vocab_dim < reached + _consumed(item):
+            vocab_at = at
+        reached += _consumed(item)
+    vocab_size = lazy.shape[lazy._vocab_dim]
+    vocab_item = items[vocab_at]
+    if not isinstance(vocab_item, slice) or not _is_whole(vocab_item, vocab_size):
+        return NotImplemented
+    items[vocab_at] = slice(None)
+    whole = tuple(items)
+    basic = all(item is None or (isinstance(item, slice | int) and not isinstance(item, bool)) for item in items)
+    if not basic and vocab_at != len(items) - 1:
+        return NotImplemented
+    hidden = lazy._hidden[whole]
+    vocab_dim = hidden.dim() - 1 - sum(not isinstance(item, int) for item in items[vocab_at + 1 :])
+    stand_in = lazy._stand_in[whole] if basic else lazy._stand_in.new_empty((*hidden.shape[:-1], vocab_size))
+    return lazy.derive(lambda x: x[whole], hidden=hidden, stand_in=stand_in, vocab_dim=vocab_dim)
+
+
+def _consumed(item: Any) -> int | None:
+    """How many dimensions an index takes in, None if unknown."""
+    if item is None or item is Ellipsis:
+        return 0
+    if isinstance(item, slice):
+        bounds = (item.start, item.stop, item.step)
+        return None if any(isinstance(bound, Tensor) for bound in bounds) else 1
+    if isinstance(item, Tensor) and item.dtype in (torch.bool, torch.uint8):
+        return item.dim()
+    if isinstance(item, Tensor) and not item.is_floating_point():
+        return 1
+    if isinstance(item, int) and not isinstance(item, bool):
+        return 1
+    if isinstance(item, list) and all(isinstance(entry, int) and not isinstance(entry, bool) for entry in item):
+        return 1
+    return None
+
+
+def _is_whole(item: slice, size: int) -> bool:
+    return item.indices(size) == (0, size, 1)
+
+
+@follows("narrow")
+def _narrow(lazy: Lazy, dim: int, start: int, length: int) -> Lazy:
+    dim = _dim(dim, lazy.dim())
+    if dim == lazy._vocab_dim:
+        return NotImplemented
+    return _follow(lazy, lambda x: x.narrow(dim, start, length), lazy._vocab_dim)
+
+
+@follows("select")
+def _select(lazy: Lazy, dim: int, index: int) -> Lazy:
+    dim = _dim(dim, lazy.dim())
+    if dim == lazy._vocab_dim or not isinstance(index, int):
+        return NotImplemented
+    return _follow(lazy, lambda x: x.select(dim, index), lazy._vocab_dim - (dim < lazy._vocab_dim))
+
+
+@follows("index_select")
+def _index_select(lazy: Lazy, dim: int, index: Tensor) -> Lazy:
+    dim = _dim(dim, lazy.dim())
+    if dim == lazy._vocab_dim:
+        return NotImplemented
+    hidden = lazy._hidden.index_select(dim, index)
+    shape = list(lazy.shape)
+    shape[dim] = hidden.shape[dim]
+    stand_in = lazy._stand_in.new_empty(shape)
+    return lazy.derive(
+        lambda x: x.index_select(dim, index), hidden=hidden, stand_in=stand_in, vocab_dim=lazy._vocab_dim
+    )
+
+
+@follows("unbind")
+def _unbind(lazy: Lazy, dim: int = 0) -> tuple[Lazy, ...]:
+    dim = _dim(dim, lazy.dim())
+    if dim == lazy._vocab_dim:
+        return NotImplemented
+    return tuple(_select(lazy, dim, at) for at in range(lazy.shape[dim]))
+
+
+@follows("__iter__", Tensor)
+def _iter(lazy: Lazy) -> Any:
+    parts = NotImplemented if lazy.dim() == 0 else _unbind(lazy, 0)
+    return parts if parts is NotImplemented else iter(parts)
+
+
+@follows("split")
+def _split(lazy: Lazy, split_size: Any, dim: int = 0) -> tuple[Lazy, ...]:
+    dim = _dim(dim, lazy.dim())
+    return _parts(lazy, lazy._stand_in.split(split_size, dim), dim)
+
+
+@follows("chunk")
+def _chunk(lazy: Lazy, chunks: int, dim: int = 0) -> tuple[Lazy, ...]:
+    dim = _dim(dim, lazy.dim())
+    return _parts(lazy, lazy._stand_in.chunk(chunks, dim), dim)
+
+
+def _parts(lazy: Lazy, stand_ins: tuple[Tensor, ...], dim: int) -> tuple[Lazy, ...]:
+    if dim == lazy._vocab_dim:
+        return NotImplemented
+    sizes = [part.shape[dim] for part in stand_ins]
+    return tuple(_narrow(lazy, dim, sum(sizes[:at]), size) for at, size in enumerate(sizes))
+
+
+# ---- memory, graph and dtype ----
+
+
+@follows("contiguous")
+def _contiguous(lazy: Lazy, memory_format: torch.memory_format = torch.contiguous_format) -> Lazy:
+    stand_in = lazy._stand_in.contiguous(memory_format=memory_format)
+    if stand_in is lazy._stand_in:
+        return lazy
+    return lazy.derive(lambda x: x.contiguous(memory_format=memory_format), stand_in=stand_in)
+
+
+@follows("clone")
+def _clone(lazy: Lazy, memory_format: torch.memory_format = torch.preserve_format) -> Lazy:
+    stand_in = lazy._stand_in.clone(memory_format=memory_format)
+    return lazy.derive(lambda x: x.clone(memory_format=memory_format), stand_in=stand_in)
+
+
+@follows("detach")
+def _detach(lazy: Lazy) -> Lazy:
+    return lazy.derive(None)
+
+
+@follows("__get__", inspect.getattr_static(Tensor, "data"))
+def _data(lazy: Lazy, owner: Any = None) -> Lazy:
+    return lazy.derive(None)
+
+
+@follows("float")
+def _float(lazy: Lazy) -> Lazy:
+    return _cast(lazy, torch.float32)
+
+
+@follows("double")
+def _double(lazy: Lazy) -> Lazy:
+    return _cast(lazy, torch.float64)
+
+
+@follows("half")
+def _half(lazy: Lazy) -> Lazy:
+    return _cast(lazy, torch.float16)
+
+
+@follows("bfloat16")
+def _bfloat16(lazy: Lazy) -> Lazy:
+    return _cast(lazy, torch.bfloat16)
+
+
+@follows("type_as")
+def _type_as(lazy: Lazy, other: Tensor) -> Lazy:
+    return _cast(lazy, other.dtype) if _same_device(other.device, lazy.device) else NotImplemented
+
+
+@follows("to")
+def _to(
+    lazy: Lazy,
+    *args: Any,
+    dtype: torch.dtype | None = None,
+    device: Any = None,
+    other: Tensor | None = None,
+    non_blocking: bool = False,
+    copy: bool = False,
+    memory_format: torch.memory_format = torch.preserve_format,
+) -> Lazy:
+    flags = []
+    for value in args:
+        if isinstance(value, torch.dtype):
+            dtype = value
+        elif isinstance(value, Tensor):
+            other = value
+        elif isinstance(value, bool):
+            flags.append(value)
+        elif value is not None:
+            device = value
+    if other is not None:
+        dtype, device = other.dtype, other.device
+    copy = copy or (len(flags) > 1 and flags[1])
+    if memory_format is not torch.preserve_format:
+        return NotImplemented
+    if device is not None and not _same_device(torch.device(device), lazy.device):
+        return NotImplemented
+    if dtype in (None, lazy.dtype):
+        return _clone(lazy) if copy else lazy
+    return _cast(lazy, dtype)
+
+
+def _cast(lazy: Lazy, dtype: torch.dtype) -> Lazy:
+    if dtype == lazy.dtype:
+        return lazy
+    # The loss comes in float32. More than that is not in the products, unless the hidden states are float64.
+    if dtype not in _FLOATS or torch.float64 in (dtype, lazy.dtype):
+        return NotImplemented
+    return lazy.derive(lambda x: x.to(dtype), stand_in=lazy._stand_in.to(dtype))
+
+
+def _same_device(asked: torch.device, device: torch.device) -> bool:
+    """Whether ``asked``, which may name no index, is ``device``."""
+    if asked.type != device.type or asked.type == "cpu":
+        return asked.type == device.type
+    current = torch.get_device_module(asked.type).current_device() if asked.index is None else asked.index
+    return current == device.index
+
+
+def _creator(function: Callable) -> Callable:
+    def create(lazy: Lazy, *args: Any, **kwargs: Any) -> Tensor:
+        return function(torch.empty(0, dtype=lazy.dtype, device=lazy.device), *args, **kwargs)
+
+    return create
+
+
+for _function in functions("new_zeros new_ones new_full new_empty new_tensor", Tensor):
+    follows(_function.__name__, Tensor, computed=True)(_creator(_function))

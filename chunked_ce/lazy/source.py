@@ -1,0 +1,138 @@
+"""The call of a head that lazy tensors stand for."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from chunked_ce.objective import Logits
+
+if TYPE_CHECKING:
+    from chunked_ce.lazy.logits import Lazy
+    from chunked_ce.lm_head import LMHead
+
+__all__ = ["Call", "Root"]
+
+Operation = Callable[[Tensor], Tensor]
+
+
+class Call:
+    """One call of a head: its parameters and precision at that time, and the lazy tensors that came of it."""
+
+    def __init__(self, head: LMHead, hidden: Tensor) -> None:
+        self.head = head
+        # Not by attribute: ZeRO-3 gathers a parameter that is looked up.
+        self.parameters = head.own_parameters()
+        self.versions = tuple(_version(tensor) for tensor in self.parameters)
+        self.device = hidden.device
+        self.autocast = hidden.dtype != torch.float64 and torch.is_autocast_enabled(hidden.device.type)
+        self.dtype = torch.get_autocast_dtype(hidden.device.type) if self.autocast else hidden.dtype
+        # By id: a tensor's equality is an operation on it.
+        self.members: weakref.WeakValueDictionary[int, Lazy] = weakref.WeakValueDictionary()
+        self.computed = False
+
+    @contextlib.contextmanager
+    def as_it_was(self, tracked: bool):
+        """The precision of the call, with a graph or without one."""
+        with (
+            torch.inference_mode(False) if tracked else contextlib.nullcontext(),
+            torch.set_grad_enabled(tracked),
+            torch.autocast(self.device.type, dtype=self.dtype if self.autocast else None, enabled=self.autocast),
+        ):
+            yield
+
+    def run(self, hidden: Tensor, request: Callable[..., Any], tracked: bool) -> Any:
+        """``request(hidden, weight, bias)`` inside a call of the head, where engines have its parameters ready."""
+        now = self.head.own_parameters()
+        with self.as_it_was(tracked):
+            if all(a is b for a, b in zip(now, self.parameters, strict=True)):
+                self._check_unchanged()
+                return self.head.run(hidden, request)
+            # `torch.func.functional_call` put them in the head's place, and took them away again.
+            self.head.check_whole(*self.parameters)
+            return request(hidden, *self.parameters)
+
+    def _check_unchanged(self) -> None:
+        if any(_version(t) != then for t, then in zip(self.parameters, self.versions, strict=True)):
+            raise RuntimeError(
+                "the head's parameters were changed in place, by an optimizer's step perhaps, after these logits were "
+                "asked for and before they were used: use the logits before the step, or in evaluation mode"
+            )
+
+    def warn(self, operation: str, shape: torch.Size) -> None:
+        lost = [f"{name}={value}" for name, value in self.head.loss_keywords.items() if value]
+        only = f" {' and '.join(lost)} of the head apply to F.cross_entropy of these logits only." if lost else ""
+        warnings.warn(
+            f"LazyLogits does not follow {operation}: the logits {tuple(shape)} were computed.{only}",
+            UserWarning,
+            stacklevel=_user_stacklevel(),
+        )
+
+
+class Root:
+    """The hidden states of lazy tensors, and the tensors computed for them."""
+
+    def __init__(
+        self,
+        call: Call,
+        hidden: Tensor,  # the shape of the logits, D in place of V
+        vocab_dim: int,
+        logits: Logits,
+        dtype: torch.dtype,
+    ) -> None:
+        self.call, self.hidden, self.vocab_dim, self.logits, self.dtype = call, hidden, vocab_dim, logits, dtype
+        self.version = _version(hidden)
+        self.values: dict[tuple[Operation, ...], Tensor] = {}
+        self.tracked_twin: Callable[[], Root | None] = lambda: None
+
+    def detached(self) -> Root:
+        """The same without a graph, so that what is detached does not keep one alive."""
+        twin = Root(self.call, self.hidden.detach(), self.vocab_dim, self.logits, self.dtype)
+        twin.version, twin.tracked_twin = self.version, weakref.ref(self)
+        return twin
+
+    def check_unchanged(self) -> None:
+        if _version(self.hidden) != self.version:
+            raise RuntimeError("the hidden states were changed in place after the head was called with them")
+
+    def value(self, operations: tuple[Operation, ...], tracked: bool) -> Tensor:
+        """The logits themselves after ``operations``."""
+        if operations not in self.values:
+            self.values[operations] = self._compute(operations, tracked)
+        return self.values[operations]
+
+    def _compute(self, operations: tuple[Operation, ...], tracked: bool) -> Tensor:
+        twin = self.tracked_twin()
+        if twin is not None and operations in twin.values:
+            return twin.values[operations].detach()  # the same memory
+        if operations:
+            *first, last = operations
+            before = self.value(tuple(first), tracked)
+            with torch.inference_mode(False), torch.set_grad_enabled(tracked):
+                return last(before)
+        self.check_unchanged()
+
+        def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return self.call.head.logits_of(hidden, weight, bias, self.logits).to(self.dtype)
+
+        found = self.call.run(self.hidden.movedim(self.vocab_dim, -1), logits, tracked)
+        return found.movedim(-1, self.vocab_dim)
+
+
+def _version(tensor: Tensor | None) -> int | None:
+    return None if tensor is None or tensor.is_inference() else tensor._version
+
+
+def _user_stacklevel() -> int:
+    """Of the first frame that is neither in here nor in torch."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("chunked_ce", "torch"):
+        level, frame = level + 1, frame.f_back
+    return max(1, level - 1)
