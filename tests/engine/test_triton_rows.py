@@ -6,6 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from chunked_ce import ChunkOptions, cross_entropy, linear_logprobs
+from chunked_ce.engine import kernels, rows
+from tests.cases import problem
 
 pytest.importorskip("triton")
 
@@ -19,9 +24,48 @@ def interpreted(file):
     return result.stdout
 
 
-@pytest.mark.parametrize(("file", "least"), [("kernel_cases.py", 45)])
+@pytest.mark.parametrize(("file", "least"), [("kernel_cases.py", 45), ("backend_cases.py", 60)])
 def test_in_the_interpreter(file, least):
     said = interpreted(os.path.join(os.path.dirname(__file__), file))
     passed = re.search(r"(\d+) passed", said)
     assert passed and int(passed[1]) >= least, said
     assert "skipped" not in said, said
+
+
+@pytest.mark.parametrize(("dtype", "reason"), [(torch.float32, "not on 'cpu'"), (torch.float64, "torch.float64")])
+def test_where_triton_cannot_run(dtype, reason):
+    case = problem(4, 3, 5, dtype=dtype)
+    options = ChunkOptions(backend="triton")
+    for call in (
+        lambda: case.loss(options=options),
+        lambda: linear_logprobs(case.hidden, case.head, case.target, options=options),
+        lambda: cross_entropy(case.hidden, case.target.clamp(max=2), options=options),
+    ):
+        with pytest.raises(ValueError, match=rf"options\.backend='triton' cannot run here: .*{reason}"):
+            call()
+    assert case.loss(options=ChunkOptions(backend="auto")).isfinite()
+
+
+def test_where_triton_cannot_run_compiled():
+    case = problem(4, 3, 5)
+    step = torch.compile(lambda: case.loss(options=ChunkOptions(backend="triton")), fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match=r"options\.backend='triton' cannot run here"):
+        step()
+
+
+def test_a_broken_installation(monkeypatch):
+    """What importing triton raises is the reason given; "auto" falls back to torch."""
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(kernels, "_import_error", kernels._import_error.__wrapped__)
+    device = torch.device("cuda")
+    assert "cannot be imported" in kernels.why_not_triton(device, torch.float32)
+    assert kernels.row_kernels("auto", device, torch.float32) is rows
+
+
+def test_auto_on_cuda():
+    """auto takes Triton for the dtypes that it has."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert kernels.row_kernels("auto", torch.device("cuda"), dtype).__name__.endswith("triton_rows")
+        assert kernels.row_kernels("torch", torch.device("cuda"), dtype) is rows
+    assert kernels.row_kernels("auto", torch.device("cuda"), torch.float64) is rows
+    assert kernels.row_kernels("auto", torch.device("cpu"), torch.float32) is rows

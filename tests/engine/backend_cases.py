@@ -1,0 +1,150 @@
+"""The public functions with ``backend="triton"``, run by `test_triton_rows.py` in the interpreter.
+
+The bound is the reference's, as for every other way to compute.
+"""
+
+import functools
+import tempfile
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from chunked_ce import ChunkOptions, VocabShard, cross_entropy
+from chunked_ce.engine import counted, triton_rows
+from tests.cases import (
+    REDUCTIONS_AND_WAYS,
+    WAYS,
+    array,
+    assert_close,
+    assert_equal,
+    check_cross_entropy,
+    check_logprobs,
+    check_loss,
+    chunks,
+    gradients,
+    problem,
+)
+from tests.engine.interpreter import round_as_devices_do
+from tests.precision import assert_gradients_no_worse, assert_no_worse, plain_and_expected
+
+round_as_devices_do()
+
+TERMS = (
+    {},
+    {"label_smoothing": 0.1},
+    {"z_loss": 0.1, "softcap": 3.0, "logit_scale": 0.5},
+    {"label_smoothing": 0.2, "weight": torch.linspace(0.5, 2.0, 11), "token_weight": torch.linspace(0.1, 1.0, 13)},
+)
+
+
+@pytest.fixture(params=["dropped", "kept"])
+def ignored(request, monkeypatch):
+    """Ignored tokens as on a CPU, and as on an accelerator."""
+    if request.param == "kept":
+        monkeypatch.setattr(counted, "drops_ignored", lambda device: False)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def launches(monkeypatch):
+    """Fails a test in which no kernel ran."""
+    seen = set()
+
+    def spy(kernel, *args, **keywords):
+        seen.add(kernel.__name__)
+        return kernel(*args, **keywords)
+
+    for name in ("_find", "logit_gradients"):
+        monkeypatch.setattr(triton_rows, name, functools.partial(spy, getattr(triton_rows, name)))
+    yield
+    assert seen == {"_find", "logit_gradients"}
+
+
+@pytest.mark.parametrize("terms", TERMS, ids=lambda terms: "-".join(terms) or "plain")
+@pytest.mark.parametrize(("reduction", "way"), REDUCTIONS_AND_WAYS)
+def test_linear_cross_entropy(reduction, way, terms, ignored):
+    case = problem(13, 5, 11, bias=True)
+    check_loss(case, reduction=reduction, options=chunks(4, way, backend="triton"), **terms)
+
+
+def test_linear_logprobs(ignored):
+    check_logprobs(problem(13, 5, 11), options=chunks(4, backend="triton"), entropy=True, softcap=3.0)
+
+
+@pytest.mark.parametrize("terms", TERMS, ids=lambda terms: "-".join(terms) or "plain")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_cross_entropy(reduction, terms, ignored):
+    logits = (3 * torch.randn(13, 11)).requires_grad_()
+    target = torch.randint(11, (13,))
+    target[3] = -100
+    check_cross_entropy(logits, target, reduction=reduction, options=ChunkOptions(backend="triton"), **terms)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_narrow_dtypes(way, dtype):
+    case = problem(24, 16, 300, dtype=dtype)
+    (plain, plain_gradients), (expected, expected_gradients) = plain_and_expected(case)
+    value = case.loss(options=chunks(24, way, backend="triton"))
+    assert_no_worse(value, plain, expected)
+    got = gradients(value, case, torch.ones_like(value))
+    assert_gradients_no_worse(got, plain_gradients, expected_gradients, way, dtype)
+
+
+def test_stats():
+    case = problem(13, 5, 11)
+    found, expected = (
+        case.loss(options=chunks(4, backend=backend), return_stats=True) for backend in ("triton", "torch")
+    )
+    found[0].backward()
+    torch.testing.assert_close(found[1], expected[1])
+
+
+@pytest.mark.parametrize("garbage", [torch.nan, torch.inf])
+def test_garbage_in_ignored_tokens(garbage, ignored):
+    """Nothing of a token that does not count reaches a value or a gradient, kept or dropped."""
+    case = problem(13, 5, 11)
+    lost = case.target == -100
+    assert lost.any()
+    for way in WAYS:
+        clean = case.fresh()
+        expected = gradients(clean.loss(options=chunks(4, way, backend="triton")), clean)
+        dirty = case.fresh()
+        with torch.no_grad():
+            dirty.hidden[lost] = garbage
+        assert_equal(gradients(dirty.loss(options=chunks(4, way, backend="triton")), dirty), expected)
+    logits = torch.randn(13, 11)
+    logits[lost] = garbage
+    logits.requires_grad_()
+    value = cross_entropy(logits, case.target, options=ChunkOptions(backend="triton"))
+    (gradient,) = torch.autograd.grad(value, logits)
+    assert value.isfinite() and gradient.isfinite().all() and gradient[lost].count_nonzero() == 0
+
+
+def test_upstream_gradients():
+    """A gradient of one leaves the saved gradient where it is; another one scales it."""
+    case = problem(13, 5, 11)
+    one = gradients(case.loss(options=chunks(4, backend="triton")), case)
+    three = gradients(3 * case.loss(options=chunks(4, backend="triton")), case)
+    torch.testing.assert_close(three, [3 * grad for grad in one])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_shard_of_one_rank(way, ignored):
+    with tempfile.NamedTemporaryFile() as file:
+        dist.init_process_group("gloo", init_method=f"file://{file.name}.store", rank=0, world_size=1)
+        try:
+            vocab = VocabShard(dist.group.WORLD, 0, 11, 11)
+            terms = {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 3.0}
+            case = problem(13, 5, 11)
+            value, stats = case.loss(options=chunks(4, way, backend="triton"), vocab=vocab, return_stats=True, **terms)
+            reference = case.rows(**terms)
+            assert_close(value, *reference.reduce("mean"), torch.float32)
+            assert stats.num_correct == (reference.hit & reference.counted).sum()
+            coefficient = reference.coefficient("mean")
+            expected = reference.gradients("loss", array(case.hidden), array(case.head), coefficient)
+            for grad, (right, scale) in zip(gradients(value, case), expected, strict=False):
+                assert_close(grad, right, scale, torch.float32, "gradient")
+        finally:
+            dist.destroy_process_group()
