@@ -198,9 +198,14 @@ class LMHead(nn.Linear):
             "options": self._settings.options,
         }
 
+    def is_whole(self, weight: Tensor, bias: Tensor | None) -> bool:
+        """Whether the parameters are all there: no engine has them released or sharded."""
+        shape = (self.out_features, self.in_features)
+        here = not _is_dtensor(weight) and tuple(weight.shape) == shape
+        return here and (weight.numel() == 0 or weight.untyped_storage().nbytes() > 0)
+
     def check_whole(self, weight: Tensor, bias: Tensor | None) -> None:
-        """The parameters are all there: no engine has them released or sharded."""
-        if _is_dtensor(weight) or tuple(weight.shape) != (self.out_features, self.in_features):
+        if not self.is_whole(weight, bias):
             raise RuntimeError(
                 f"the head's weight, of shape ({self.out_features}, {self.in_features}), is not whole here but "
                 f"{type(weight).__name__} {tuple(weight.shape)}: a loss outside the forward of the module that an "

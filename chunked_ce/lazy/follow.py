@@ -22,6 +22,7 @@ _FOLLOWED: dict[Callable, tuple[Callable, inspect.Signature]] = {}
 _OF_COMPUTED: set[Callable] = set()
 
 
+@torch.compiler.disable(recursive=True)
 def dispatch(function: Callable, args: tuple, kwargs: dict) -> Any:
     """``function`` of arguments with a lazy tensor among them."""
     if function in _QUERIES:
@@ -34,6 +35,7 @@ def dispatch(function: Callable, args: tuple, kwargs: dict) -> Any:
             return _compute(function, args, kwargs)
         first = next(iter(bound.arguments.values()))
         if isinstance(first, Lazy) and (not first.is_computed or handler in _OF_COMPUTED):
+            first.join_graph()  # before a handler reads the hidden states
             result = handler(*bound.args, **bound.kwargs)
             if result is not NotImplemented:
                 return result

@@ -64,7 +64,7 @@ class Lazy(Tensor):
             call.members[id(self)] = self
             return self
 
-        return attach(make, hidden, *call.parameters) if tracked else make()
+        return attach(make, hidden, *call.anchors) if tracked else make()
 
     @classmethod
     def of_call(cls, call: Call, hidden: Tensor, vocab_size: int, logits: Logits):
@@ -77,7 +77,6 @@ class Lazy(Tensor):
 
     def derive(self, operation: Callable[[Tensor], Tensor] | None, **changes: Any):
         """What ``operation`` gives, where ``changes`` say what it does to this tensor's parts; None for `detach`."""
-        self.join_graph()
         tracked = operation is not None and self.requires_grad and torch.is_grad_enabled()
         root = self._root if tracked or not _tracked(self._root) else self._root.detached()
         parts = {
@@ -124,7 +123,6 @@ class Lazy(Tensor):
 
     def request(self, function: Callable[..., Any]) -> Any:
         """``function(hidden, weight, bias)`` with hidden states (..., D), in the head's call."""
-        self.join_graph()
         self._root.check_unchanged()
         tracked = self.requires_grad and torch.is_grad_enabled()
         hidden = self._hidden.movedim(self._vocab_dim, -1)
@@ -171,10 +169,10 @@ class Lazy(Tensor):
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         """What did not pass through Python: the same tensor again, or an operation on the values."""
-        if function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            return args[0]._again()
-        if function is torch.ops.aten.view_as.default and isinstance(args[0], Lazy) and args[0] is args[1]:
-            return args[0]._again()
+        aten, lazy = torch.ops.aten, args[0]
+        same = function in (aten.detach.default, aten.alias.default)
+        if isinstance(lazy, Lazy) and (same or (function is aten.view.default and tuple(args[1]) == tuple(lazy.shape))):
+            return lazy._again()
 
         def value(x: Any) -> Any:
             return x.materialize().detach() if isinstance(x, Lazy) else x

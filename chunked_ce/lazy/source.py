@@ -31,6 +31,15 @@ class Call:
         # Not by attribute: ZeRO-3 gathers a parameter that is looked up.
         self.parameters = head.own_parameters()
         self.versions = tuple(_version(tensor) for tensor in self.parameters)
+        # What the graph leads to, for those who look for the parameters behind a forward. One that an engine gathers
+        # must not be there: its gradient would wait for the graph's end, and its shape now is not its own.
+        self.anchors = tuple(
+            parameter
+            if head.is_whole(*self.parameters) and not hasattr(parameter, "ds_id")
+            else hidden.new_empty(0).requires_grad_(parameter.requires_grad)
+            for parameter in self.parameters
+            if parameter is not None
+        )
         self.device = hidden.device
         self.autocast = hidden.dtype != torch.float64 and torch.is_autocast_enabled(hidden.device.type)
         self.dtype = torch.get_autocast_dtype(hidden.device.type) if self.autocast else hidden.dtype
