@@ -44,7 +44,7 @@ class CountedTokens:
             if not counted.all():
                 self._index = counted.nonzero().squeeze(-1)
         else:
-            torch._assert_async(~out_of_range.any(), "a target is neither in [0, V) nor ignore_index")
+            torch._assert_async(out_of_range.any().logical_not(), "a target is neither in [0, V) nor ignore_index")
             self._mask = counted
         self.target = self.select(target)  # (n,)
 

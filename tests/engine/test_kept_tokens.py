@@ -1,0 +1,83 @@
+"""The way of an accelerator, which keeps ignored tokens and masks them, on a CPU."""
+
+import pytest
+import torch
+
+from chunked_ce import ChunkOptions, cross_entropy
+from chunked_ce.engine import counted
+from tests.cases import (
+    REDUCTIONS_AND_WAYS,
+    WAYS,
+    assert_equal,
+    check_cross_entropy,
+    check_logprobs,
+    check_loss,
+    chunks,
+    gradients,
+    problem,
+)
+
+TERMS = (
+    {},
+    {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 3.0, "logit_scale": 0.5},
+    {"label_smoothing": 0.2, "weight": torch.linspace(0.5, 2.0, 11), "token_weight": torch.linspace(0.1, 1.0, 13)},
+)
+TORCH = ChunkOptions(backend="torch")
+
+
+@pytest.fixture(autouse=True)
+def kept(monkeypatch):
+    monkeypatch.setattr(counted, "drops_ignored", lambda device: False)
+
+
+@pytest.mark.parametrize("terms", TERMS, ids=lambda terms: "-".join(terms) or "plain")
+@pytest.mark.parametrize(("reduction", "way"), REDUCTIONS_AND_WAYS)
+def test_linear_cross_entropy(reduction, way, terms):
+    check_loss(problem(13, 5, 11, bias=True), reduction=reduction, options=chunks(4, way), **terms)
+
+
+def test_linear_logprobs():
+    check_logprobs(problem(13, 5, 11), options=chunks(4), entropy=True, softcap=3.0)
+
+
+@pytest.mark.parametrize("terms", TERMS, ids=lambda terms: "-".join(terms) or "plain")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_cross_entropy(reduction, terms):
+    logits = (3 * torch.randn(13, 11)).requires_grad_()
+    target = torch.randint(11, (13,))
+    target[3] = -100
+    check_cross_entropy(logits, target, reduction=reduction, options=TORCH, **terms)
+
+
+@pytest.mark.parametrize("garbage", [torch.nan, torch.inf])
+def test_garbage_in_ignored_tokens(garbage):
+    case = problem(13, 5, 11)
+    lost = case.target == -100
+    for way in WAYS:
+        clean, dirty = case.fresh(), case.fresh()
+        with torch.no_grad():
+            dirty.hidden[lost] = garbage
+        assert_equal(*(gradients(x.loss(options=chunks(4, way)), x) for x in (clean, dirty)))
+    logits = torch.randn(13, 11)
+    logits[lost] = garbage
+    logits.requires_grad_()
+    value = cross_entropy(logits, case.target)
+    (gradient,) = torch.autograd.grad(value, logits)
+    assert value.isfinite() and gradient.isfinite().all() and gradient[lost].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_token_counts(way):
+    case = problem(13, 5, 11, ignored=1.1)
+    value = case.loss(options=chunks(4, way))
+    assert value == 0
+    for grad in gradients(value, case):
+        assert grad.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("target", [11, -1])
+def test_target_out_of_range(target):
+    case = problem(13, 5, 11)
+    case.target[2] = target
+    with pytest.raises(RuntimeError, match=r"neither in \[0, V\) nor ignore_index"):
+        case.loss()

@@ -1,0 +1,147 @@
+"""On an accelerator the host never waits for a number: checked without one, on tensors that hold no data.
+
+Tensors on the meta device take the ways of an accelerator, and raise where a value, a boolean or a shape that depends
+on data is asked of them. Copies between host and device raise on top. `test_cuda.py` asks a real device.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from chunked_ce import cross_entropy, linear_cross_entropy, linear_logprobs
+from chunked_ce.engine import linear, logits, ops, products
+from chunked_ce.engine.linear import Head, Settings
+from chunked_ce.engine.rows import Slopes, Wanted
+from chunked_ce.objective import Logits, Objective
+from tests.cases import REDUCTIONS_AND_WAYS, chunks
+
+N, D, V = 24, 8, 40
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BACKENDS = ("torch", "triton")
+
+
+class Transfers(TorchDispatchMode):
+    """Raises where a tensor is copied between host and device and the host waits for it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
+            source = args[0] if func is torch.ops.aten._to_copy.default else args[1]
+            device = kwargs.get("device") or args[0].device
+            waits = torch.device(device).type != source.device.type and not kwargs.get("non_blocking")
+            assert not waits, f"{func} from {source.device} to {device}"
+        return func(*args, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def on_meta(monkeypatch):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: False)  # torch has no autocast for it
+    with Transfers():
+        yield
+
+
+def tensors(dtype, *, trained=False):
+    def new(*shape):
+        return torch.empty(*shape, dtype=dtype, device="meta", requires_grad=trained)
+
+    return new(N, D), new(V, D), new(V), torch.zeros(N, dtype=torch.int64, device="meta")
+
+
+def test_what_is_noticed():
+    value = torch.zeros(3, device="meta")
+    for wait in (
+        lambda: bool(value[0] == 1),
+        lambda: value.sum().item(),
+        lambda: value[value > 0],
+        lambda: value.nonzero(),
+        lambda: value.cpu(),
+        lambda: torch.zeros(()).to("meta"),
+    ):
+        with pytest.raises((RuntimeError, AssertionError, NotImplementedError)):
+            wait()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("reduction", "way"), REDUCTIONS_AND_WAYS)
+def test_linear_cross_entropy(reduction, way, dtype):
+    hidden, head, bias, target = tensors(dtype, trained=True)
+    weights = {"weight": torch.empty(V, device="meta"), "token_weight": torch.empty(N, device="meta")}
+    maths = {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 3.0, "logit_scale": 0.5, "reduction": reduction}
+    for number in (None, 7, torch.ones((), device="meta")):
+        value, _ = linear_cross_entropy(
+            hidden,
+            head,
+            target,
+            linear_bias=bias,
+            num_tokens=number,
+            options=chunks(5, way),
+            return_stats=True,
+            **maths,
+            **weights,
+        )
+        value.sum().backward()
+    assert [x.grad.device.type for x in (hidden, head, bias)] == ["meta"] * 3
+
+
+def test_cross_entropy_and_logprobs():
+    hidden, head, _, target = tensors(torch.bfloat16, trained=True)
+    scores = torch.empty(N, V, device="meta", requires_grad=True)
+    cross_entropy(scores, target, label_smoothing=0.1, num_tokens=7).backward()
+    torch.stack(linear_logprobs(hidden, head, target, return_entropy=True)).sum().backward()
+    assert scores.grad is not None and head.grad is not None
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Kernels that are launched but do nothing, and sums in the product."""
+    pytest.importorskip("triton")
+    from chunked_ce.engine import kernels, triton_rows
+
+    seen = []
+
+    class Kernel:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *args, **keywords: seen.append(self.name)
+
+    names = [name for name in vars(triton_rows.kernels) if name.endswith("_kernel")]
+    monkeypatch.setattr(triton_rows, "kernels", SimpleNamespace(**{name: Kernel(name) for name in names}))
+    monkeypatch.setattr(kernels, "why_not_triton", lambda device, dtype: None)
+    monkeypatch.setattr(products, "adds_in_product", lambda total, factor: total.dtype != factor.dtype)
+    return seen
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_chunk_loops(dtype, backend, launches):
+    """What the operators run: operators themselves are opaque to fake tensors."""
+    hidden, weight, bias, target = tensors(dtype)
+    head = Head(weight, bias, Logits(0.5, 3.0), torch.empty(V, device="meta"))
+    settings = Settings(dtype, torch.float32, 5, None, backend)
+    wanted = Wanted(True, True, True)
+    token_weight, upstream = torch.empty(N, device="meta"), torch.empty((), device="meta")
+    loss, grads, _ = linear.loss_and_gradients(
+        hidden, head, target, token_weight, upstream, Objective(0.1, 0.1, V), -100, wanted, (True,) * 3, settings
+    )
+    assert loss.shape == () and [g.dtype for g in grads] == [dtype, torch.float32, torch.float32]
+    known = linear.statistics(hidden, head, target, -100, wanted, settings)
+    slopes = Slopes(*(torch.empty(N, device="meta") for _ in range(4)))
+    grads = linear.gradients(hidden, head, target, known, slopes, -100, (True,) * 3, settings)
+    assert all(grad.device.type == "meta" for grad in grads)
+    scores = torch.empty(N, V, dtype=dtype, device="meta")
+    arguments = scores, target, head.class_weight, head.logits
+    known = logits.statistics(*arguments, -100, wanted, backend)
+    assert logits.gradients(*arguments, known, slopes, -100, backend).shape == scores.shape
+    assert (set(launches) == {"statistics_kernel", "gradients_kernel"}) == (backend == "triton")
+
+
+def test_saved_gradients(launches):
+    """The kernel that scales a gradient gets the factor from the device."""
+    total, ratio = torch.empty(V, D, device="meta"), torch.empty((), device="meta")
+    for backend in BACKENDS:
+        assert ops._rescaled(total, ratio, torch.bfloat16, backend).dtype == torch.bfloat16
+    assert launches == ["scale_kernel"]
