@@ -412,7 +412,15 @@ class _Weights(NamedTuple):
 
 def _settings(input: Tensor, options: ChunkOptions) -> Settings:
     chunk_size = None if options.chunk_size == "auto" else options.chunk_size
-    return Settings(_compute_dtype(input), options.accumulate_dtype, chunk_size, options.memory_budget, options.backend)
+    dtype = _compute_dtype(input)
+    return Settings(
+        dtype,
+        options.accumulate_dtype,
+        chunk_size,
+        options.memory_budget,
+        options.backend,
+        options.filter_threshold(dtype),
+    )
 
 
 def _compute_dtype(input: Tensor, input_name: str = "input") -> torch.dtype:

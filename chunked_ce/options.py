@@ -39,8 +39,9 @@ class ChunkOptions:
     accumulate_dtype: torch.dtype = torch.float32
     """What gradients of the head are summed in over chunks, where it is wider than the products' dtype."""
 
-    gradient_filter: None = None
-    """Reserved: None is exact."""
+    gradient_filter: float | Literal["auto"] | None = None
+    """Words whose probability is at most this at every token of a chunk take part in the gradients as one average
+    word; None is exact, and ``"auto"`` stays below the rounding of the products' dtype: see `filter_threshold`."""
 
     backend: Literal["auto", "torch", "triton"] = "auto"
     """Which row kernels run: ``"auto"`` takes Triton's on CUDA devices (fp32, bf16 and fp16, if it is installed), else
@@ -56,10 +57,26 @@ class ChunkOptions:
         if self.accumulate_dtype not in _ACCUMULATE_DTYPES:
             allowed = ", ".join(map(str, _ACCUMULATE_DTYPES))
             raise ValueError(f"accumulate_dtype must be one of {allowed}, was {self.accumulate_dtype!r}")
-        if self.gradient_filter is not None:
-            raise ValueError(f"gradient_filter must be None, was {self.gradient_filter!r}")
+        if self.gradient_filter not in (None, "auto") and not _is_probability(self.gradient_filter):
+            raise ValueError(f"gradient_filter must be None, 'auto' or in [0, 1), was {self.gradient_filter!r}")
         if self.backend not in ("auto", "torch", "triton"):
             raise ValueError(f"backend must be 'auto', 'torch' or 'triton', was {self.backend!r}")
+
+    def filter_threshold(self, dtype: torch.dtype) -> float | None:
+        """The largest probability of a dropped word for products in ``dtype``, None if none is dropped.
+
+        ``"auto"`` is 2**-7 of the dtype's machine epsilon.
+
+        >>> ChunkOptions(gradient_filter="auto").filter_threshold(torch.bfloat16) == 2**-14
+        True
+        """
+        if self.gradient_filter == "auto":
+            return torch.finfo(dtype).eps * 2**-7
+        return None if self.gradient_filter is None else float(self.gradient_filter)
+
+
+def _is_probability(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1
 
 
 def _is_integer(value: object, least: int) -> bool:

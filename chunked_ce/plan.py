@@ -24,6 +24,7 @@ from chunked_ce.options import ChunkOptions
 __all__ = ["MemoryPrediction", "head_sum_dtype", "predict_memory", "tokens_per_chunk", "vocab_per_block"]
 
 _LEAST_BUDGET = 64 * 2**20
+_FILTERED_TOKENS = 1024
 
 
 def _budget(vocab_size: int, hidden_size: int, memory_budget: int | None, sums_head: bool) -> int:
@@ -42,6 +43,7 @@ def tokens_per_chunk(
     accumulate_dtype: torch.dtype = torch.float32,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
+    gradient_filter: float | None = None,
     in_flight: int = 1,
 ) -> int:
     """Tokens in a chunk, at least 1.
@@ -58,12 +60,13 @@ def tokens_per_chunk(
         return chunk_size
     budget = _budget(vocab_size, hidden_size, memory_budget, head_dtype is not None)
     token_bytes = max(1, vocab_size * compute_dtype.itemsize)
-    if memory_budget is None and head_dtype == compute_dtype != torch.float16:
+    if gradient_filter is None and memory_budget is None and head_dtype == compute_dtype != torch.float16:
         sum_bytes = vocab_size * hidden_size * accumulate_dtype.itemsize
         spared = sum_bytes if head_dtype.itemsize < accumulate_dtype.itemsize else 0
         if num_tokens * token_bytes <= budget + spared:
             return max(1, num_tokens)
-    return _even(num_tokens, max(1, budget // in_flight // token_bytes))
+    most = max(1, budget // in_flight // token_bytes)
+    return _even(num_tokens, most if gradient_filter is None else min(most, _FILTERED_TOKENS))
 
 
 def head_sum_dtype(
@@ -76,6 +79,7 @@ def head_sum_dtype(
     accumulate_dtype: torch.dtype = torch.float32,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
+    gradient_filter: float | None = None,
     in_flight: int = 1,
 ) -> torch.dtype:
     """The dtype that the gradients of head and bias are summed in over chunks: the head's if there is only one chunk.
@@ -91,6 +95,7 @@ def head_sum_dtype(
         accumulate_dtype=accumulate_dtype,
         chunk_size=chunk_size,
         memory_budget=memory_budget,
+        gradient_filter=gradient_filter,
         in_flight=in_flight,
     )
     if num_tokens <= chunk and head_dtype == compute_dtype != torch.float16:

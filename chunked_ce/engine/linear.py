@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from chunked_ce import plan
+from chunked_ce.engine.backprop import Backprop, Gradients, new_gradients
 from chunked_ce.engine.counted import CountedTokens
+from chunked_ce.engine.filtered import Filter
 from chunked_ce.engine.kernels import row_kernels as choose_row_kernels
 from chunked_ce.engine.products import add_product_, project
 from chunked_ce.engine.rows import Slopes, Wanted, empty_statistics, work_dtype
@@ -24,19 +26,17 @@ from chunked_ce.engine.scratch import scratch
 from chunked_ce.objective import Logits, Objective, RowStatistics
 
 __all__ = [
-    "Gradients",
     "Head",
     "Settings",
     "Sums",
-    "add_head_gradients",
     "gradients",
     "loss_and_gradients",
-    "new_gradients",
+    "new_filter",
     "statistics",
 ]
 
 
-_PLANNED = ("compute_dtype", "accumulate_dtype", "chunk_size", "memory_budget")
+_PLANNED = ("compute_dtype", "accumulate_dtype", "chunk_size", "memory_budget", "gradient_filter")
 
 
 class Head(NamedTuple):
@@ -59,6 +59,7 @@ class Settings(NamedTuple):
     chunk_size: int | None
     memory_budget: int | None
     backend: str = "auto"
+    gradient_filter: float | None = None
 
     @property
     def planned(self) -> dict[str, Any]:
@@ -67,14 +68,6 @@ class Settings(NamedTuple):
 
     def row_kernels(self, device: torch.device) -> ModuleType:
         return choose_row_kernels(self.backend, device, self.compute_dtype)
-
-
-class Gradients(NamedTuple):
-    """Gradients in the shapes of their tensors, None where nobody needs one."""
-
-    hidden: Tensor | None  # (N, D)
-    weight: Tensor | None  # (V, D)
-    bias: Tensor | None  # (V,)
 
 
 def statistics(
@@ -122,7 +115,9 @@ def loss_and_gradients(
     sums = Sums(hidden, head, tokens, token_weight, upstream, objective, wanted, needed, settings, head_sum_dtype)
     head = head.to(settings.compute_dtype)
     row_kernels = settings.row_kernels(hidden.device)
+    backprop = Backprop(sums.gradients, head.weight, new_filter(head, settings, smoothed=wanted.weighted))
     for rows, x, products in _chunks(hidden, head, tokens, chunk):
+        columns = backprop.new_columns()
         part = row_kernels.statistics_and_gradients_(
             products,
             tokens.target[rows],
@@ -130,15 +125,13 @@ def loss_and_gradients(
             head.logits,
             wanted,
             functools.partial(sums.slopes, rows),
+            columns=columns,
         )
         sums.add_losses(rows, part)
-        total = sums.gradients.hidden
-        if total is not None:
-            if tokens.all_kept and total.dtype == products.dtype:
-                torch.mm(products, head.weight, out=total[rows])
-            else:
-                tokens.put(total, rows, products @ head.weight)
-        add_head_gradients(sums.gradients, rows, x, products)
+        kept = backprop.keep(products, columns, tokens.target[rows], None, sums.slopes(rows, part))
+        backprop.put_hidden(tokens, rows, products, kept)
+        backprop.add_head(x, products, kept)
+    backprop.finish()
     return sums.loss, sums.gradients, sums.statistics
 
 
@@ -161,7 +154,15 @@ class Sums:
         dtype = work_dtype(settings.compute_dtype)
         num_tokens = tokens.num_tokens
         self.loss = torch.zeros((), dtype=dtype, device=hidden.device)
-        self.gradients = new_gradients(hidden, head, tokens, needed, head_sum_dtype)
+        self.gradients = new_gradients(
+            hidden,
+            head.weight,
+            head.bias,
+            tokens,
+            needed,
+            head_sum_dtype,
+            zero_head=settings.gradient_filter is not None,
+        )
         self.statistics = empty_statistics(num_tokens, dtype, hidden.device, wanted)
         self._tokens = tokens
         self._objective = objective
@@ -208,11 +209,16 @@ def gradients(
     """
     first_word, vocab_size = words or (0, len(head.weight))
     tokens = CountedTokens(target, ignore_index, vocab_size)
-    total = new_gradients(hidden, head, tokens, needed, hidden_dtype=hidden_dtype)
-    if len(tokens) == 0:
-        return total
     slopes = slopes.map(lambda slope: tokens.mask(tokens.select(slope)) * head.logits.scale)
     known = known.map(tokens.select)
+    filter = new_filter(head, settings, smoothed=slopes.weighted is not None, entropy=slopes.mean is not None)
+    if filter is not None and len(tokens) > 0:
+        return _filtered_gradients(
+            hidden, head, tokens, known, slopes, first_word, needed, settings, filter, hidden_dtype
+        )
+    total = new_gradients(hidden, head.weight, head.bias, tokens, needed, hidden_dtype=hidden_dtype)
+    if len(tokens) == 0:
+        return total
     x = tokens.select(hidden).to(settings.compute_dtype)  # (n, D)
     block_size = plan.vocab_per_block(
         len(tokens),
@@ -260,6 +266,61 @@ def gradients(
     return total
 
 
+def _filtered_gradients(
+    hidden: Tensor,  # (N, D)
+    head: Head,
+    tokens: CountedTokens,
+    known: RowStatistics,  # (n,) each
+    slopes: Slopes,  # (n,) each
+    first_word: int,
+    needed: tuple[bool, bool, bool],
+    settings: Settings,
+    filter: Filter,
+    hidden_dtype: torch.dtype | None,
+) -> Gradients:
+    """`gradients` with the gradient filter: one chunk of tokens after another, as in the forward way."""
+    planned = {"head_dtype": head.weight.dtype if needed[1] else None, **settings.planned}
+    chunk = plan.tokens_per_chunk(len(tokens), *head.weight.shape, **planned)
+    sum_dtype = plan.head_sum_dtype(len(tokens), *head.weight.shape, **planned)
+    total = new_gradients(hidden, head.weight, head.bias, tokens, needed, sum_dtype, hidden_dtype, zero_head=True)
+    weight, bias = head.weight, head.bias
+    head = head.to(settings.compute_dtype)
+    backprop = Backprop(total, head.weight, filter)
+    row_kernels = settings.row_kernels(hidden.device)
+    column = tokens.target - first_word
+    here = (column >= 0) & (column < len(head.weight))
+    column = column.where(here, 0)
+    slopes = slopes._replace(target=slopes.target.where(here, 0))
+    for rows, x, products in _chunks(hidden, head, tokens, chunk):
+        columns = backprop.new_columns()
+        row_kernels.logit_gradients(
+            products,
+            column[rows],
+            head.class_weight,
+            head.logits,
+            slopes.at(rows),
+            known.at(rows),
+            out=products,
+            columns=columns,
+        )
+        kept = backprop.keep(products, columns, column[rows], here[rows], slopes.at(rows))
+        backprop.put_hidden(tokens, rows, products, kept)
+        backprop.add_head(x, products, kept)
+    backprop.finish()
+    return total.as_dtype_of(weight, bias)
+
+
+def new_filter(head: Head, settings: Settings, *, smoothed: bool, entropy: bool = False) -> Filter | None:
+    """The gradient filter of one loss; None where there is none, or where it has no tail of low rank.
+
+    The slope of an entropy gives gradients of both signs, and what label smoothing adds under a softcap is not of
+    rank one.
+    """
+    if settings.gradient_filter is None or entropy or (smoothed and head.logits.softcap is not None):
+        return None
+    return Filter(head.weight.to(settings.compute_dtype), head.class_weight, settings.gradient_filter)
+
+
 def _chunks(
     hidden: Tensor,  # (N, D)
     head: Head,  # in the compute dtype
@@ -272,43 +333,3 @@ def _chunks(
     for rows in tokens.blocks(chunk):
         x = tokens.select(hidden, rows).to(head.weight.dtype)
         yield rows, x, project(x, head.weight, head.bias, out=buffer[: len(x)])
-
-
-def add_head_gradients(
-    total: Gradients,
-    rows: slice,  # of the counted tokens
-    x: Tensor,  # (C, D)
-    logit_gradients: Tensor,  # (C, V)
-) -> None:
-    """Add a chunk's share of the gradients of weight and bias."""
-    if total.weight is not None:
-        add_product_(total.weight, logit_gradients.t(), x, first=rows.start == 0)
-    if total.bias is not None:
-        total.bias.add_(logit_gradients.sum(0, dtype=total.bias.dtype))
-
-
-def new_gradients(
-    hidden: Tensor,
-    head: Head,
-    tokens: CountedTokens,
-    needed: tuple[bool, bool, bool],
-    head_dtype: torch.dtype | None = None,
-    hidden_dtype: torch.dtype | None = None,
-) -> Gradients:
-    """Gradients to be written: zero already where no product will be; a dtype of None is each tensor's own."""
-
-    def new(tensor: Tensor | None, need: bool, dtype: torch.dtype | None, written: bool) -> Tensor | None:
-        if not need:
-            return None
-        dtype = dtype or tensor.dtype
-        if not written:
-            return torch.zeros(tensor.shape, dtype=dtype, device=tensor.device)
-        make = torch.empty if dtype == tensor.dtype else scratch  # a sum that is converted to the gradient
-        return make(*tensor.shape, dtype=dtype, device=tensor.device)
-
-    some = len(tokens) > 0
-    return Gradients(
-        new(hidden, needed[0], hidden_dtype, some and tokens.all_kept),
-        new(head.weight, needed[1], head_dtype, some),
-        new(head.bias, needed[2], head_dtype, False),
-    )

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from chunked_ce import plan
 from chunked_ce.engine import linear, plain, sharded
+from chunked_ce.engine.backprop import Gradients
 from chunked_ce.engine.flat import (
     differentiable,
     fake_gradients,
@@ -23,7 +24,7 @@ from chunked_ce.engine.flat import (
     upstream_of_wanted,
 )
 from chunked_ce.engine.kernels import row_kernels
-from chunked_ce.engine.linear import Gradients, Head, Settings
+from chunked_ce.engine.linear import Head, Settings
 from chunked_ce.engine.rows import Slopes, Wanted
 from chunked_ce.engine.sharded import Shard
 from chunked_ce.objective import Logits, Objective, RowStatistics
@@ -109,6 +110,7 @@ def _linear_statistics(
     chunk_size: int | None,
     memory_budget: int | None,
     backend: str,
+    gradient_filter: float | None,
     group_name: str | None,
     start: int,
     total: int,
@@ -116,7 +118,7 @@ def _linear_statistics(
     reduce_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     head = Head(weight, bias, Logits(scale, softcap), class_weight)
-    settings = Settings(compute_dtype, accumulate_dtype, chunk_size, memory_budget, backend)
+    settings = Settings(compute_dtype, accumulate_dtype, chunk_size, memory_budget, backend, gradient_filter)
     shard = shard_of(group_name, start, total, input_grad, reduce_dtype)
     arguments = (hidden, head, target, ignore_index, Wanted(*wanted), settings)
     with no_autocast(hidden.device):
@@ -152,6 +154,7 @@ def _linear_gradients(
     chunk_size: int | None,
     memory_budget: int | None,
     backend: str,
+    gradient_filter: float | None,
     group_name: str | None,
     start: int,
     total: int,
@@ -161,7 +164,7 @@ def _linear_gradients(
     head = Head(weight, bias, Logits(scale, softcap), class_weight)
     known = RowStatistics(maximum, log_sum, log_sum, mean=mean if mean_slope is not None else None)
     slopes = Slopes(log_sum_slope, target_slope, weighted_slope, mean_slope)
-    settings = Settings(compute_dtype, accumulate_dtype, chunk_size, memory_budget, backend)
+    settings = Settings(compute_dtype, accumulate_dtype, chunk_size, memory_budget, backend, gradient_filter)
     shard = shard_of(group_name, start, total, input_grad, reduce_dtype)
     arguments = (hidden, head, target, known, slopes, ignore_index, tuple(needed), settings)
     with no_autocast(hidden.device):
@@ -171,7 +174,7 @@ def _linear_gradients(
 
 @_linear_gradients.register_fake
 def _(hidden, weight, bias, *rest):
-    needed = rest[-11]
+    needed = rest[-12]
     return fake_gradients((hidden, weight, bias), (None, None, None), needed)
 
 
@@ -242,6 +245,7 @@ def _linear_loss(
     chunk_size: int | None,
     memory_budget: int | None,
     backend: str,
+    gradient_filter: float | None,
     group_name: str | None,
     start: int,
     total: int,
@@ -259,7 +263,7 @@ def _linear_loss(
         ignore_index,
         Wanted(*wanted),
         tuple(needed),
-        Settings(compute_dtype, accumulate_dtype, chunk_size, memory_budget, backend),
+        Settings(compute_dtype, accumulate_dtype, chunk_size, memory_budget, backend, gradient_filter),
     )
     with no_autocast(hidden.device):
         if shard is None:
@@ -271,7 +275,7 @@ def _linear_loss(
 
 @_linear_loss.register_fake
 def _(hidden, weight, bias, target, *rest):
-    wanted, needed, *settings = rest[-12:-5]
+    wanted, needed, *settings = rest[-13:-5]
     settings, shard = Settings(*settings), shard_of(*rest[-5:])
     found = fake_statistics(target.shape[0], settings.compute_dtype, hidden.device, wanted)
     shape, in_flight = (weight.shape, 1) if shard is None else (shard.planned_shape(weight), 2)

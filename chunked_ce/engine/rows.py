@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from chunked_ce.engine import counted
+from chunked_ce.engine.columns import ColumnSums
 from chunked_ce.objective import Logits, RowStatistics
 
 __all__ = [
@@ -141,6 +142,7 @@ def statistics_and_gradients_(
     logits: Logits,
     wanted: Wanted,
     slopes_of: Callable[[RowStatistics, slice], Slopes],
+    columns: ColumnSums | None = None,
 ) -> RowStatistics:
     """The statistics of each row, and the gradients that ``slopes_of`` makes of them written over the products."""
     found = empty_statistics(len(products), products.dtype, products.device, wanted)
@@ -149,7 +151,7 @@ def statistics_and_gradients_(
         block, sum_exp = _exponentiate_(z, target[rows], class_weight, wanted)
         _store(found, rows, block)
         slopes = slopes_of(block, rows)
-        gradients = _gradients_(z, sum_exp, target[rows], class_weight, slopes, logits, kept, block)
+        gradients = _gradients_(z, sum_exp, target[rows], class_weight, slopes, logits, kept, block, columns)
         if products.dtype != gradients.dtype:
             products[rows] = gradients
     return found
@@ -163,6 +165,7 @@ def logit_gradients(
     slopes: Slopes,
     known: RowStatistics,  # over the whole vocabulary
     out: Tensor,  # as products; may be products itself
+    columns: ColumnSums | None = None,
 ) -> None:
     """The gradients of the products, from statistics that are known.
 
@@ -179,7 +182,7 @@ def logit_gradients(
         kept = z.clone() if logits.softcap is not None or slopes.mean is not None else None
         z.sub_(block.maximum.unsqueeze(-1)).exp_()
         gradients = _gradients_(
-            z, block.log_sum.exp(), target[rows], class_weight, slopes.at(rows), logits, kept, block
+            z, block.log_sum.exp(), target[rows], class_weight, slopes.at(rows), logits, kept, block, columns
         )
         if dead is not None:
             gradients.masked_fill_(dead[rows].unsqueeze(-1), 0)
@@ -259,6 +262,7 @@ def _gradients_(
     logits: Logits,
     z: Tensor | None,  # (r, V) the logits, where softcap or mean need them
     rows: RowStatistics,
+    columns: ColumnSums | None,
 ) -> Tensor:
     """The formula of `chunked_ce.objective`, chained through the softcap. The scale is a factor of the slopes."""
     if slopes.mean is None:
@@ -268,10 +272,17 @@ def _gradients_(
         factor.add_((1 - rows.mean).unsqueeze(-1)).mul_(slopes.mean.unsqueeze(-1))
         factor.add_(slopes.log_sum.unsqueeze(-1)).div_(sum_exp.unsqueeze(-1))
         gradients = exponentials.mul_(factor)
+    if columns is not None:
+        columns.add(gradients if logits.softcap is None else gradients * _chain(z, logits), slopes.log_sum)
     gradients.scatter_add_(-1, target.unsqueeze(-1), slopes.target.unsqueeze(-1))
     if slopes.weighted is not None:
         weighted = slopes.weighted.unsqueeze(-1)
         gradients.add_(weighted if class_weight is None else weighted * class_weight)
     if logits.softcap is not None:
-        gradients.mul_(1 - (z / logits.softcap).square_())
+        gradients.mul_(_chain(z, logits))
     return gradients
+
+
+def _chain(z: Tensor, logits: Logits) -> Tensor:
+    """The derivative of the softcap where the logits are ``z``."""
+    return 1 - (z / logits.softcap).square_()

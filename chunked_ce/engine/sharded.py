@@ -16,9 +16,11 @@ from torch import Tensor
 
 from chunked_ce import plan
 from chunked_ce.distributed.collectives import Collectives, Pending
+from chunked_ce.engine.backprop import Backprop, Gradients, new_gradients
 from chunked_ce.engine.counted import CountedTokens
+from chunked_ce.engine.filtered import Kept
 from chunked_ce.engine.kernels import row_kernels as choose_row_kernels
-from chunked_ce.engine.linear import Gradients, Head, Settings, Sums, add_head_gradients, new_gradients
+from chunked_ce.engine.linear import Head, Settings, Sums, new_filter
 from chunked_ce.engine.linear import gradients as local_gradients
 from chunked_ce.engine.products import project
 from chunked_ce.engine.rows import Slopes, Wanted, empty_statistics
@@ -104,13 +106,16 @@ def loss_and_gradients(
         hidden, head, run.tokens, token_weight, upstream, objective, wanted, needed, settings, run.head_sum_dtype
     )
 
+    backprop = run.backprop(sums.gradients, smoothed=wanted.weighted)
+
     def finish(chunk: _Chunk, pending: Pending) -> None:
         part = run.combine(chunk.rows, pending)
-        run.differentiate(chunk, sums.slopes(chunk.rows, part), part)
+        kept = run.differentiate(chunk, sums.slopes(chunk.rows, part), part, backprop)
         sums.add_losses(chunk.rows, part)
-        run.spend(chunk, sums.gradients)
+        run.spend(chunk, kept, backprop)
 
     _pipeline(run.chunks(), run.start_statistics, finish)
+    backprop.finish()
     return sums.loss, sums.gradients, run.in_order(sums.statistics)
 
 
@@ -164,15 +169,21 @@ def _sequence_gradients(
     known = known.map(run.chunk_order).map(run.tokens.select)
     slopes = slopes.map(run.chunk_order).map(run.tokens.select)
     slopes = slopes.map(lambda slope: run.tokens.mask(slope) * head.logits.scale)
-    total = new_gradients(hidden, head, run.tokens, needed, run.head_sum_dtype)
-    for chunk in run.chunks():
-        run.differentiate(chunk, slopes.at(chunk.rows), known.at(chunk.rows))
-        run.spend(chunk, total)
-    return Gradients(
-        total.hidden,
-        None if total.weight is None else total.weight.to(head.weight.dtype),
-        None if total.bias is None else total.bias.to(head.bias.dtype),
+    total = new_gradients(
+        hidden,
+        head.weight,
+        head.bias,
+        run.tokens,
+        needed,
+        run.head_sum_dtype,
+        zero_head=settings.gradient_filter is not None,
     )
+    backprop = run.backprop(total, smoothed=slopes.weighted is not None, entropy=slopes.mean is not None)
+    for chunk in run.chunks():
+        kept = run.differentiate(chunk, slopes.at(chunk.rows), known.at(chunk.rows), backprop)
+        run.spend(chunk, kept, backprop)
+    backprop.finish()
+    return total.as_dtype_of(head.weight, head.bias)
 
 
 def logits_statistics(
@@ -302,6 +313,10 @@ class _Run:
             rows = self.tokens.within(first, first + len(gathered))
             yield rows, self.tokens.select_from(gathered, first, rows), window
 
+    def backprop(self, total: Gradients, **slopes: bool) -> Backprop:
+        head = self.head._replace(class_weight=self.class_weight)
+        return Backprop(total, head.weight, new_filter(head, self._settings, **slopes))
+
     def start_statistics(self, chunk: _Chunk) -> Pending:
         part = self._row_kernels.shard_statistics(
             chunk.products,
@@ -317,8 +332,9 @@ class _Run:
     def combine(self, rows: slice, pending: Pending) -> RowStatistics:
         return combine_shards(pending.wait(), self.tokens.target[rows], **self._wanted._asdict())
 
-    def differentiate(self, chunk: _Chunk, slopes: Slopes, known: RowStatistics) -> None:
-        """Write the gradients of a chunk's products over them."""
+    def differentiate(self, chunk: _Chunk, slopes: Slopes, known: RowStatistics, backprop: Backprop) -> Kept | None:
+        """Write the gradients of a chunk's products over them, and choose which columns to keep: None is all."""
+        columns = backprop.new_columns()
         here = self._here[chunk.rows]
         self._row_kernels.logit_gradients(
             chunk.products,
@@ -328,12 +344,17 @@ class _Run:
             slopes._replace(target=slopes.target.where(here, 0)),
             known,
             out=chunk.products,
+            columns=columns,
         )
+        return backprop.keep(chunk.products, columns, self._column[chunk.rows], here, slopes)
 
-    def spend(self, chunk: _Chunk, total: Gradients) -> None:
+    def spend(self, chunk: _Chunk, kept: Kept | None, backprop: Backprop) -> None:
         """Add what a chunk's logit gradients give to the gradients of this rank's tensors."""
-        reduction = None if total.hidden is None else self._start_hidden_gradient(chunk)
-        add_head_gradients(total, chunk.rows, chunk.x, chunk.products)
+        total = backprop.total
+        reduction = None
+        if total.hidden is not None:
+            reduction = self._start_hidden_gradient(chunk, backprop.hidden(chunk.products, kept))
+        backprop.add_head(chunk.x, chunk.products, kept)
         if reduction is None:
             return
         part = reduction.wait()
@@ -342,8 +363,8 @@ class _Run:
         else:
             self.tokens.put(total.hidden, chunk.rows, part)
 
-    def _start_hidden_gradient(self, chunk: _Chunk) -> Pending:
-        part = chunk.products @ self.head.weight  # (C, D)
+    def _start_hidden_gradient(self, chunk: _Chunk, part: Tensor) -> Pending:
+        """Start to reduce this rank's part (C, D)."""
         if self._shard.input_grad == "partial":
             return Pending(part, None, _HIDDEN_GRADIENT)
         part = part.to(_reduce_dtype(self._shard, self._settings))
