@@ -88,15 +88,15 @@ def test_narrow_dtypes(dtype, way):
 
 def test_a_sum_in_the_product():
     """fp32 sums of bf16 products, exact where a bf16 rounding of a part would not be."""
-    left = torch.full((32, 16), 1.0, dtype=torch.bfloat16, device="cuda")
-    right = torch.full((16, 48), 1.0 + 2**-7, dtype=torch.bfloat16, device="cuda")
+    left = torch.full((32, 24), 1.0, dtype=torch.bfloat16, device="cuda")
+    right = torch.full((24, 48), 1.0 + 2**-7, dtype=torch.bfloat16, device="cuda")
     total = torch.full((32, 48), torch.nan, device="cuda")
     assert products.adds_in_product(total, left)
     with no_waiting():
         products.add_product_(total, left, right, first=True)
         for _ in range(2):
             products.add_product_(total, left, right, first=False)
-    assert (total == 3 * 16 * (1 + 2**-7)).all()
+    assert (total == 3 * 24 * (1 + 2**-7)).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
