@@ -234,31 +234,40 @@ def gradients_and_columns_kernel(
     for first in range(0, num_rows, ROWS):
         rows = (first + tl.arange(0, ROWS)).to(tl.int64)
         there = rows < num_rows
-        mask = there[:, None] & inside[None, :]
-        block = tl.load(products + rows[:, None] * row_stride + places * column_stride, mask=mask, other=0.0)
-        z = _logits(block, scale, softcap)
-        by_log_sum = tl.load(log_sum_slope + rows, mask=there, other=0.0)[:, None]
+        by_log_sum = tl.load(log_sum_slope + rows, mask=there, other=0.0)
+        by_target = tl.load(target_slope + rows, mask=there, other=0.0)
+        alive = (by_log_sum != 0.0) | (by_target != 0.0)
+        by_weighted = None
+        if weighted_slope is not None:
+            by_weighted = tl.load(weighted_slope + rows, mask=there, other=0.0)
+            alive |= by_weighted != 0.0
+            by_weighted = by_weighted[:, None]
         by_mean = None
         mean = None
         if mean_slope is not None:
-            by_mean = tl.load(mean_slope + rows, mask=there, other=0.0)[:, None]
+            by_mean = tl.load(mean_slope + rows, mask=there, other=0.0)
+            alive |= by_mean != 0.0
+            by_mean = by_mean[:, None]
             mean = tl.load(row_mean + rows, mask=there, other=0.0)[:, None]
+
+        mask = there[:, None] & inside[None, :]
+        read = alive[:, None] & mask
+        block = tl.load(products + rows[:, None] * row_stride + places * column_stride, mask=read, other=0.0)
+        z = _logits(block, scale, softcap)
         maximum = tl.load(row_maximum + rows, mask=there, other=0.0)[:, None]
         log_sum = tl.load(row_log_sum + rows, mask=there, other=0.0)[:, None]
-        gradients = _of_softmax(z, maximum, log_sum, mean, by_log_sum, by_mean)
-        seen = tl.where(mask, _through_softcap(gradients, z, softcap), 0.0)
+        gradients = _of_softmax(z, maximum, log_sum, mean, by_log_sum[:, None], by_mean)
+        seen = tl.where(read, _through_softcap(gradients, z, softcap), 0.0)
         largest = tl.maximum(largest, tl.max(tl.abs(seen), 0))
         sign = tl.where(by_log_sum > 0.0, 1.0, tl.where(by_log_sum < 0.0, -1.0, 0.0))
-        total += tl.sum(sign * seen, 0)
+        total += tl.sum(sign[:, None] * seen, 0)
         column_of_target = tl.load(target + rows, mask=there, other=-1)[:, None]
-        by_target = tl.load(target_slope + rows, mask=there, other=0.0)[:, None]
-        gradients += tl.where(columns[None, :] == column_of_target, by_target, 0.0)
+        gradients += tl.where(columns[None, :] == column_of_target, by_target[:, None], 0.0)
         if weighted_slope is not None:
-            by_weighted = tl.load(weighted_slope + rows, mask=there, other=0.0)[:, None]
             if class_weight is not None:
                 by_weighted = by_weighted * weight
             gradients += by_weighted
-        gradients = _through_softcap(gradients, z, softcap).to(out.dtype.element_ty)
+        gradients = tl.where(read, _through_softcap(gradients, z, softcap), 0.0).to(out.dtype.element_ty)
         tl.store(out + rows[:, None] * out_row_stride + places * out_column_stride, gradients, mask=mask)
     tl.store(largest_of_column + columns, largest, mask=inside)
     tl.store(total_of_column + columns, total, mask=inside)

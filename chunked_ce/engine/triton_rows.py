@@ -8,18 +8,15 @@ Statistics read each logit once; gradients read and write it once, column sums o
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 from torch import Tensor
 
 from chunked_ce.engine import triton_kernels as kernels
+from chunked_ce.engine.columns import ColumnSums
 from chunked_ce.engine.rows import Slopes, Wanted
 from chunked_ce.objective import Logits, RowStatistics
-
-if TYPE_CHECKING:
-    from chunked_ce.engine.columns import ColumnSums
 
 __all__ = [
     "logit_gradients",

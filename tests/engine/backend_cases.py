@@ -101,6 +101,19 @@ def test_stats():
     torch.testing.assert_close(found[1], expected[1])
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_gradient_filter(way, ignored):
+    """The column sums of the kernel choose as those of the torch kernels do."""
+    case = problem(24, 16, 300, spread=6.0)
+    found, expected = (
+        gradients(case.loss(options=chunks(10, way, backend=backend, gradient_filter=1e-3)), case)
+        for backend in ("triton", "torch")
+    )
+    torch.testing.assert_close(found, expected)
+    exact = gradients(case.loss(options=chunks(10, way, backend="triton")), case)
+    assert not torch.allclose(found[1], exact[1], rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("garbage", [torch.nan, torch.inf])
 def test_garbage_in_ignored_tokens(garbage, ignored):
     """Nothing of a token that does not count reaches a value or a gradient, kept or dropped."""

@@ -13,6 +13,7 @@ import torch
 
 from chunked_ce.engine import counted, triton_rows
 from chunked_ce.engine import rows as torch_rows
+from chunked_ce.engine.columns import ColumnSums
 from chunked_ce.engine.kernels import INTERPRETED
 from chunked_ce.engine.rows import Slopes, Wanted
 from chunked_ce.objective import Logits, RowStatistics, combine_shards
@@ -295,6 +296,13 @@ def test_rows_without_slopes_are_not_read(monkeypatch):
         out = torch.full_like(products, torch.nan)
         kernels.logit_gradients(products, targets_of(3, 4200), weights_of(4200), Logits(), slopes, known, out)
         assert out[1].count_nonzero() == 0 and not out.isnan().any()
+    columns = ColumnSums(4200, torch.float32, DEVICE)
+    filtered = torch.full_like(products, torch.nan)
+    triton_rows.logit_gradients(
+        products, targets_of(3, 4200), weights_of(4200), Logits(), slopes, known, filtered, columns
+    )
+    torch.testing.assert_close(filtered, out)
+    assert columns.largest.isfinite().all() and columns.total.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -316,6 +324,29 @@ def test_statistics_and_gradients(dtype):
     assert seen[0] == slice(None)
     assert_no_worse(gradients, twin, expected, "gradients")
     assert_no_worse(found.log_sum, known.log_sum.float(), known.log_sum, "log_sum")
+
+
+@pytest.mark.parametrize("logits", LOGITS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_and_columns(dtype, logits):
+    """The gradients of one kernel and of the other, and what the filter asks of their columns."""
+    for n, vocab in ((1, 1), (5, 129), (32, 128), (70, 300)):
+        products, target, weight = products_of(n, vocab, dtype), targets_of(n, vocab), weights_of(vocab)
+        known = torch_rows.statistics(products.double(), target, None, logits, ALL, overwrite=False)
+        for slopes in (slopes_of(n), slopes_of(n, weighted=False, mean=False)):
+            arguments = target, weight, logits, slopes, known.map(torch.Tensor.float)
+            ours, twin, expected = (
+                ColumnSums(vocab, kind, DEVICE) for kind in (torch.float32, torch.float32, torch.float64)
+            )
+            alone, together, out = torch.empty_like(products), products.clone(), torch.empty_like(products)
+            triton_rows.logit_gradients(products, *arguments, alone)
+            triton_rows.logit_gradients(together, *arguments, together, ours)
+            torch.testing.assert_close(together, alone)
+            torch_rows.logit_gradients(products, *arguments, out, twin)
+            arguments = target, weight.double(), logits, double(slopes), known
+            torch_rows.logit_gradients(products.double(), *arguments, out.double(), expected)
+            assert_no_worse(ours.largest, twin.largest, expected.largest, "largest")
+            assert_no_worse(ours.total, twin.total, expected.total, "total")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
