@@ -129,10 +129,12 @@ class Root:
         self.check_unchanged()
 
         def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            return self.call.head.logits_of(hidden, weight, bias, self.logits).to(self.dtype)
+            found = self.call.head.logits_of(hidden, weight, bias, self.logits).to(self.dtype)
+            return found if self.vocab_dim == self.hidden.dim() - 1 else found.movedim(-1, self.vocab_dim)
 
-        found = self.call.run(self.hidden.movedim(self.vocab_dim, -1), logits, tracked)
-        return found.movedim(-1, self.vocab_dim)
+        with torch.inference_mode(False) if tracked else contextlib.nullcontext(), torch.set_grad_enabled(tracked):
+            hidden = self.hidden.movedim(self.vocab_dim, -1)
+        return self.call.run(hidden, logits, tracked)
 
 
 def _version(tensor: Tensor | None) -> int | None:
@@ -144,4 +146,4 @@ def _user_stacklevel() -> int:
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("chunked_ce", "torch"):
         level, frame = level + 1, frame.f_back
-    return max(1, level - 1)
+    return level
