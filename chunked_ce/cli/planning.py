@@ -32,6 +32,7 @@ TERMS = {  # by name in the law, in the order of the table
     "products": "products before they are added",
     "head_copy": "head in the products' dtype",
     "hidden_copy": "hidden states in the products' dtype",
+    "packed": "block of the head, packed for MKL",
     "statistics": "statistics of the tokens",
     "collectives": "collective buffers",
 }
