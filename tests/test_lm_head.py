@@ -226,7 +226,7 @@ class Shifted(nn.Linear):
 
 
 def test_wrap_refuses_what_it_cannot_follow():
-    with pytest.raises(ValueError, match="no output embedding found: .* 0 of its linear layers"):
+    with pytest.raises(ValueError, match=r"no output embedding found: .* 0 of its linear layers"):
         LMHead.wrap(nn.Sequential(nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, WIDTH)))
     two = nn.Sequential(nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, VOCAB), nn.Linear(WIDTH, VOCAB))
     with pytest.raises(ValueError, match=r"2 of its linear layers have the 50 outputs .* \(1, 2\)"):
