@@ -12,7 +12,7 @@ from chunked_ce.distributed.vocab import VocabShard
 from chunked_ce.engine.kernels import why_not_triton
 from chunked_ce.options import ChunkOptions
 
-__all__ = ["check_backend", "check_keywords", "check_options", "check_tensors"]
+__all__ = ["check_accumulation", "check_backend", "check_keywords", "check_options", "check_tensors"]
 
 
 def check_tensors(
@@ -134,6 +134,26 @@ def check_options(options: ChunkOptions | None, reduction: str | None) -> ChunkO
             "was given with 'none': use gradients='backward' or 'auto'"
         )
     return options
+
+
+def check_accumulation(options: ChunkOptions, linear_weight: Tensor | None, vocab: VocabShard | None) -> None:
+    """Whether there is a ``main_grad`` to add to, where one was asked for."""
+    if options.accumulate_into != "main_grad" or linear_weight is None or not linear_weight.requires_grad:
+        return
+    found = getattr(linear_weight, "main_grad", None)
+    if not isinstance(found, Tensor) or found.shape != linear_weight.shape or not found.is_floating_point():
+        was = f"{found.dtype} {_shape(found)}" if isinstance(found, Tensor) else repr(found)
+        raise ValueError(
+            "options.accumulate_into='main_grad' needs linear_weight.main_grad, a floating-point tensor of shape "
+            f"{_shape(linear_weight)}, was {was}"
+        )
+    padded = vocab is not None and len(linear_weight) != vocab.rows
+    if padded or not linear_weight.is_leaf or torch.compiler.is_compiling():
+        raise ValueError(
+            "options.accumulate_into='main_grad' needs a linear_weight that is a leaf, without padding, outside "
+            f"of torch.compile, was is_leaf={linear_weight.is_leaf}, padded={padded}, "
+            f"compiling={torch.compiler.is_compiling()}"
+        )
 
 
 def check_backend(options: ChunkOptions, device: torch.device, dtype: torch.dtype) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from chunked_ce.checks import check_backend, check_keywords, check_options, check_tensors
+from chunked_ce.checks import check_accumulation, check_backend, check_keywords, check_options, check_tensors
 from chunked_ce.distributed.vocab import WHOLE_WEIGHT, VocabShard, local_head
 from chunked_ce.engine import logits_ops, ops, plain
 from chunked_ce.engine.linear import Head, Settings
@@ -125,7 +125,7 @@ def linear_cross_entropy(
     hidden = input.reshape(-1, input.shape[-1])
     upstream = weights.upstream(reduction, num_tokens)
 
-    if reduction != "none" and options.gradients != "backward" and any(needed) and not _transformed(vocab):
+    if reduction != "none" and not options.in_backward and any(needed) and not _transformed(vocab):
         prepared = upstream if settings.compute_dtype != torch.float16 else torch.frexp(upstream).mantissa
         prepared = prepared.where(prepared != 0, 1)
         loss_sum, rows = ops.linear_loss(
@@ -260,12 +260,14 @@ def _enter(
         check_keywords(**maths)
         options = check_options(options, maths["reduction"])
         check_backend(options, tensors[0].device, _compute_dtype(tensors[0], input_name))
+        check_accumulation(options, tensors[1], vocab)
         return options
     try:
         check_tensors(*tensors, vocab, input_name=input_name)
         check_keywords(**maths)
         options = check_options(options, maths["reduction"])
         check_backend(options, tensors[0].device, _compute_dtype(tensors[0], input_name))
+        check_accumulation(options, tensors[1], vocab)
         error = None
     except (TypeError, ValueError) as found:
         if not isinstance(vocab, VocabShard):
@@ -420,6 +422,7 @@ def _settings(input: Tensor, options: ChunkOptions) -> Settings:
         options.memory_budget,
         options.backend,
         options.filter_threshold(dtype),
+        options.accumulate_into,
     )
 
 

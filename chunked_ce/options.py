@@ -34,7 +34,8 @@ class ChunkOptions:
 
     gradients: Literal["auto", "forward", "backward"] = "auto"
     """When gradients are computed: with the loss (6 N V D operations, sums and means only) or in the backward
-    from recomputed logits (8 N V D, the least memory); ``"auto"`` takes ``"forward"`` where it can."""
+    from recomputed logits (8 N V D, the least memory); ``"auto"`` takes ``"forward"`` where it can, unless
+    ``accumulate_into`` asks for the other."""
 
     accumulate_dtype: torch.dtype = torch.float32
     """What gradients of the head are summed in over chunks, where it is wider than the products' dtype."""
@@ -42,6 +43,13 @@ class ChunkOptions:
     gradient_filter: float | Literal["auto"] | None = None
     """Words whose probability is at most this at every token of a chunk take part in the gradients as one average
     word; None is exact, and ``"auto"`` stays below the rounding of the products' dtype: see `filter_threshold`."""
+
+    accumulate_into: Literal["grad", "main_grad"] | None = None
+    """Where the backward way adds the head's gradient, block by block, instead of returning it to autograd: into the
+    ``grad`` of the head's weight once there is one, or into its ``main_grad``, which may be wider. A second gradient
+    never exists; but hooks on the weight's gradient do not run, so an engine that relies on them (DDP, FSDP, ZeRO)
+    must not be given it. The first step of ``"grad"``, a weight that is not a leaf and compiled code take the usual
+    way."""
 
     backend: Literal["auto", "torch", "triton"] = "auto"
     """Which row kernels run: ``"auto"`` takes Triton's on CUDA devices (fp32, bf16 and fp16, if it is installed), else
@@ -59,8 +67,19 @@ class ChunkOptions:
             raise ValueError(f"accumulate_dtype must be one of {allowed}, was {self.accumulate_dtype!r}")
         if self.gradient_filter not in (None, "auto") and not _is_probability(self.gradient_filter):
             raise ValueError(f"gradient_filter must be None, 'auto' or in [0, 1), was {self.gradient_filter!r}")
+        if self.accumulate_into not in (None, "grad", "main_grad"):
+            raise ValueError(f"accumulate_into must be None, 'grad' or 'main_grad', was {self.accumulate_into!r}")
+        if self.accumulate_into is not None and self.gradients == "forward":
+            raise ValueError(
+                f"accumulate_into={self.accumulate_into!r} needs gradients 'backward' or 'auto', was 'forward'"
+            )
         if self.backend not in ("auto", "torch", "triton"):
             raise ValueError(f"backend must be 'auto', 'torch' or 'triton', was {self.backend!r}")
+
+    @property
+    def in_backward(self) -> bool:
+        """Whether gradients are asked for in the backward."""
+        return self.gradients == "backward" or self.accumulate_into is not None
 
     def filter_threshold(self, dtype: torch.dtype) -> float | None:
         """The largest probability of a dropped word for products in ``dtype``, None if none is dropped.

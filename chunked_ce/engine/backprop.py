@@ -36,7 +36,8 @@ class Gradients(NamedTuple):
 class Backprop:
     """The two products that a chunk's logit gradients enter, added to ``total``.
 
-    With a filter the gradients of the head have to be zero before.
+    With a filter the gradients of the head have to be zero before. That of the weight is added to ``weight_sum``,
+    which the caller has, where there is one.
     """
 
     def __init__(
@@ -44,11 +45,12 @@ class Backprop:
         total: Gradients,
         weight: Tensor,  # (V, D) in the products' dtype
         filter: Filter | None,
+        weight_sum: Tensor | None = None,  # (V, D)
     ) -> None:
-        self.total = total
+        self.total = total if weight_sum is None else total._replace(weight=weight_sum)
         self._weight = weight
         self._filter = filter
-        self._first = filter is None
+        self._first = filter is None and weight_sum is None
 
     def new_columns(self) -> ColumnSums | None:
         """What the row kernels have to fill for `keep`."""

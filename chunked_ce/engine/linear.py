@@ -22,7 +22,7 @@ from chunked_ce.engine.filtered import Filter
 from chunked_ce.engine.kernels import row_kernels as choose_row_kernels
 from chunked_ce.engine.products import add_product_, project
 from chunked_ce.engine.rows import Slopes, Wanted, empty_statistics, work_dtype
-from chunked_ce.engine.scratch import scratch
+from chunked_ce.engine.scratch import logits_scratch
 from chunked_ce.objective import Logits, Objective, RowStatistics
 
 __all__ = [
@@ -60,6 +60,7 @@ class Settings(NamedTuple):
     memory_budget: int | None
     backend: str = "auto"
     gradient_filter: float | None = None
+    accumulate_into: str | None = None
 
     @property
     def planned(self) -> dict[str, Any]:
@@ -201,12 +202,16 @@ def gradients(
     settings: Settings,
     words: tuple[int, int] | None = None,
     hidden_dtype: torch.dtype | None = None,
+    weight_sum: Tensor | None = None,
 ) -> Gradients:
     """The gradients in the dtypes of their tensors, from statistics and the slopes of the loss in them.
 
     ``words`` are the first word that a shard of the vocabulary holds, and the words of all shards, over which the
-    gradient of the hidden states is yet to be summed, in ``hidden_dtype``.
+    gradient of the hidden states is yet to be summed, in ``hidden_dtype``. The weight's gradient is added to
+    ``weight_sum`` where there is one.
     """
+    if weight_sum is not None:
+        needed = (needed[0], False, needed[2])
     first_word, vocab_size = words or (0, len(head.weight))
     tokens = CountedTokens(target, ignore_index, vocab_size)
     slopes = slopes.map(lambda slope: tokens.mask(tokens.select(slope)) * head.logits.scale)
@@ -214,7 +219,7 @@ def gradients(
     filter = new_filter(head, settings, smoothed=slopes.weighted is not None, entropy=slopes.mean is not None)
     if filter is not None and len(tokens) > 0:
         return _filtered_gradients(
-            hidden, head, tokens, known, slopes, first_word, needed, settings, filter, hidden_dtype
+            hidden, head, tokens, known, slopes, first_word, needed, settings, filter, hidden_dtype, weight_sum
         )
     total = new_gradients(hidden, head.weight, head.bias, tokens, needed, hidden_dtype=hidden_dtype)
     if len(tokens) == 0:
@@ -234,7 +239,7 @@ def gradients(
         make = x.new_empty if len(head.weight) else x.new_zeros
         hidden_total = make(x.shape, dtype=settings.compute_dtype if one_block else total_dtype)
     row_kernels = settings.row_kernels(hidden.device)
-    buffer = scratch(len(tokens) * block_size, dtype=x.dtype, device=x.device)
+    buffer = logits_scratch(len(tokens), block_size, dtype=x.dtype, device=x.device)
     for start in range(0, len(head.weight), block_size):
         words = slice(start, min(start + block_size, len(head.weight)))
         part = Head(
@@ -243,7 +248,7 @@ def gradients(
             head.logits,
             None if head.class_weight is None else head.class_weight[words],
         ).to(settings.compute_dtype)
-        products = project(x, part.weight, part.bias, buffer[: len(tokens) * len(part.weight)].view(len(tokens), -1))
+        products = project(x, part.weight, part.bias, out=buffer[:, : len(part.weight)])
         column = tokens.target - (first_word + start)
         here = (column >= 0) & (column < len(part.weight))
         row_kernels.logit_gradients(
@@ -259,6 +264,8 @@ def gradients(
             add_product_(hidden_total, products, part.weight, first=start == 0)
         if total.weight is not None:
             add_product_(total.weight[words], products.t(), x, first=True)
+        elif weight_sum is not None:
+            add_product_(weight_sum[words], products.t(), x, first=False)
         if total.bias is not None:
             total.bias[words] = products.sum(0, dtype=known.log_sum.dtype)
     if hidden_total is not None:
@@ -277,6 +284,7 @@ def _filtered_gradients(
     settings: Settings,
     filter: Filter,
     hidden_dtype: torch.dtype | None,
+    weight_sum: Tensor | None,
 ) -> Gradients:
     """`gradients` with the gradient filter: one chunk of tokens after another, as in the forward way."""
     planned = {"head_dtype": head.weight.dtype if needed[1] else None, **settings.planned}
@@ -285,7 +293,7 @@ def _filtered_gradients(
     total = new_gradients(hidden, head.weight, head.bias, tokens, needed, sum_dtype, hidden_dtype, zero_head=True)
     weight, bias = head.weight, head.bias
     head = head.to(settings.compute_dtype)
-    backprop = Backprop(total, head.weight, filter)
+    backprop = Backprop(total, head.weight, filter, weight_sum)
     row_kernels = settings.row_kernels(hidden.device)
     column = tokens.target - first_word
     here = (column >= 0) & (column < len(head.weight))
@@ -329,7 +337,7 @@ def _chunks(
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Each chunk's rows among the counted tokens, hidden states (C, D) and products with the head (C, V)."""
     vocab_size = len(head.weight)
-    buffer = scratch(min(chunk, len(tokens)), vocab_size, dtype=head.weight.dtype, device=hidden.device)
+    buffer = logits_scratch(min(chunk, len(tokens)), vocab_size, dtype=head.weight.dtype, device=hidden.device)
     for rows in tokens.blocks(chunk):
         x = tokens.select(hidden, rows).to(head.weight.dtype)
         yield rows, x, project(x, head.weight, head.bias, out=buffer[: len(x)])

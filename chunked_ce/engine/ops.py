@@ -111,6 +111,7 @@ def _linear_statistics(
     memory_budget: int | None,
     backend: str,
     gradient_filter: float | None,
+    accumulate_into: str | None,
     group_name: str | None,
     start: int,
     total: int,
@@ -118,7 +119,9 @@ def _linear_statistics(
     reduce_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     head = Head(weight, bias, Logits(scale, softcap), class_weight)
-    settings = Settings(compute_dtype, accumulate_dtype, chunk_size, memory_budget, backend, gradient_filter)
+    settings = Settings(
+        compute_dtype, accumulate_dtype, chunk_size, memory_budget, backend, gradient_filter, accumulate_into
+    )
     shard = shard_of(group_name, start, total, input_grad, reduce_dtype)
     arguments = (hidden, head, target, ignore_index, Wanted(*wanted), settings)
     with no_autocast(hidden.device):
@@ -155,6 +158,7 @@ def _linear_gradients(
     memory_budget: int | None,
     backend: str,
     gradient_filter: float | None,
+    accumulate_into: str | None,
     group_name: str | None,
     start: int,
     total: int,
@@ -164,17 +168,33 @@ def _linear_gradients(
     head = Head(weight, bias, Logits(scale, softcap), class_weight)
     known = RowStatistics(maximum, log_sum, log_sum, mean=mean if mean_slope is not None else None)
     slopes = Slopes(log_sum_slope, target_slope, weighted_slope, mean_slope)
-    settings = Settings(compute_dtype, accumulate_dtype, chunk_size, memory_budget, backend, gradient_filter)
+    settings = Settings(
+        compute_dtype, accumulate_dtype, chunk_size, memory_budget, backend, gradient_filter, accumulate_into
+    )
     shard = shard_of(group_name, start, total, input_grad, reduce_dtype)
     arguments = (hidden, head, target, known, slopes, ignore_index, tuple(needed), settings)
+    return filled(_gradients(*arguments, shard), hidden)
+
+
+def _gradients(hidden: Tensor, *arguments, weight_sum: Tensor | None = None) -> Gradients:
+    *arguments, shard = arguments
     with no_autocast(hidden.device):
-        found = linear.gradients(*arguments) if shard is None else sharded.gradients(*arguments, shard)
-    return filled(found, hidden)
+        if shard is None:
+            return linear.gradients(hidden, *arguments, weight_sum=weight_sum)
+        return sharded.gradients(hidden, *arguments, shard, weight_sum=weight_sum)
+
+
+def _existing_sum(weight: Tensor, accumulate_into: str | None) -> Tensor | None:
+    """The tensor that the gradient of ``weight`` is to be added to, None where autograd is to take it."""
+    traced = type(weight) not in (Tensor, torch.nn.Parameter)
+    if accumulate_into is None or traced or not weight.is_leaf:
+        return None
+    return getattr(weight, accumulate_into, None)
 
 
 @_linear_gradients.register_fake
 def _(hidden, weight, bias, *rest):
-    needed = rest[-12]
+    needed = rest[-13]
     return fake_gradients((hidden, weight, bias), (None, None, None), needed)
 
 
@@ -198,6 +218,13 @@ def _backward_of_linear_statistics(ctx, _maximum, *upstream):
         head = Head(weight, bias, Logits(scale, softcap), class_weight)
         found = plain.linear_statistics(hidden, head, target, ignore_index, Wanted(*wanted), settings[0])
         grads = plain_gradients(differentiable(found), upstream, (hidden, weight, bias), needed)
+    elif needed[1] and (weight_sum := _existing_sum(weight, settings[6])) is not None:
+        # Not an operator: it changes what is no argument of it.
+        slopes = Slopes(*slopes_or_zero(upstream, log_sum))
+        known = RowStatistics(maximum, log_sum, log_sum, mean=mean if slopes.mean is not None else None)
+        head = Head(weight, bias, Logits(scale, softcap), class_weight)
+        arguments = (hidden, head, target, known, slopes, ignore_index, tuple(needed), Settings(*settings[:-5]), shard)
+        grads = _gradients(*arguments, weight_sum=weight_sum)
     else:
         grads = _linear_gradients(
             hidden,
@@ -246,6 +273,7 @@ def _linear_loss(
     memory_budget: int | None,
     backend: str,
     gradient_filter: float | None,
+    accumulate_into: str | None,
     group_name: str | None,
     start: int,
     total: int,
@@ -263,7 +291,7 @@ def _linear_loss(
         ignore_index,
         Wanted(*wanted),
         tuple(needed),
-        Settings(compute_dtype, accumulate_dtype, chunk_size, memory_budget, backend, gradient_filter),
+        Settings(compute_dtype, accumulate_dtype, chunk_size, memory_budget, backend, gradient_filter, accumulate_into),
     )
     with no_autocast(hidden.device):
         if shard is None:
@@ -275,7 +303,7 @@ def _linear_loss(
 
 @_linear_loss.register_fake
 def _(hidden, weight, bias, target, *rest):
-    wanted, needed, *settings = rest[-13:-5]
+    wanted, needed, *settings = rest[-14:-5]
     settings, shard = Settings(*settings), shard_of(*rest[-5:])
     found = fake_statistics(target.shape[0], settings.compute_dtype, hidden.device, wanted)
     shape, in_flight = (weight.shape, 1) if shard is None else (shard.planned_shape(weight), 2)

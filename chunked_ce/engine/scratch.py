@@ -9,11 +9,12 @@ import mmap
 import torch
 from torch import Tensor
 
-__all__ = ["scratch"]
+__all__ = ["logits_scratch", "scratch"]
 
 # First touching 206 MiB of logits page by page took 0.16 s, in huge pages 0.07 s, beside 0.29 s for all three products
 # of that chunk in bf16.
 _LEAST_HUGE = 8 * 2**20
+_ALIGNED = 16  # elements: a device moves up to 32 bytes at a time, from a multiple of them
 
 
 def scratch(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -25,3 +26,10 @@ def scratch(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     with contextlib.suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def logits_scratch(tokens: int, words: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`scratch` (tokens, words), on an accelerator with rows that begin where it reads and writes fastest."""
+    if device.type == "cpu":
+        return scratch(tokens, words, dtype=dtype, device=device)
+    return scratch(tokens, words + -words % _ALIGNED, dtype=dtype, device=device)[:, :words]

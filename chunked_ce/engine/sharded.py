@@ -24,7 +24,7 @@ from chunked_ce.engine.linear import Head, Settings, Sums, new_filter
 from chunked_ce.engine.linear import gradients as local_gradients
 from chunked_ce.engine.products import project
 from chunked_ce.engine.rows import Slopes, Wanted, empty_statistics
-from chunked_ce.engine.scratch import scratch
+from chunked_ce.engine.scratch import logits_scratch
 from chunked_ce.objective import Logits, Objective, RowStatistics, combine_shards
 
 __all__ = ["Shard", "gradients", "logits_statistics", "loss_and_gradients", "statistics"]
@@ -129,10 +129,13 @@ def gradients(
     needed: tuple[bool, bool, bool],
     settings: Settings,
     shard: Shard,
+    weight_sum: Tensor | None = None,
 ) -> Gradients:
     """The gradients of this rank's tensors: one reduction of the hidden states' at the end."""
     if shard.input_grad == "sequence":
-        return _sequence_gradients(hidden, head, target, known, slopes, ignore_index, needed, settings, shard)
+        return _sequence_gradients(
+            hidden, head, target, known, slopes, ignore_index, needed, settings, shard, weight_sum
+        )
     local = head._replace(class_weight=shard.classes(head.class_weight, len(head.weight)))
     partial = shard.input_grad == "partial"
     total = local_gradients(
@@ -146,6 +149,7 @@ def gradients(
         settings,
         words=(shard.start, shard.total),
         hidden_dtype=None if partial else _reduce_dtype(shard, settings),
+        weight_sum=weight_sum,
     )
     if total.hidden is None or partial:
         return total
@@ -163,9 +167,12 @@ def _sequence_gradients(
     needed: tuple[bool, bool, bool],
     settings: Settings,
     shard: Shard,
+    weight_sum: Tensor | None,
 ) -> Gradients:
     """`gradients` chunk by chunk, so that no rank ever holds the hidden states of all."""
     run = _Run(hidden, head, target, ignore_index, Wanted(), settings, shard, sums_head=needed[1])
+    if weight_sum is not None:
+        needed = (needed[0], False, needed[2])
     known = known.map(run.chunk_order).map(run.tokens.select)
     slopes = slopes.map(run.chunk_order).map(run.tokens.select)
     slopes = slopes.map(lambda slope: run.tokens.mask(slope) * head.logits.scale)
@@ -178,7 +185,9 @@ def _sequence_gradients(
         run.head_sum_dtype,
         zero_head=settings.gradient_filter is not None,
     )
-    backprop = run.backprop(total, smoothed=slopes.weighted is not None, entropy=slopes.mean is not None)
+    backprop = run.backprop(
+        total, smoothed=slopes.weighted is not None, entropy=slopes.mean is not None, weight_sum=weight_sum
+    )
     for chunk in run.chunks():
         kept = run.differentiate(chunk, slopes.at(chunk.rows), known.at(chunk.rows), backprop)
         run.spend(chunk, kept, backprop)
@@ -288,7 +297,7 @@ class _Run:
         buffers: list[Tensor] = []
         for turn, (rows, x, window) in enumerate(self._sequence_parts() if self._sequence else self._parts()):
             if turn < 2:
-                buffers.append(scratch(self._largest, len(self.head.weight), dtype=x.dtype, device=x.device))
+                buffers.append(logits_scratch(self._largest, len(self.head.weight), dtype=x.dtype, device=x.device))
             out = buffers[turn % 2][: len(x)]
             yield _Chunk(rows, x, project(x, self.head.weight, self.head.bias, out=out), window)
 
@@ -313,9 +322,9 @@ class _Run:
             rows = self.tokens.within(first, first + len(gathered))
             yield rows, self.tokens.select_from(gathered, first, rows), window
 
-    def backprop(self, total: Gradients, **slopes: bool) -> Backprop:
+    def backprop(self, total: Gradients, weight_sum: Tensor | None = None, **slopes: bool) -> Backprop:
         head = self.head._replace(class_weight=self.class_weight)
-        return Backprop(total, head.weight, new_filter(head, self._settings, **slopes))
+        return Backprop(total, head.weight, new_filter(head, self._settings, **slopes), weight_sum)
 
     def start_statistics(self, chunk: _Chunk) -> Pending:
         part = self._row_kernels.shard_statistics(

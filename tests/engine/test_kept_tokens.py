@@ -1,10 +1,10 @@
-"""The way of an accelerator, which keeps ignored tokens and masks them, on a CPU."""
+"""The way of an accelerator on a CPU: ignored tokens are kept and masked, and rows of logits are padded."""
 
 import pytest
 import torch
 
 from chunked_ce import ChunkOptions, cross_entropy
-from chunked_ce.engine import counted
+from chunked_ce.engine import counted, linear
 from tests.cases import (
     REDUCTIONS_AND_WAYS,
     WAYS,
@@ -27,13 +27,23 @@ TORCH = ChunkOptions(backend="torch")
 
 @pytest.fixture(autouse=True)
 def kept(monkeypatch):
+    def padded(tokens, words, *, dtype, device):
+        return torch.full((tokens, words + 5), torch.nan, dtype=dtype, device=device)[:, :words]
+
     monkeypatch.setattr(counted, "drops_ignored", lambda device: False)
+    monkeypatch.setattr(linear, "logits_scratch", padded)
 
 
 @pytest.mark.parametrize("terms", TERMS, ids=lambda terms: "-".join(terms) or "plain")
 @pytest.mark.parametrize(("reduction", "way"), REDUCTIONS_AND_WAYS)
 def test_linear_cross_entropy(reduction, way, terms):
     check_loss(problem(13, 5, 11, bias=True), reduction=reduction, options=chunks(4, way), **terms)
+
+
+def test_gradient_filter():
+    case = problem(24, 16, 300, spread=6.0)
+    value = case.loss(options=chunks(10, gradient_filter=1e-3))
+    torch.testing.assert_close(value, case.loss())
 
 
 def test_linear_logprobs():
