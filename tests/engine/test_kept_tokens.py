@@ -40,10 +40,16 @@ def test_linear_cross_entropy(reduction, way, terms):
     check_loss(problem(13, 5, 11, bias=True), reduction=reduction, options=chunks(4, way), **terms)
 
 
-def test_gradient_filter():
-    case = problem(24, 16, 300, spread=6.0)
-    value = case.loss(options=chunks(10, gradient_filter=1e-3))
-    torch.testing.assert_close(value, case.loss())
+@pytest.mark.parametrize("way", WAYS)
+def test_gradient_filter(way, monkeypatch):
+    """Where every token counts the chunks are those of a CPU, and so are the words that they keep."""
+    case = problem(24, 16, 300, spread=6.0, ignored=0.0)
+    options = chunks(10, way, gradient_filter=1e-3)
+    found = gradients(case.loss(options=options), case)
+    exact = gradients(case.loss(options=chunks(10, way)), case)
+    monkeypatch.undo()
+    torch.testing.assert_close(found, gradients(case.loss(options=options), case))
+    assert not torch.allclose(found[1], exact[1], rtol=1e-6, atol=0)
 
 
 def test_linear_logprobs():
