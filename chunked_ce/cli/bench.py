@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     results, notes, interrupted = _measure_all(cases, contestants, arguments, errors, out)
     document = {
         "conditions": found,
-        "limits": {"memory_mib": round(memory.total(DEVICE) / report.MIB)},
+        "limits": {"memory_mib": round((arguments.memory_limit or memory.total(DEVICE)) / report.MIB)},
         "left_out": missing,
         "data": notes,
         "results": results,
