@@ -8,6 +8,23 @@ the same in every run.
 import triton
 import triton.language as tl
 
+# What differs from chunk to chunk: compiled once for all of it.
+_VARYING = {
+    "do_not_specialize": ["found_row_stride", "found_column_stride", "start", "blocks", "num_rows"],
+    "do_not_specialize_on_alignment": [
+        "target",
+        "here",
+        "class_weight",
+        "found",
+        "row_maximum",
+        "row_log_sum",
+        "row_mean",
+        "log_sum_slope",
+        "target_slope",
+        "weighted_slope",
+        "mean_slope",
+    ],
+}
 _NO_EXP = tl.constexpr(-1000.0)  # exp of it is 0, and 0 times it is 0, unlike 0 times -inf
 
 
@@ -34,7 +51,7 @@ def _logits(products, scale, softcap):
     return z
 
 
-@triton.jit
+@triton.jit(**_VARYING)
 def statistics_kernel(
     products,  # (n, V)
     row_stride,
@@ -139,7 +156,7 @@ def _through_softcap(gradients, z, softcap):
     return gradients
 
 
-@triton.jit
+@triton.jit(**_VARYING)
 def gradients_kernel(
     products,  # (n, V)
     row_stride,
@@ -196,7 +213,7 @@ def gradients_kernel(
     tl.store(out + row * out_row_stride + places * out_column_stride, gradients.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(**_VARYING)
 def gradients_and_columns_kernel(
     products,  # (n, V)
     row_stride,

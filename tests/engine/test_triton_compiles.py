@@ -100,6 +100,23 @@ def test_other_devices(capability):
     assert compiled(kernels.gradients_kernel, torch.bfloat16, capability).asm["cubin"]
 
 
+def test_the_smallest_shapes():
+    """A number that is 1 is a constant of the kernel, and None an argument that is not there."""
+    ones = dict.fromkeys(("vocab_size", "row_stride", "out_row_stride", "size"), 1) | {"BLOCK": 128, "warps": 1}
+    plain = {"SHARD": False, "WEIGHTED": True, "MEAN": True, "CORRECT": True}
+    assert compiled(kernels.statistics_kernel, torch.bfloat16, 90, **plain, **ones).asm["cubin"]
+    assert compiled(kernels.gradients_kernel, torch.bfloat16, 90, **ones).asm["cubin"]
+    assert compiled(kernels.gradients_and_columns_kernel, torch.bfloat16, 90, ROWS=32, **ones).asm["cubin"]
+    assert compiled(kernels.scale_kernel, torch.bfloat16, 90, IN_PLACE=True, **ones).asm["cubin"]
+
+
+def test_strides_beyond_31_bits():
+    wide = {"row_stride": "i64", "out_row_stride": "i64"}
+    plain = {"SHARD": False, "WEIGHTED": False, "MEAN": False, "CORRECT": False}
+    assert compiled(kernels.statistics_kernel, torch.bfloat16, 90, row_stride="i64", **plain).asm["cubin"]
+    assert compiled(kernels.gradients_kernel, torch.bfloat16, 90, **wide).asm["cubin"]
+
+
 def test_offsets_are_64_bit():
     """A row number times a stride is formed in 64 bits before it meets the pointer."""
     program = compiled(kernels.gradients_kernel, torch.bfloat16, 90)
