@@ -11,10 +11,12 @@ from torch.autograd import forward_ad
 from chunked_ce.checks import check_accumulation, check_backend, check_keywords, check_options, check_tensors
 from chunked_ce.distributed.vocab import WHOLE_WEIGHT, VocabShard, local_head
 from chunked_ce.engine import logits_ops, ops, plain
+from chunked_ce.engine.device_memory import free_bytes
 from chunked_ce.engine.linear import Head, Settings
 from chunked_ce.engine.rows import Wanted, work_dtype
 from chunked_ce.objective import Logits, Objective, RowStatistics
 from chunked_ce.options import ChunkOptions
+from chunked_ce.plan import budget_within
 
 __all__ = ["LossStats", "cross_entropy", "linear_cross_entropy", "linear_logprobs"]
 
@@ -116,7 +118,7 @@ def linear_cross_entropy(
     }
     tensors = (input, linear_weight, target, linear_bias, weight, token_weight)
     options = _enter("linear_cross_entropy", tensors, maths, options, vocab, return_stats=return_stats)
-    settings = _settings(input, options)
+    settings = _settings(input, options, linear_weight, vocab)
     weights = _Weights.of(target, ignore_index, weight, token_weight, vocab, work_dtype(settings.compute_dtype))
     head = _head(linear_weight, linear_bias, softcap, logit_scale, weights.classes, vocab)
     objective = Objective(float(label_smoothing), float(z_loss), _vocab_size(linear_weight.shape[0], vocab))
@@ -239,7 +241,13 @@ def linear_logprobs(
     hidden = input.reshape(-1, input.shape[-1])
     wanted = Wanted(mean=return_entropy)
     rows = _linear_statistics(
-        hidden, head, target.reshape(-1).long(), ignore_index, wanted, _settings(input, options), vocab
+        hidden,
+        head,
+        target.reshape(-1).long(),
+        ignore_index,
+        wanted,
+        _settings(input, options, linear_weight, vocab),
+        vocab,
     )
     logprobs = (rows.target - rows.log_sum).view(target.shape)
     return (logprobs, rows.entropy.view(target.shape)) if return_entropy else logprobs
@@ -301,7 +309,7 @@ def _shared(
             "input's last dimension": input.shape[-1],
             "linear_weight dtype": linear_weight.dtype,
             "linear_weight.requires_grad": linear_weight.requires_grad,
-            "autocast": _settings(input, options).compute_dtype,
+            "autocast": _compute_dtype(input),
         }
     facts |= {
         "input.requires_grad": input.requires_grad,
@@ -412,14 +420,19 @@ class _Weights(NamedTuple):
         return LossStats(*(value.detach().float() for value in sums))
 
 
-def _settings(input: Tensor, options: ChunkOptions) -> Settings:
+def _settings(input: Tensor, options: ChunkOptions, linear_weight: Tensor, vocab: VocabShard | None) -> Settings:
     chunk_size = None if options.chunk_size == "auto" else options.chunk_size
+    memory_budget = options.memory_budget
+    if memory_budget is None and chunk_size is None and vocab is None:  # ranks that share a plan have not the same free
+        free = free_bytes(input.device)
+        if free is not None:
+            memory_budget = budget_within(free, *linear_weight.shape, sums_head=linear_weight.requires_grad)
     dtype = _compute_dtype(input)
     return Settings(
         dtype,
         options.accumulate_dtype,
         chunk_size,
-        options.memory_budget,
+        memory_budget,
         options.backend,
         options.filter_threshold(dtype),
         options.accumulate_into,

@@ -5,8 +5,9 @@ read and written once per chunk; many tokens cost memory. So a chunk takes what 
 equal size.
 
 The budget, unless a user sets one, is 64 MiB, or two thirds of an fp32 gradient of the head where that is more: by
-then the head's gradient decides the peak. Where the head's gradient is narrower than the sum over several chunks has
-to be, one chunk needs no such sum, so its logits may take the sum's memory as well.
+then the head's gradient decides the peak. On a CUDA device it is at most a quarter of the memory that is free. Where
+the head's gradient is narrower than the sum over several chunks has to be, one chunk needs no such sum, so its logits
+may take the sum's memory as well.
 """
 
 from __future__ import annotations
@@ -21,7 +22,14 @@ from chunked_ce.engine.products import PROJECTED_ROWS, product_rows
 from chunked_ce.engine.rows import rows_in_flight, work_dtype
 from chunked_ce.options import ChunkOptions
 
-__all__ = ["MemoryPrediction", "head_sum_dtype", "predict_memory", "tokens_per_chunk", "vocab_per_block"]
+__all__ = [
+    "MemoryPrediction",
+    "budget_within",
+    "head_sum_dtype",
+    "predict_memory",
+    "tokens_per_chunk",
+    "vocab_per_block",
+]
 
 _LEAST_BUDGET = 64 * 2**20
 _ALIGNED = 16  # words: rows of a block begin where an accelerator reads fastest
@@ -35,6 +43,15 @@ def _budget(vocab_size: int, hidden_size: int, memory_budget: int | None, sums_h
     if memory_budget is not None:
         return memory_budget
     return max(_LEAST_BUDGET, 8 * vocab_size * hidden_size // 3) if sums_head else _LEAST_BUDGET
+
+
+def budget_within(free: int, vocab_size: int, hidden_size: int, sums_head: bool) -> int | None:
+    """The memory budget on a device with ``free`` bytes: a quarter of them where the usual one is more, else None.
+
+    >>> budget_within(2**40, 262144, 512, True), budget_within(2**20, 262144, 512, True)
+    (None, 262144)
+    """
+    return max(1, free // 4) if _budget(vocab_size, hidden_size, None, sums_head) > free // 4 else None
 
 
 def tokens_per_chunk(

@@ -3,12 +3,15 @@
 Derivatives of derivatives go through `chunked_ce.engine.plain`.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
 from chunked_ce import plan
 from chunked_ce.engine import linear, plain, sharded
 from chunked_ce.engine.backprop import Gradients
+from chunked_ce.engine.device_memory import with_smaller_chunks
 from chunked_ce.engine.flat import (
     differentiable,
     fake_gradients,
@@ -123,9 +126,13 @@ def _linear_statistics(
         compute_dtype, accumulate_dtype, chunk_size, memory_budget, backend, gradient_filter, accumulate_into
     )
     shard = shard_of(group_name, start, total, input_grad, reduce_dtype)
-    arguments = (hidden, head, target, ignore_index, Wanted(*wanted), settings)
+    arguments = (hidden, head, target, ignore_index, Wanted(*wanted))
     with no_autocast(hidden.device):
-        found = linear.statistics(*arguments) if shard is None else sharded.statistics(*arguments, shard)
+        if shard is None:
+            run = functools.partial(linear.statistics, *arguments)
+            found = with_smaller_chunks(run, settings, target, weight, way="statistics")
+        else:
+            found = sharded.statistics(*arguments, settings, shard)
     return filled(found, found.log_sum)
 
 
@@ -172,12 +179,14 @@ def _linear_gradients(
         compute_dtype, accumulate_dtype, chunk_size, memory_budget, backend, gradient_filter, accumulate_into
     )
     shard = shard_of(group_name, start, total, input_grad, reduce_dtype)
-    arguments = (hidden, head, target, known, slopes, ignore_index, tuple(needed), settings)
-    return filled(_gradients(*arguments, shard), hidden)
+    arguments = (hidden, head, target, known, slopes, ignore_index, tuple(needed))
+    if shard is not None:
+        return filled(_gradients(*arguments, settings, shard=shard), hidden)
+    run = functools.partial(_gradients, *arguments, shard=None)
+    return filled(with_smaller_chunks(run, settings, target, weight, way="backward"), hidden)
 
 
-def _gradients(hidden: Tensor, *arguments, weight_sum: Tensor | None = None) -> Gradients:
-    *arguments, shard = arguments
+def _gradients(hidden: Tensor, *arguments, shard: Shard | None, weight_sum: Tensor | None = None) -> Gradients:
     with no_autocast(hidden.device):
         if shard is None:
             return linear.gradients(hidden, *arguments, weight_sum=weight_sum)
@@ -223,8 +232,8 @@ def _backward_of_linear_statistics(ctx, _maximum, *upstream):
         slopes = Slopes(*slopes_or_zero(upstream, log_sum))
         known = RowStatistics(maximum, log_sum, log_sum, mean=mean if slopes.mean is not None else None)
         head = Head(weight, bias, Logits(scale, softcap), class_weight)
-        arguments = (hidden, head, target, known, slopes, ignore_index, tuple(needed), Settings(*settings[:-5]), shard)
-        grads = _gradients(*arguments, weight_sum=weight_sum)
+        arguments = (hidden, head, target, known, slopes, ignore_index, tuple(needed), Settings(*settings[:-5]))
+        grads = _gradients(*arguments, shard=shard, weight_sum=weight_sum)
     else:
         grads = _linear_gradients(
             hidden,
@@ -291,13 +300,19 @@ def _linear_loss(
         ignore_index,
         Wanted(*wanted),
         tuple(needed),
-        Settings(compute_dtype, accumulate_dtype, chunk_size, memory_budget, backend, gradient_filter, accumulate_into),
+    )
+    settings = Settings(
+        compute_dtype, accumulate_dtype, chunk_size, memory_budget, backend, gradient_filter, accumulate_into
     )
     with no_autocast(hidden.device):
         if shard is None:
-            loss, grads, found = linear.loss_and_gradients(*arguments)
+            run = functools.partial(linear.loss_and_gradients, *arguments)
+            loss, grads, found = with_smaller_chunks(run, settings, target, weight, way="forward")
+            # Smaller chunks may be summed in another dtype than was planned.
+            sum_dtype = _head_sum_dtype(target, weight, needed, settings, shard)
+            grads = Gradients(grads.hidden, *(None if part is None else part.to(sum_dtype) for part in grads[1:]))
         else:
-            loss, grads, found = sharded.loss_and_gradients(*arguments, shard)
+            loss, grads, found = sharded.loss_and_gradients(*arguments, settings, shard)
     return loss, *filled(grads, hidden), *filled(found, found.log_sum)
 
 
@@ -306,16 +321,17 @@ def _(hidden, weight, bias, target, *rest):
     wanted, needed, *settings = rest[-14:-5]
     settings, shard = Settings(*settings), shard_of(*rest[-5:])
     found = fake_statistics(target.shape[0], settings.compute_dtype, hidden.device, wanted)
-    shape, in_flight = (weight.shape, 1) if shard is None else (shard.planned_shape(weight), 2)
-    total_dtype = plan.head_sum_dtype(
-        target.shape[0],
-        *shape,
-        head_dtype=weight.dtype if needed[1] else None,
-        in_flight=in_flight,
-        **settings.planned,
-    )
+    total_dtype = _head_sum_dtype(target, weight, needed, settings, shard)
     grads = fake_gradients((hidden, weight, bias), (None, total_dtype, total_dtype), needed)
     return found[0].new_empty(()), *grads, *found
+
+
+def _head_sum_dtype(
+    target: Tensor, weight: Tensor, needed: list[bool], settings: Settings, shard: Shard | None
+) -> torch.dtype:
+    shape, in_flight = (weight.shape, 1) if shard is None else (shard.planned_shape(weight), 2)
+    head_dtype = weight.dtype if needed[1] else None
+    return plan.head_sum_dtype(target.shape[0], *shape, head_dtype=head_dtype, in_flight=in_flight, **settings.planned)
 
 
 def _save_linear_loss(ctx, inputs, output):

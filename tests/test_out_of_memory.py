@@ -1,0 +1,90 @@
+"""An out-of-memory error in the loss: once more with a quarter of the logits at a time, and no more than once."""
+
+import warnings
+
+import pytest
+import torch
+
+from chunked_ce import ChunkOptions
+from chunked_ce.engine import linear
+from tests.cases import WAYS, assert_equal, gradients, problem
+
+BUDGET = 4 * 40 * 101  # 40 tokens
+
+
+class Device:
+    """A device on which a chunk's logits may take `most` bytes."""
+
+    def __init__(self, monkeypatch, most):
+        self.asked = []
+        make = linear.logits_scratch
+
+        def limited(tokens, words, *, dtype, device):
+            self.asked.append(tokens * words * dtype.itemsize)
+            if self.asked[-1] > most:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more than there is.")
+            return make(tokens, words, dtype=dtype, device=device)
+
+        monkeypatch.setattr(linear, "logits_scratch", limited)
+
+
+def step(case, options):
+    loss = case.loss(options=options)
+    return [loss, *gradients(loss, case)]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_quarter_of_the_logits_is_tried(monkeypatch, way, dtype):
+    case = problem(80, 6, 101, bias=True, ignored=0.0, dtype=dtype)
+    budget = BUDGET // 4 * dtype.itemsize
+    expected = step(case, ChunkOptions(gradients=way, memory_budget=budget // 4))
+    device = Device(monkeypatch, most=budget // 2)
+    with pytest.warns(UserWarning, match=rf"out of memory with .* at a time.*memory_budget={budget // 4}\)"):
+        got = step(case, ChunkOptions(gradients=way, memory_budget=budget))
+    assert_equal(got, expected)
+    assert max(device.asked) > budget // 2
+    assert min(device.asked) <= budget // 4
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_only_once(monkeypatch, way):
+    case = problem(80, 6, 101, ignored=0.0)
+    device = Device(monkeypatch, most=0)
+    with pytest.warns(UserWarning, match="out of memory"), pytest.raises(torch.OutOfMemoryError):
+        step(case, ChunkOptions(gradients=way, memory_budget=BUDGET))
+    assert len(device.asked) == 2
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_chunk_size_that_was_chosen_stays(monkeypatch, way):
+    case = problem(80, 6, 101, ignored=0.0)
+    device = Device(monkeypatch, most=0)
+    with warnings.catch_warnings(), pytest.raises(torch.OutOfMemoryError):
+        warnings.simplefilter("error")
+        step(case, ChunkOptions(gradients=way, chunk_size=40))
+    assert len(device.asked) == 1
+
+
+def test_one_chunk_in_bf16_becomes_several(monkeypatch):
+    """The sum over several chunks is wider than was planned for one."""
+    case = problem(64, 16, 101, ignored=0.0, dtype=torch.bfloat16)
+    Device(monkeypatch, most=2 * 64 * 101 - 1)
+    with pytest.warns(UserWarning, match="out of memory with 64 of 64 tokens"):
+        got = step(case, None)
+    expected = step(case, ChunkOptions(memory_budget=2 * 16 * 101))
+    for g, e in zip(got, expected, strict=True):
+        assert g.dtype == e.dtype
+        assert (g - e).norm() <= 1e-2 * e.norm()
+
+
+def test_the_budget_comes_from_what_is_free(monkeypatch):
+    case = problem(80, 6, 101, ignored=0.0)
+    device = Device(monkeypatch, most=2**40)
+    monkeypatch.setattr("chunked_ce.functional.free_bytes", lambda device: 16 * 4 * 101)
+    step(case, None)
+    assert device.asked == [4 * 4 * 101]
+    monkeypatch.setattr("chunked_ce.functional.free_bytes", lambda device: 2**40)
+    step(case, None)
+    step(case, ChunkOptions(memory_budget=3 * 4 * 101))
+    assert device.asked[1:] == [80 * 4 * 101, 3 * 4 * 101]
