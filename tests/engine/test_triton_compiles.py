@@ -1,5 +1,6 @@
-"""The kernels compiled ahead of time to machine code of NVIDIA GPUs, which needs no GPU."""
+"""Every launch compiled to machine code of NVIDIA GPUs, which needs no GPU: only the launch itself is left out."""
 
+import contextlib
 import itertools
 import re
 
@@ -8,34 +9,39 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from chunked_ce.engine import triton_kernels as kernels  # noqa: E402
+from chunked_ce.engine import triton_rows  # noqa: E402
+from chunked_ce.engine.columns import ColumnSums  # noqa: E402
 from chunked_ce.engine.kernels import INTERPRETED  # noqa: E402
+from chunked_ce.engine.rows import Slopes, Wanted  # noqa: E402
+from chunked_ce.objective import Logits, RowStatistics  # noqa: E402
 
-TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-ROWS = ("row_maximum", "row_log_sum", "log_sum_slope", "target_slope")
-OPTIONAL = ("class_weight", "row_mean", "weighted_slope", "mean_slope")
-ALIGNED = ("products", "out", "source", "row_stride", "out_row_stride", "vocab_size", "size")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CAPABILITY = 90
+LOGITS = (Logits(0.7), Logits(1.0, 30.0))
+PLAIN, ALL = Wanted(), Wanted(True, True, True)
 
 
-def compiled(kernel, dtype, capability, *, warps=8, **given):
-    """The kernel for aligned tensors in ``dtype``, as a launch on a GPU would compile it."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+class Programs(list):
+    """The programs of the launches, in their order."""
 
-    types = {"products": TYPES[dtype], "out": TYPES[dtype], "source": TYPES[dtype], "target": "*i64", "here": "*u8"}
-    types |= dict.fromkeys((*ROWS, "found", "factor", "largest_of_column", "total_of_column"), "*fp32")
-    types |= dict.fromkeys((*OPTIONAL, "here", "softcap"), None) | {"scale": "fp32"}
-    types |= {"column_stride": 1, "out_column_stride": 1, "BLOCK": 4096} | given
-    signature, constants, attributes = {}, {}, {}
-    for place, name in enumerate(kernel.arg_names):
-        kind = types.get(name, "i32")
-        signature[name] = kind if isinstance(kind, str) else "constexpr"
-        if not isinstance(kind, str):
-            constants[(place,)] = kind
-        elif name in ALIGNED:
-            attributes[(place,)] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    def distinct(self):
+        return {id(program) for program in self}
+
+
+class Device:
+    """What Triton asks of the device it compiles for."""
+
+    def __init__(self, capability):
+        self._target = triton.backends.compiler.GPUTarget("cuda", capability, 32)
+
+    def get_current_device(self):
+        return self._target.arch
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return self._target
 
 
 @pytest.fixture(autouse=True)
@@ -43,85 +49,149 @@ def toolchain(monkeypatch, tmp_path):
     if INTERPRETED:
         pytest.skip("the interpreter compiles nothing")
     try:
-        from triton import knobs
-
-        assert knobs.nvidia.ptxas.path
+        assert triton.knobs.nvidia.ptxas.path
     except Exception as error:
         pytest.skip(f"Triton comes without NVIDIA's assembler here: {error}")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
-def assert_runs_well(program, *, loads, stores):
-    """Machine code, 128-bit accesses to aligned rows, no atomics."""
-    assert len(program.asm["cubin"]) > 1000
-    text = program.asm["ptx"]
-    assert bool(re.search(r"ld\.global[\w.:]*\.v4", text)) == loads
-    assert bool(re.search(r"st\.global[\w.:]*\.v4", text)) == stores
-    assert not re.search(r"\b(atom|red)\.", text)
+@contextlib.contextmanager
+def launches(capability=CAPABILITY):
+    """Kernels are compiled as for a launch on such a GPU, and not launched."""
+    driver, run, programs = triton.runtime.driver, triton.runtime.jit.JITFunction.run, Programs()
+
+    def compile_only(self, *args, **keywords):
+        programs.append(run(self, *args, **keywords | {"warmup": True}))
+        return programs[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(driver), "active", Device(capability))
+        patch.setattr(triton.runtime.jit.JITFunction, "run", compile_only)
+        yield programs
 
 
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("softcap", [None, "fp32"])
-def test_statistics(dtype, softcap):
-    plain = {"softcap": softcap, "SHARD": False, "WEIGHTED": False, "MEAN": False, "CORRECT": False}
-    assert_runs_well(compiled(kernels.statistics_kernel, dtype, 90, **plain), loads=True, stores=False)
+def find(dtype, logits=LOGITS[0], wanted=PLAIN, *, n=3, vocab=512, weighted=False, shard=False, products=None):
+    """A launch of the kernel for statistics."""
+    products = torch.zeros(n, vocab, dtype=dtype) if products is None else products
+    target = torch.zeros(n, dtype=torch.int64)
+    class_weight = torch.ones(vocab) if weighted else None
+    if shard:
+        here = target == 0
+        triton_rows.shard_statistics(products, target, here, class_weight, logits, wanted, 0)
+    else:
+        triton_rows.statistics(products, target, class_weight, logits, wanted, overwrite=False)
 
 
-def test_statistics_with_everything():
-    given = {"class_weight": "*fp32", "WEIGHTED": True, "MEAN": True, "CORRECT": True, "softcap": "fp32"}
-    for shard in ({"SHARD": False}, {"SHARD": True, "here": "*u8"}):
-        assert_runs_well(
-            compiled(kernels.statistics_kernel, torch.bfloat16, 80, **given, **shard), loads=True, stores=False
-        )
+def differentiate(dtype, logits=LOGITS[0], *, n=3, vocab=512, everything=False, columns=None, products=None, rows=None):
+    """A launch of a kernel for gradients."""
+    products = torch.zeros(n, vocab, dtype=dtype) if products is None else products
+    rows = slice(None) if rows is None else rows
+    parts = torch.zeros(9, n + (rows.start or 0)).unbind()
+    slopes = Slopes(*parts[:4]) if everything else Slopes(*parts[:2])
+    known = RowStatistics(*parts[4:7], mean=parts[7])
+    triton_rows.logit_gradients(
+        products,
+        torch.zeros(len(parts[0]), dtype=torch.int64)[rows],
+        torch.ones(vocab) if everything else None,
+        logits,
+        slopes.at(rows),
+        known.at(rows),
+        products,
+        columns,
+    )
 
 
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def logits_for(dtype):
+    return LOGITS if dtype == torch.bfloat16 else LOGITS[1:]
+
+
+def assert_runs_well(programs, *, stores):
+    """Machine code, 128-bit accesses to rows that begin at multiples of 16, no atomics."""
+    assert programs
+    for program in programs:
+        assert len(program.asm["cubin"]) > 1000
+        text = program.asm["ptx"]
+        assert re.search(r"ld\.global[\w.:]*\.v4", text)
+        assert bool(re.search(r"st\.global[\w.:]*\.v4", text)) == stores
+        assert not re.search(r"\b(atom|red)\.", text)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_statistics(dtype):
+    with launches() as programs:
+        for logits in logits_for(dtype):
+            find(dtype, logits)
+            find(dtype, logits, ALL, weighted=True)
+            find(dtype, logits, ALL, weighted=True, shard=True)
+    assert len(programs) == len(programs.distinct())
+    assert_runs_well(programs, stores=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients(dtype):
-    for softcap, optional in itertools.product((None, "fp32"), (None, "*fp32")):
-        given = dict.fromkeys(OPTIONAL, optional)
-        program = compiled(kernels.gradients_kernel, dtype, 90, softcap=softcap, **given)
-        assert_runs_well(program, loads=True, stores=True)
-
-
-def test_gradients_and_columns():
-    given = {"ROWS": 32, "BLOCK": 128, "warps": 4} | dict.fromkeys(OPTIONAL, "*fp32")
-    for dtype in (torch.bfloat16, torch.float32):
-        program = compiled(kernels.gradients_and_columns_kernel, dtype, 90, softcap="fp32", **given)
-        assert_runs_well(program, loads=True, stores=True)
+    with launches() as programs:
+        for logits, everything in itertools.product(logits_for(dtype), (False, True)):
+            differentiate(dtype, logits, everything=everything)
+            columns = ColumnSums(512, torch.float32, torch.device("cpu"))
+            differentiate(dtype, logits, everything=everything, columns=columns)
+    assert len(programs) == len(programs.distinct())
+    assert_runs_well(programs, stores=True)
 
 
 def test_scale():
-    for in_place in (False, True):
-        assert_runs_well(compiled(kernels.scale_kernel, torch.float32, 90, IN_PLACE=in_place), loads=True, stores=True)
+    source, factor = torch.zeros(64, 64), torch.ones(())
+    with launches() as programs:
+        triton_rows.scale_into(source, factor, source)
+        triton_rows.scale_into(source, factor, torch.empty_like(source))
+        triton_rows.scale_into(source, factor, torch.empty_like(source, dtype=torch.bfloat16))
+    assert len(programs.distinct()) == 3
+    assert_runs_well(programs, stores=True)
 
 
 @pytest.mark.parametrize("capability", [80, 100])
 def test_other_devices(capability):
-    assert compiled(kernels.gradients_kernel, torch.bfloat16, capability).asm["cubin"]
+    with launches(capability) as programs:
+        find(torch.bfloat16)
+        differentiate(torch.bfloat16)
+    assert [program.metadata.target.arch for program in programs] == [capability] * 2
+    assert_runs_well(programs[:1], stores=False)
+    assert_runs_well(programs[1:], stores=True)
 
 
-def test_the_smallest_shapes():
-    """A number that is 1 is a constant of the kernel, and None an argument that is not there."""
-    ones = dict.fromkeys(("vocab_size", "row_stride", "out_row_stride", "size"), 1) | {"BLOCK": 128, "warps": 1}
-    plain = {"SHARD": False, "WEIGHTED": True, "MEAN": True, "CORRECT": True}
-    assert compiled(kernels.statistics_kernel, torch.bfloat16, 90, **plain, **ones).asm["cubin"]
-    assert compiled(kernels.gradients_kernel, torch.bfloat16, 90, **ones).asm["cubin"]
-    assert compiled(kernels.gradients_and_columns_kernel, torch.bfloat16, 90, ROWS=32, **ones).asm["cubin"]
-    assert compiled(kernels.scale_kernel, torch.bfloat16, 90, IN_PLACE=True, **ones).asm["cubin"]
+@pytest.mark.parametrize("vocab", [1, 17, 300, 5000])
+def test_other_vocabularies(vocab):
+    """A number that is 1 is a constant of the kernel; rows may begin anywhere."""
+    with launches() as programs:
+        find(torch.bfloat16, wanted=ALL, n=1, vocab=vocab)
+        differentiate(torch.bfloat16, n=1, vocab=vocab, everything=True)
+        columns = ColumnSums(vocab, torch.float32, torch.device("cpu"))
+        differentiate(torch.bfloat16, n=1, vocab=vocab, everything=True, columns=columns)
+    assert all(program.asm["cubin"] for program in programs) and len(programs) == 3
 
 
-def test_strides_beyond_31_bits():
-    wide = {"row_stride": "i64", "out_row_stride": "i64"}
-    plain = {"SHARD": False, "WEIGHTED": False, "MEAN": False, "CORRECT": False}
-    assert compiled(kernels.statistics_kernel, torch.bfloat16, 90, row_stride="i64", **plain).asm["cubin"]
-    assert compiled(kernels.gradients_kernel, torch.bfloat16, 90, **wide).asm["cubin"]
+def test_chunks_share_a_program():
+    """Neither the number of tokens nor the place of the first one compiles anything anew."""
+    with launches() as programs:
+        for n, first in ((1, 0), (2, 5), (16, 16), (1000, 1)):
+            find(torch.bfloat16, n=n)
+            differentiate(torch.bfloat16, n=n, rows=slice(first, first + n))
+    assert len(programs) == 8 and len(programs.distinct()) == 2
 
 
 def test_offsets_are_64_bit():
-    """A row number times a stride is formed in 64 bits before it meets the pointer."""
-    program = compiled(kernels.gradients_kernel, torch.bfloat16, 90)
-    text = program.asm["ttir"]
-    for stride in ("row_stride", "out_row_stride"):
-        wide = re.search(rf"(%\S+) = arith\.extsi %{stride} : i32 to i64", text)
+    """A row's number times a stride is formed in 64 bits, also where the stride alone needs them."""
+    row = torch.empty(1, 512, dtype=torch.bfloat16).as_strided((1, 512), (2**31 + 16, 1))
+    with launches() as programs:
+        find(torch.bfloat16)
+        differentiate(torch.bfloat16)
+        find(torch.bfloat16, products=row, n=1)
+        differentiate(torch.bfloat16, products=row, n=1)
+    for program in programs[:2]:
+        text = program.asm["ttir"]
+        wide = re.search(r"(%\S+) = arith\.extsi %row_stride : i32 to i64", text)
         assert wide and re.search(rf"arith\.muli %\S+, {wide[1]} : i64", text)
-        assert not re.search(rf"arith\.muli .*%{stride}\b.* : i32", text)
+    for program in programs[2:]:
+        text = program.asm["ttir"]
+        assert "%row_stride: i64" in text and re.search(r"arith\.muli %\S+, %row_stride : i64", text)
+    for program in programs:
+        assert not re.search(r"arith\.muli .*row_stride.* : i32", program.asm["ttir"])
