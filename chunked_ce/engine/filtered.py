@@ -27,6 +27,9 @@ __all__ = ["Filter", "Kept"]
 
 # The products are dense where more than this share of the columns is kept: the gathers cost more than is saved.
 _MOST_KEPT = 0.4
+# And where more than this share of the probability would be dropped, all of it by a model that knows nothing yet: the
+# error of the tail is in proportion to it.
+_MOST_DROPPED = 0.25
 _GROUPS = 4
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -66,7 +69,7 @@ class Filter:
         here: Tensor | None,  # (C,) whether the target is one of the columns
         slopes: Slopes,  # (C,) each
     ) -> Kept | None:
-        """The columns to keep, None where they are so many that the products may as well be dense."""
+        """The columns to keep; None where the products are to be dense, as of a model that is not trained yet."""
         if gradients.numel() == 0:
             return None
         kept = columns.largest > self._eps * slopes.log_sum.abs().amax()
@@ -74,7 +77,10 @@ class Filter:
         index = kept.nonzero().squeeze(1)
         if len(index) > _MOST_KEPT * len(kept):
             return None
-        groups, right = _groups(columns.total.masked_fill(kept, 0), kept)
+        tail = columns.total.masked_fill(kept, 0)
+        if tail.sum() > _MOST_DROPPED * slopes.log_sum.abs().sum():
+            return None
+        groups, right = _groups(tail, kept)
         left = (gradients @ groups.to(gradients.dtype)).to(right.dtype)
         if slopes.weighted is not None:
             words = (~kept).to(right.dtype) if self._class_weight is None else self._class_weight.masked_fill(kept, 0)

@@ -1,0 +1,141 @@
+"""Trains one model twice on real text, with exact gradients and with the gradient filter, and compares the losses.
+
+    python examples/filtered_training.py
+    python examples/filtered_training.py --width 1024 --depth 2 --steps 300 --learning-rate 1.5e-4
+
+One process, on the CPU or the first CUDA device. What it leaves behind is in runs/filtered: losses.json, losses.png,
+and head.pt, hidden states, head and targets of the filtered model on text of its last steps, for
+`chunked-ce bench --tensors runs/filtered/head.pt`.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import matplotlib
+import torch
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from model import LanguageModel, ModelConfig, Transformer
+from text_data import TextBatches, load_tokens
+from torch import Tensor
+
+from chunked_ce import ChunkOptions, linear_cross_entropy
+
+OUT = Path(__file__).parent.parent / "runs" / "filtered"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+FILTERS = {"exact": None, "filtered": "auto"}
+COLOURS = {"exact": "#1f6feb", "filtered": "#f0a35e"}
+MODEL_OPTIONS = [field for field in fields(ModelConfig) if field.name != "vocab"]
+
+
+class Model(LanguageModel):
+    """Maps tokens and targets (B, T) to their mean loss, and says how large the softmax's entropy is."""
+
+    def __init__(self, config: ModelConfig, gradient_filter: str | None):
+        super().__init__(config)
+        self.options = ChunkOptions(gradient_filter=gradient_filter)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        hidden = Transformer.forward(self, tokens)
+        return linear_cross_entropy(hidden, self.head.weight, targets, options=self.options)
+
+
+def train(name: str, config: ModelConfig, arguments: argparse.Namespace, batches: TextBatches) -> tuple[Model, dict]:
+    """Trains from the seed; returns the model and each step's loss and seconds."""
+    torch.manual_seed(0)
+    model = Model(config, FILTERS[name]).to(DEVICE)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True
+    )
+    warm_up = max(1, arguments.steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm_up, 1 - 0.9 * step / arguments.steps)
+    )
+    losses, seconds = [], []
+    for step in range(1, arguments.steps + 1):
+        started = time.perf_counter()
+        inputs, targets = (ids[0].to(DEVICE) for ids in batches.step(step, micro_batches=1, batch=arguments.batch))
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            loss = model(inputs, targets)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(loss.item())
+        seconds.append(time.perf_counter() - started)
+        if step == 1 or step % 10 == 0:
+            print(f"{name:>8}  step {step:4}/{arguments.steps}  loss {losses[-1]:.4f}  {seconds[-1]:.2f} s", flush=True)
+    return model, {"losses": losses, "seconds_per_step": statistics.median(seconds)}
+
+
+def save_head(model: Model, path: Path, arguments: argparse.Namespace, batches: TextBatches) -> dict[str, float]:
+    """Saves what a benchmark needs, in bf16, and returns the loss and the entropy there."""
+    hidden, targets = [], []
+    with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16):
+        for step in range(max(1, arguments.steps - 3), arguments.steps + 1):
+            inputs, ids = (part[0].to(DEVICE) for part in batches.step(step, micro_batches=1, batch=arguments.batch))
+            hidden.append(Transformer.forward(model, inputs).flatten(0, -2).bfloat16())
+            targets.append(ids.flatten())
+    hidden, target = torch.cat(hidden), torch.cat(targets)
+    weight = model.head.weight.detach().bfloat16()
+    torch.save({"hidden": hidden.cpu(), "weight": weight.cpu(), "target": target.cpu()}, path)
+    loss, stats = linear_cross_entropy(hidden, weight, target, return_stats=True)
+    return {"loss": loss.item(), "entropy": (stats.entropy_sum / stats.num_tokens).item()}
+
+
+def plot(found: dict, path: Path) -> None:
+    figure, (above, below) = plt.subplots(2, sharex=True, figsize=(7, 6), height_ratios=(3, 1), layout="constrained")
+    for name, run in found.items():
+        above.plot(range(1, len(run["losses"]) + 1), run["losses"], color=COLOURS[name], label=name, alpha=0.8)
+    below.plot(
+        range(1, len(found["exact"]["losses"]) + 1),
+        [filtered - exact for exact, filtered in zip(*(found[name]["losses"] for name in FILTERS), strict=True)],
+        color="grey",
+    )
+    above.set(ylabel="loss (nats per token)", title="Training with exact and with filtered gradients")
+    above.legend()
+    below.set(xlabel="step", ylabel="filtered - exact")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=60, metavar="N", help="(60)")
+    parser.add_argument("--batch", type=int, default=4, metavar="N", help="sequences in a step (4)")
+    parser.add_argument("--learning-rate", type=float, default=6e-4, metavar="X", help="(6e-4)")
+    parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="(runs/filtered)")
+    for field in MODEL_OPTIONS:
+        parser.add_argument(f"--{field.name}", type=int, default=field.default, metavar="N", help=f"({field.default})")
+    arguments = parser.parse_args()
+    for name in ("steps", "batch"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    try:
+        config = ModelConfig(**{field.name: getattr(arguments, field.name) for field in MODEL_OPTIONS})
+    except ValueError as error:
+        parser.error(str(error))
+
+    batches = TextBatches(load_tokens(), config.context)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    found = {}
+    for name in FILTERS:
+        model, found[name] = train(name, config, arguments, batches)
+    at_the_end = save_head(model, arguments.out / "head.pt", arguments, batches)
+    differences = [abs(a - b) for a, b in zip(*(found[name]["losses"] for name in FILTERS), strict=True)]
+    summary = {"largest_difference": max(differences), "last_difference": differences[-1], "head": at_the_end}
+    (arguments.out / "losses.json").write_text(json.dumps(found | summary, indent=1))
+    plot(found, arguments.out / "losses.png")
+    print(f"losses differ by at most {max(differences):.1e}, at the end by {differences[-1]:.1e}")
+    for name, run in found.items():
+        print(f"{name:>8}  {run['seconds_per_step']:.2f} s per step")
+    print(f"head.pt: loss {at_the_end['loss']:.2f}, entropy {at_the_end['entropy']:.2f} nats")
+
+
+if __name__ == "__main__":
+    main()
