@@ -223,23 +223,29 @@ def test_strided_rows(dtype):
         assert out._base[:, :5].count_nonzero() == out._base[:, -4:].count_nonzero() == 0
 
 
-def far_apart(dtype, stride, vocab):
-    """Two rows more than 2^31 elements apart."""
+def far_apart(rows, stride, vocab):
+    """Rows of bf16 ``stride`` elements apart."""
+    size = (rows - 1) * stride + vocab
     if DEVICE.type == "cpu":  # pages that nobody touches take no memory
-        memory = mmap.mmap(-1, (stride + vocab) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        return torch.frombuffer(memory, dtype=dtype).as_strided((2, vocab), (stride, 1))
-    return torch.empty(stride + vocab, dtype=dtype, device=DEVICE).as_strided((2, vocab), (stride, 1))
+        memory = mmap.mmap(-1, 2 * size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        whole = torch.frombuffer(memory, dtype=torch.bfloat16)
+    else:
+        whole = torch.empty(size, dtype=torch.bfloat16, device=DEVICE)
+    return whole.as_strided((rows, vocab), (stride, 1))
 
 
-def test_offsets_beyond_31_bits():
-    products = far_apart(torch.bfloat16, 2**31 + 64, 4200)
-    near = products_of(2, 4200, torch.bfloat16)
+@pytest.mark.parametrize(("rows", "stride"), [(2, 2**31 + 64), (5, 2**29 + 64)])
+def test_offsets_beyond_31_bits(rows, stride):
+    """The stride needs them, or only its product with the row's number does."""
+    products = far_apart(rows, stride, 4200)
+    near = products_of(rows, 4200, torch.bfloat16)
     products.copy_(near)
-    arguments = targets_of(2, 4200), weights_of(4200), Logits()
+    arguments = targets_of(rows, 4200), weights_of(4200), Logits()
     known = check_statistics(products, *arguments).map(torch.Tensor.float)
-    for rows in (products, near):
-        triton_rows.logit_gradients(rows, *arguments, slopes_of(2), known, rows)
-    assert torch.equal(products, near)
+    for columns in (None, ColumnSums(4200, torch.float32, DEVICE)):
+        for block in (products, near):
+            triton_rows.logit_gradients(block, *arguments, slopes_of(rows), known, block, columns)
+        assert torch.equal(products, near)
 
 
 @pytest.mark.parametrize("logits", LOGITS, ids=str)
