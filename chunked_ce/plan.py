@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 import torch
 
-from chunked_ce.engine.products import PROJECTED_ROWS, product_rows
+from chunked_ce.engine.kernels import triton_runs
+from chunked_ce.engine.products import PROJECTED_ROWS, adds_in_product, product_rows
 from chunked_ce.engine.rows import rows_in_flight, work_dtype
 from chunked_ce.options import ChunkOptions
 
@@ -237,8 +238,11 @@ def predict_memory(
     chunk = min(chunk, counted)
     at_a_time = min(in_flight, math.ceil(counted / max(1, chunk)))
 
+    on_cuda = device_type == "cuda" and options.backend != "torch"
+    in_registers = on_cuda and triton_runs(torch.device(device_type), compute_dtype)
+
     def rows_and_logits(tokens: int, words: int, buffers: int = 1, keeps: bool = False) -> dict[str, int]:
-        copies = keeps or compute_dtype != work
+        copies = not in_registers and (keeps or compute_dtype != work)
         return {
             "logits": buffers * tokens * words * compute_dtype.itemsize,
             "rows": copies * min(tokens, rows_in_flight(words, device_type)) * words * work.itemsize,
@@ -247,7 +251,7 @@ def predict_memory(
     def product(total_rows: int, inner: int, wider: torch.dtype, adds: bool) -> int:
         step = product_rows(total_rows, device_type)
         part, widened = step * hidden_size * compute_dtype.itemsize, step * hidden_size * wider.itemsize
-        if wider == compute_dtype:
+        if wider == compute_dtype or adds_in_product(device_type, wider, compute_dtype):
             return 0
         if compute_dtype == torch.float16:  # formed from wider factors
             return widened + (step + hidden_size) * inner * wider.itemsize

@@ -140,9 +140,9 @@ def _measure_all(
             rows: list[Result] = []
             interrupted = False
             try:
-                ready = prepared(
-                    case, arguments.data, Path(folder), errors=not arguments.no_errors, timeout=arguments.timeout
-                )
+                wanted = {"errors": not arguments.no_errors, "timeout": arguments.timeout}
+                with Worker(case.device) as worker:
+                    ready = prepared(worker, case, arguments.data, Path(folder), **wanted)
                 if isinstance(ready, str):
                     rows = [not_measured(case._replace(contestant=name), ready) for name in contestants]
                 else:

@@ -26,16 +26,15 @@ class Prepared(NamedTuple):
     softmax: dict[str, float]  # loss and entropy in nats
 
 
-def prepared(case: Task, data: str, folder: Path, *, errors: bool, timeout: float) -> Prepared | str:
-    """The case, or why its inputs cannot be made."""
+def prepared(worker: Worker, case: Task, data: str, folder: Path, *, errors: bool, timeout: float) -> Prepared | str:
+    """The case, or why its inputs cannot be made; its files are written to ``folder``."""
     place = tempfile.mkdtemp(dir=folder)
-    with Worker(case.device) as worker:
-        for kind, found in worker.run(Preparation(case, data, place, errors), timeout):
-            if kind == "prepared":
-                return Prepared(*found)
-            if kind == "failed":
-                return f"its inputs or their float64 reference: {found}"
-    return "its inputs: no answer"
+    for kind, found in worker.run(Preparation(case, data, place, errors), timeout):
+        if kind == "prepared":
+            ready = Prepared(*found)
+        elif kind == "failed":
+            return f"its inputs or their float64 reference: {found}"
+    return ready
 
 
 def measure(

@@ -67,6 +67,7 @@ def available(device: str) -> int:
 def limit_memory(size: int, device: str) -> None:
     """From here on this process may take ``size`` bytes more: to ask for more is an error, not a swapping machine."""
     if device == "cuda":
+        torch.cuda.empty_cache()  # what the allocator holds free would count as taken
         allowed = (torch.cuda.memory_allocated() + size) / total(device)
         torch.cuda.set_per_process_memory_fraction(min(1.0, allowed))
         return

@@ -10,7 +10,7 @@ from pathlib import Path
 from chunked_ce.cli.bench import COLUMNS, cells
 from chunked_ce.cli.plots import svg
 
-__all__ = ["save_page"]
+__all__ = ["page", "save_page"]
 
 _CSS = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em; color: #222 }

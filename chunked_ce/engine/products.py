@@ -20,10 +20,9 @@ def product_rows(rows: int, device_type: str) -> int:
     return min(rows, _SUMMED_ROWS) if device_type == "cpu" else rows
 
 
-def adds_in_product(total: Tensor, factor: Tensor) -> bool:
-    """Whether the device has products of such factors with a sum in the dtype of ``total``."""
-    narrow = factor.dtype in (torch.bfloat16, torch.float16)
-    return total.device.type == "cuda" and narrow and total.dtype == torch.float32
+def adds_in_product(device_type: str, total: torch.dtype, factor: torch.dtype) -> bool:
+    """Whether the device adds products of such factors to a sum in the dtype of ``total`` as it forms them."""
+    return device_type == "cuda" and factor in (torch.bfloat16, torch.float16) and total == torch.float32
 
 
 def project(
@@ -61,7 +60,7 @@ def add_product_(
         else:
             total.addmm_(left, right)
         return
-    if adds_in_product(total, left):
+    if adds_in_product(total.device.type, total.dtype, left.dtype):
         if first:
             torch.mm(left, right, out_dtype=total.dtype, out=total)
         else:

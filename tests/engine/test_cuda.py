@@ -91,7 +91,7 @@ def test_a_sum_in_the_product():
     left = torch.full((32, 24), 1.0, dtype=torch.bfloat16, device="cuda")
     right = torch.full((24, 48), 1.0 + 2**-7, dtype=torch.bfloat16, device="cuda")
     total = torch.full((32, 48), torch.nan, device="cuda")
-    assert products.adds_in_product(total, left)
+    assert products.adds_in_product("cuda", total.dtype, left.dtype)
     with no_waiting():
         products.add_product_(total, left, right, first=True)
         for _ in range(2):

@@ -1,0 +1,87 @@
+"""The command line itself: wrong arguments, a missing extra, what importing the library imports."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from chunked_ce.cli import main
+
+
+def ended(arguments, capsys):
+    """Exit code, output and error output."""
+    with pytest.raises(SystemExit) as ending:
+        main([str(argument) for argument in arguments])
+    printed = capsys.readouterr()
+    return ending.value.code, printed.out, printed.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "allowed"),
+    [
+        ([], "plan | bench | check"),
+        (["train"], "bench"),
+        (["plan"], "--hidden and --vocab"),
+        (["plan", "--model", "gpt-17"], "llama-3-8b"),
+        (["plan", "--model", "gpt2", "--tokens", "0"], "integer >= 1"),
+        (["plan", "--model", "gpt2", "--memory", "much"], "80GiB"),
+        (["plan", "--model", "gpt2", "--zero", "4"], "3"),
+        (["plan", "--model", "gpt2", "--tp", "0"], "integer >= 1"),
+        (["plan", "--model", "gpt2", "--config", "config.json"], "use one of them"),
+        (["plan", "--config", "/nowhere/config.json"], "readable JSON"),
+        (["plan", "--model", "gpt2", "--frozen-head", "--frozen-input"], "at most one"),
+        (["bench", "--sweep", "words=1,2"], "tokens, hidden, vocab, chunk"),
+        (["bench", "--sweep", "vocab=1,x"], "integers >= 1"),
+        (["bench", "--only", "liger", "nobody"], "forward"),
+        (["bench", "--ignored", "1"], "[0, 1)"),
+        (["bench", "--plot", "plot.doc"], ".png"),
+        (["bench", "--json", "/proc/nowhere/file"], "can be written"),
+        (["bench", "--tensors", "/nowhere/file.pt"], "dict of tensors"),
+        (["check", "--device", "tpu"], "cuda"),
+    ],
+    ids=" ".join,
+)
+def test_one_line_says_what_is_allowed(arguments, allowed, capsys):
+    code, out, error = ended(arguments, capsys)
+    assert code == 2
+    assert not out
+    assert error.count("\n") == 1
+    assert allowed in error
+
+
+def test_help(capsys):
+    code, out, _ = ended(["bench", "--help"], capsys)
+    assert code == 0
+    assert "--sweep" in out
+
+
+def test_missing_extra(monkeypatch, capsys):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "rich" else real(name))
+    code, _, error = ended(["plan", "--model", "gpt2"], capsys)
+    assert code == 1
+    assert error.count("\n") == 1
+    assert "chunked_ce[cli]" in error
+
+
+def test_the_library_imports_none_of_it():
+    code = (
+        "import sys, chunked_ce; "
+        "print([m for m in sys.modules if m.split('.')[0] in ('rich', 'matplotlib', 'psutil') or m == 'chunked_ce.cli'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_as_a_module():
+    command = [sys.executable, "-m", "chunked_ce", "plan", "--model", "gpt2", "--tp", "1", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert json.loads(done.stdout)["request"]["vocab"] == 50257
+
+
+def test_the_script_is_declared():
+    text = (Path(__file__).parents[2] / "setup.cfg").read_text()
+    assert "chunked-ce = chunked_ce.cli:main" in text
