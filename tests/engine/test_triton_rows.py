@@ -10,6 +10,7 @@ import torch
 
 from chunked_ce import ChunkOptions, cross_entropy, linear_logprobs
 from chunked_ce.engine import kernels, rows
+from chunked_ce.plan import predict_memory
 from tests.cases import problem
 
 pytest.importorskip("triton")
@@ -69,3 +70,13 @@ def test_auto_on_cuda():
         assert kernels.row_kernels("torch", torch.device("cuda"), dtype) is rows
     assert kernels.row_kernels("auto", torch.device("cuda"), torch.float64) is rows
     assert kernels.row_kernels("auto", torch.device("cpu"), torch.float32) is rows
+
+
+def test_memory_law():
+    """On CUDA nothing of a row but its statistics is kept, and no product waits to be added to a sum."""
+    shape = {"num_tokens": 8192, "vocab_size": 131072, "hidden_size": 512, "dtype": torch.bfloat16}
+    options = ChunkOptions(chunk_size=512)
+    law = predict_memory(**shape, options=options, device_type="cuda").forward
+    assert law["rows"] == law["products"] == 0
+    in_torch = predict_memory(**shape, options=ChunkOptions(512, backend="torch"), device_type="cuda").forward
+    assert in_torch == law | {"rows": in_torch["rows"]} and in_torch["rows"] > 0
