@@ -12,7 +12,7 @@ from tests.distributed.launch import run
 from tests.integrations.training import largest_allocation
 
 transformers = pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
+accelerate = pytest.importorskip("accelerate")
 
 VOCAB, LENGTH, STEPS, ROWS = 512, 24, 3, 24
 
@@ -75,7 +75,10 @@ def new_model():
 def new_trainer(folder, wrapped: bool, **settings):
     settings = dict(settings)
     if settings.pop("deepspeed", False):
-        settings["deepspeed"] = ZERO3
+        settings |= {"deepspeed": ZERO3, "accelerator_config": {"use_configured_state": True}}
+        # Accelerate knows DeepSpeed on GPUs; on CPUs it would take every process for the only one.
+        state = accelerate.PartialState(cpu=True)
+        state.distributed_type = accelerate.DistributedType.DEEPSPEED
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
         use_cpu="deepspeed" not in settings,  # which takes DeepSpeed for a matter of GPUs
@@ -98,13 +101,14 @@ def new_trainer(folder, wrapped: bool, **settings):
     return transformers.Trainer(model, arguments, train_dataset=Rows(), eval_dataset=Rows(4))
 
 
-def curve(folder, wrapped: bool, **settings) -> dict[str, list[float]]:
+def curve(folder, wrapped: bool, ranks: int = 1, **settings) -> dict[str, list[float]]:
     """Losses and norms of gradients step by step, and the loss of an evaluation."""
     trainer = new_trainer(folder, wrapped, **settings)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "LazyLogits")
         trainer.train()
         found = trainer.evaluate()["eval_loss"] if "deepspeed" not in settings else 0.0
+    assert trainer.args.world_size == ranks
     if "deepspeed" in settings:
         engine = trainer.accelerator.deepspeed_engine_wrapped.engine
         assert engine.zero_optimization_stage() == 3
@@ -170,16 +174,17 @@ def test_predictions_are_ordinary_tensors(tmp_path):
 
 def train_on_ranks(rank, world_size, folder):
     import deepspeed
-    from accelerate.state import AcceleratorState
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would compile this, for a minute
     deepspeed.utils.logger.setLevel(logging.ERROR)
     found = {}
     for name, settings in RANKS.items():
         for wrapped in (True, False):
-            AcceleratorState._reset_state(reset_partial_state=True)  # or the first kind of training is every kind
+            accelerate.state.AcceleratorState._reset_state(
+                reset_partial_state=True
+            )  # or the first kind of training is every kind
             try:
-                found[name, wrapped] = curve(folder, wrapped, **settings)
+                found[name, wrapped] = curve(folder, wrapped, world_size, **settings)
             except Exception:
                 found[name, wrapped] = traceback.format_exc()
     return found
