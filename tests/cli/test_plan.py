@@ -54,7 +54,7 @@ def test_operations(trained, capsys):
 
 def test_communication(capsys):
     """The formulas of docs/distributed.md, and a gradient of the head for the data-parallel ranks."""
-    arguments = "--model llama-3-8b --tp 1 8 --dp 64 --sp 4 --accumulation 4".split()
+    arguments = ["--model", "llama-3-8b", "--tp", "1", "8", "--dp", "64", "--sp", "4", "--accumulation", "4"]
     found, plans = document(capsys, *arguments, "--tokens", str(4 * N), "--zero", "2")
     assert found["request"]["tokens"] == 4 * N
     assert plans[FORWARD, 8]["ranks"] == 8 * 64 * 4
