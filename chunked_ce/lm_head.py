@@ -21,8 +21,8 @@ from chunked_ce.options import ChunkOptions
 
 __all__ = ["LMHead"]
 
-# Hooks that gather, release and move a module's parameters, and so belong around the loss as well as around logits.
-_ENGINES = ("accelerate", "deepspeed", "torch.distributed.fsdp")
+# Hooks that gather and release a module's parameters, and so belong around the loss as well as around logits.
+_ENGINES = ("deepspeed", "torch.distributed.fsdp")
 
 
 class LMHead(nn.Linear):
@@ -147,8 +147,11 @@ class LMHead(nn.Linear):
         )
 
     def _hooks(self) -> Iterator[Callable]:
-        for hooks in (self._forward_hooks, self._backward_hooks, self._backward_pre_hooks):
-            yield from hooks.values()
+        """What is called around a call of this module, or of every module."""
+        kinds = ("forward_pre_hooks", "forward_hooks", "backward_hooks", "backward_pre_hooks")
+        for kind in kinds:
+            yield from getattr(self, f"_{kind}").values()
+            yield from getattr(nn.modules.module, f"_global_{kind}").values()
 
     def run(self, hidden: Tensor, request: Callable[..., Any]) -> Any:
         """``request(hidden, weight, bias)`` inside a call of this module, with all that hangs on one."""

@@ -258,7 +258,48 @@ def first_in_no_grad(z, p):
     return z.softmax(-1)
 
 
+def a_leaf_of_ones_own(z, p):
+    leaf = z.detach().requires_grad_()
+    assert leaf.requires_grad and leaf.is_leaf
+    (grad,) = torch.autograd.grad(loss(leaf, p), leaf)
+    return grad, loss(z, p)
+
+
+def the_other_way_to_a_leaf(z, p):
+    leaf = z.detach()
+    leaf.requires_grad = True
+    loss(leaf, p).backward()
+    return leaf.grad
+
+
+def a_hook_on_values(z, p):
+    z.add_(1)
+    z.register_hook(lambda grad: grad * 0.5)
+    return loss(z, p)
+
+
+def words_that_cannot_be(z, p):
+    z[..., 30:] = -torch.inf
+    kept = p.target.where(p.target < 30, -100)
+    return F.cross_entropy(z.reshape(-1, VOCAB), kept.reshape(-1))
+
+
+def into_a_tensor(z, p):
+    out = torch.zeros(0, dtype=torch.float64)
+    with torch.no_grad():
+        torch.mul(z.detach(), 2, out=out)
+        found = out.clone()
+        torch.argmax(z, -1, out=(best := torch.zeros(0, dtype=torch.long)))
+    return found, best
+
+
 COMPUTED = {
+    "a leaf": a_leaf_of_ones_own,
+    "a leaf, otherwise": the_other_way_to_a_leaf,
+    "a hook on values": a_hook_on_values,
+    "words that cannot be": words_that_cannot_be,
+    "out": into_a_tensor,
+    "backward": lambda z, p: (z.backward(torch.ones_like(z.detach()), retain_graph=True), p.hidden.grad)[1],
     "add": lambda z, p: z + 1.0,
     "sub": lambda z, p: loss(z - torch.linspace(0, 1, VOCAB, dtype=torch.float64), p),
     "add, a tensor": lambda z, p: torch.zeros(VOCAB, dtype=torch.float64) + z,

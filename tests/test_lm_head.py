@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
 from torch.nn.utils import prune
 
@@ -423,6 +424,10 @@ def test_the_gradient_of_logits_is_refused_unless_they_exist():
     logits.register_hook(lambda grad: grad * 0.5)
     with pytest.raises(RuntimeError, match=r"gradient of lazy logits, which is never formed\. .* materialize\(\)"):
         F.cross_entropy(logits, target).backward()
+    for allow_unused in (True, False):
+        with pytest.raises(RuntimeError, match="the gradient of lazy logits is never formed"):
+            logits = head(hidden)
+            torch.autograd.grad(F.cross_entropy(logits, target), logits, allow_unused=allow_unused)
     logits = head(hidden).materialize()
     (found,) = torch.autograd.grad(F.cross_entropy(logits, target), logits)
     assert found.shape == (8, VOCAB)
@@ -486,6 +491,22 @@ def test_parameters_of_a_functional_call():
     assert_close(found(), expected)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpointed_head(reentrant):
+    head, (hidden, target) = LMHead(WIDTH, VOCAB), data()
+    linear = copy.deepcopy(head).eval()
+
+    def found(module):
+        inner = hidden * 2
+        logits = torch.utils.checkpoint.checkpoint(module, inner, use_reentrant=reentrant)
+        loss = F.cross_entropy(logits[1:].float(), target[1:]) + logits.logsumexp(-1).mean()
+        hidden.grad = module.weight.grad = None
+        loss.backward()
+        return loss, hidden.grad, module.weight.grad
+
+    assert_close(found(head), found(linear))
+
+
 def test_transforms_see_tensors():
     head, (hidden, target) = LMHead(WIDTH, VOCAB), data()
     linear = copy.deepcopy(head).eval()
@@ -503,6 +524,7 @@ def halve(module, args, output):
     return output / 2
 
 
+GLOBAL = []
 WAYS_TO_CHANGE_A_LAYER = {
     "forward hook": lambda linear: linear.register_forward_hook(halve),
     "backward hook": lambda linear: linear.register_full_backward_hook(lambda m, g_in, g_out: (2 * g_in[0],)),
@@ -511,6 +533,7 @@ WAYS_TO_CHANGE_A_LAYER = {
     "weight norm": lambda linear: nn.utils.parametrizations.weight_norm(linear),
     "old weight norm": lambda linear: nn.utils.weight_norm(linear),
     "pruned": lambda linear: prune.l1_unstructured(linear, "weight", 0.5),
+    "hook on every module": lambda linear: GLOBAL.append(nn.modules.module.register_module_forward_hook(halve)),
     "half frozen": lambda linear: linear.bias.requires_grad_(False),
 }
 
@@ -527,6 +550,8 @@ def test_a_layer_that_something_changed(how):
     for module in (head, linear):
         WAYS_TO_CHANGE_A_LAYER[how](module)
         loss = F.cross_entropy(module(hidden), target)
+        while GLOBAL:
+            GLOBAL.pop().remove()
         trained = [p for p in module.parameters() if p.requires_grad]
         results.append((loss, *torch.autograd.grad(loss, [hidden, *trained])))
     assert_close(*results)

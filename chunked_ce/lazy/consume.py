@@ -25,13 +25,13 @@ _NOTHING_IGNORED = torch.iinfo(torch.int64).min  # no index of a word, so that -
 
 
 @follows("mul multiply __mul__ __rmul__")
-def _mul(lazy: Lazy, other: Any, *, out: None = None) -> Lazy:
+def _mul(lazy: Lazy, other: Any) -> Lazy:
     number = _number(other)
     return NotImplemented if number is None else _scale(lazy, number, lambda x: x * number)
 
 
 @follows("div divide true_divide __truediv__")
-def _div(lazy: Lazy, other: Any, *, rounding_mode: str | None = None, out: None = None) -> Lazy:
+def _div(lazy: Lazy, other: Any, *, rounding_mode: str | None = None) -> Lazy:
     number = _number(other)
     if not number or rounding_mode is not None:
         return NotImplemented
@@ -39,12 +39,12 @@ def _div(lazy: Lazy, other: Any, *, rounding_mode: str | None = None, out: None 
 
 
 @follows("neg negative __neg__")
-def _neg(lazy: Lazy, *, out: None = None) -> Lazy:
+def _neg(lazy: Lazy) -> Lazy:
     return _scale(lazy, -1.0, torch.neg)
 
 
 @follows("tanh")
-def _tanh(lazy: Lazy, *, out: None = None) -> Lazy:
+def _tanh(lazy: Lazy) -> Lazy:
     if not isinstance(lazy, LazyLogits) or lazy._logits.softcap is not None:
         return NotImplemented
     return lazy.derive(torch.tanh, logits=lazy._logits._replace(softcap=1.0))
@@ -187,7 +187,7 @@ def _f_log_softmax(input: Lazy, dim: int | None = None, _stacklevel: int = 3, dt
 
 
 @follows("gather")
-def _gather(lazy: Lazy, dim: int, index: Tensor, *, sparse_grad: bool = False, out: None = None) -> Tensor:
+def _gather(lazy: Lazy, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Tensor:
     if not _is_vocab(lazy, dim) or isinstance(index, Lazy) or index.dtype != torch.int64:
         return NotImplemented
     index = index.movedim(dim, -1)  # (..., k)
@@ -205,7 +205,7 @@ def _gather(lazy: Lazy, dim: int, index: Tensor, *, sparse_grad: bool = False, o
 
 
 @follows("take_along_dim")
-def _take_along_dim(lazy: Lazy, indices: Tensor, dim: int | None = None, *, out: None = None) -> Tensor:
+def _take_along_dim(lazy: Lazy, indices: Tensor, dim: int | None = None) -> Tensor:
     return NotImplemented if dim is None or isinstance(indices, Lazy) else _gather(lazy, dim, indices)
 
 
@@ -222,9 +222,7 @@ def _logprobs(lazy: LazyLogProbs, index: Tensor) -> Tensor:
 
 
 @follows("sum")
-def _sum(
-    lazy: Lazy, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None, out: None = None
-) -> Tensor:
+def _sum(lazy: Lazy, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
     """The sum of the log-probabilities over the vocabulary, which label smoothing takes."""
     dim = dim[0] if isinstance(dim, tuple | list) and len(dim) == 1 else dim
     if not isinstance(lazy, LazyLogProbs) or not _is_vocab(lazy, dim):
@@ -265,25 +263,25 @@ def _best(lazy: Lazy, dim: Any, k: int, largest: bool) -> Tensor:
 
 
 @follows("argmax")
-def _argmax(lazy: Lazy, dim: int | None = None, keepdim: bool = False, *, out: None = None) -> Tensor:
+def _argmax(lazy: Lazy, dim: int | None = None, keepdim: bool = False) -> Tensor:
     found = _best(lazy, dim, 1, largest=True)
     return found if found is NotImplemented or keepdim else found.squeeze(dim)
 
 
 @follows("argmin")
-def _argmin(lazy: Lazy, dim: int | None = None, keepdim: bool = False, *, out: None = None) -> Tensor:
+def _argmin(lazy: Lazy, dim: int | None = None, keepdim: bool = False) -> Tensor:
     found = _best(lazy, dim, 1, largest=False)
     return found if found is NotImplemented or keepdim else found.squeeze(dim)
 
 
 @follows("topk")
-def _topk(lazy: Lazy, k: int, dim: int = -1, largest: bool = True, sorted: bool = True, *, out: None = None) -> Any:
+def _topk(lazy: Lazy, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
     indices = _best(lazy, dim, k, largest)
     return indices if indices is NotImplemented else torch.return_types.topk((_gather(lazy, dim, indices), indices))
 
 
 @follows("max")
-def _max(lazy: Lazy, dim: Any = None, keepdim: bool = False, *, out: None = None) -> Any:
+def _max(lazy: Lazy, dim: Any = None, keepdim: bool = False) -> Any:
     indices = _best(lazy, dim, 1, largest=True)
     if indices is NotImplemented:
         return indices
@@ -292,7 +290,7 @@ def _max(lazy: Lazy, dim: Any = None, keepdim: bool = False, *, out: None = None
 
 
 @follows("logsumexp", torch, Tensor, torch.special)
-def _logsumexp(lazy: Lazy, dim: Any, keepdim: bool = False, *, out: None = None) -> Tensor:
+def _logsumexp(lazy: Lazy, dim: Any, keepdim: bool = False) -> Tensor:
     dim = dim[0] if isinstance(dim, tuple | list) and len(dim) == 1 else dim
     if not isinstance(lazy, LazyLogits) or not _is_vocab(lazy, dim):
         return NotImplemented

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
+from chunked_ce.lazy.graph import HiddenGradient
 from chunked_ce.lazy.logits import Lazy
 
 __all__ = ["dispatch", "follows", "functions"]
@@ -27,6 +28,8 @@ def dispatch(function: Callable, args: tuple, kwargs: dict) -> Any:
     """``function`` of arguments with a lazy tensor among them."""
     if function in _QUERIES:
         return _query(function, args, kwargs)
+    if function in (torch.autograd.backward, torch.autograd.grad):
+        return _differentiate(function, args, kwargs)
     if function in _FOLLOWED:
         handler, signature = _FOLLOWED[function]
         try:
@@ -75,6 +78,20 @@ def _compute(function: Callable, args: tuple, kwargs: dict) -> Any:
     return next((one for one in lazy if result is one.materialize()), result)
 
 
+def _differentiate(function: Callable, args: tuple, kwargs: dict) -> Any:
+    """Derivatives of lazy tensors by way of their values, or, in a checkpoint's backward, of the hidden states."""
+    if any(isinstance(x, HiddenGradient) for x in tree_flatten((args, kwargs))[0]):
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args, **kwargs)
+    by = kwargs.get("inputs", args[1] if function is torch.autograd.grad and len(args) > 1 else None)
+    if any(isinstance(x, Lazy) and not x.is_computed for x in tree_flatten(by)[0]):
+        raise RuntimeError(
+            "the gradient of lazy logits is never formed: call materialize() on them before the loss, and take the "
+            "loss and the gradient of what it returns"
+        )
+    return _compute(function, args, kwargs)
+
+
 def _name(function: Callable) -> str:
     name = getattr(function, "__name__", str(function))
     owner = getattr(function, "__self__", None)
@@ -88,6 +105,10 @@ _HOOKS = set(functions("register_hook retain_grad", torch.Tensor))
 
 
 def _query(function: Callable, args: tuple, kwargs: dict) -> Any:
+    computed = [x for x in args if isinstance(x, Lazy) and x.is_computed]
+    if computed:  # the values have a graph of their own, and may have changed since
+        result = function(*tree_map(lambda x: x.materialize() if isinstance(x, Lazy) else x, args), **kwargs)
+        return next((one for one in computed if result is one.materialize()), result)
     with torch._C.DisableTorchFunctionSubclass():
         result = function(*args, **kwargs)
     if function in _HOOKS:
@@ -102,12 +123,13 @@ def _attributes() -> list[Callable]:
 
 
 _QUERIES.update(_attributes())
+_QUERIES.discard(Tensor.requires_grad.__set__)  # a leaf of one's own making holds values
 _QUERIES.update(functions("grad", Tensor) and [inspect.getattr_static(Tensor, "grad").__get__])
 _QUERIES.update(_HOOKS)
 _QUERIES.update(
     functions(
         "size dim ndimension numel nelement stride is_contiguous is_floating_point is_complex is_signed element_size "
-        "get_device storage_offset is_same_size requires_grad_ is_inference __len__ __hash__ has_names is_conj is_neg "
+        "get_device storage_offset is_same_size is_inference __len__ __hash__ has_names is_conj is_neg "
         "result_type"
     )
 )
