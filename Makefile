@@ -23,12 +23,16 @@ lint: install
 test: lint
 	$(BIN)/python -m pytest -q
 
-# About 25 minutes on 2 cores; nothing else should run meanwhile.
+# Well over an hour on 2 cores; nothing else should run meanwhile. The plot and the page are of the sweep.
+RESULTS := benchmarks/results
 bench: install
-	$(BIN)/python -m benchmarks.ratios --json benchmarks/results/ratios.json
-	$(BIN)/python -m benchmarks.memory --json benchmarks/results/memory.json
+	$(BIN)/chunked-ce bench --data trained --json $(RESULTS)/bench.json
+	$(BIN)/chunked-ce bench --tokens 4096 --hidden 256 --sweep vocab=16384,32768,65536,131072 --rounds 3 \
+		--json $(RESULTS)/vocabulary.json --plot $(RESULTS)/vocabulary.png --html $(RESULTS)/vocabulary.html
+	$(BIN)/python -m benchmarks.ratios --json $(RESULTS)/ratios.json
+	$(BIN)/python -m benchmarks.memory --json $(RESULTS)/memory.json
 	$(BIN)/python -m pytest benchmarks -o timeout=3600 --benchmark-columns=median,min,max,rounds \
-		--benchmark-json=benchmarks/results/speed.json
+		--benchmark-json=$(RESULTS)/speed.json
 
 clean:
 	rm -rf $(VENV) runs

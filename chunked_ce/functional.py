@@ -286,8 +286,10 @@ def _enter(
             raise error
         return options
     _transformed(vocab)
-    call = {} if error else {"function": function} | _shared(tensors, maths, options, vocab) | returned
     on_cpu = not isinstance(tensors[0], Tensor) or tensors[0].device.type == "cpu"
+    call = {}
+    if error is None and vocab.compares(on_cpu=on_cpu):  # reads values of the device
+        call = {"function": function} | _shared(tensors, maths, options, vocab) | returned
     vocab.agree(call, error, on_cpu=on_cpu)
     return options
 

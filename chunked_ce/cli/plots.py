@@ -50,7 +50,9 @@ def figure(document: dict[str, object]) -> Figure:
             )
             at.grid(alpha=0.3)
         if swept:
-            row[1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize="small", frameon=False)
+            lines = {line.get_label(): line for at in row for line in at.lines if line.get_label()[0] != "_"}
+            where = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5), "fontsize": "small", "frameon": False}
+            row[1].legend(lines.values(), lines.keys(), **where)
     conditions = document["conditions"]
     torch_version = conditions["versions"]["torch"]
     drawn.suptitle(f"{_fixed(results)}{conditions['device']}, torch {torch_version}, {conditions['date']}", fontsize=10)
@@ -72,7 +74,7 @@ def _lines(at: Axes, results: Sequence[dict[str, object]], swept: str, measured:
     for contestant in dict.fromkeys(result["contestant"] for result in results):
         own = sorted((r for r in results if r["contestant"] == contestant), key=lambda r: r[swept] or 0)
         points = [(r[swept], _scaled(r, measured)) for r in own if r.get(measured) is not None]
-        failed = [r[swept] for r in own if r["status"] not in ("ok", "interrupted")]
+        failed = [r[swept] for r in own if str(r["status"]).startswith("out of memory")]
         if contestant == PRODUCTS:
             if measured == _TIME and points:
                 at.plot(*zip(*points, strict=True), "k:", linewidth=2, label="limit: three products alone")
@@ -90,7 +92,7 @@ def _lines(at: Axes, results: Sequence[dict[str, object]], swept: str, measured:
     at.set_ylabel("GiB" if measured == _MEMORY else "seconds")
     values = sorted({r[swept] for r in results if r[swept]})
     at.set_xticks(values, [f"{value:,}" for value in values], minor=False, fontsize="small")
-    at.minorticks_off()
+    at.xaxis.minorticks_off()
 
 
 def _bars(at: Axes, results: Sequence[dict[str, object]], measured: str, limit: float | None) -> None:

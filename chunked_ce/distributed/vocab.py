@@ -148,6 +148,11 @@ class VocabShard:
         """What operators are given."""
         return Shard(self.group.group_name, self.start, self.total, self.input_grad, self.reduce_dtype)
 
+    def compares(self, *, on_cpu: bool = True) -> bool:
+        """Whether it is time to compare this rank's call with the others'."""
+        always = self.check == "always" or (self.check == "auto" and on_cpu)
+        return always or getattr(self, "_bounds", None) is None
+
     def agree(self, call: dict[str, Any], error: Exception | None = None, *, on_cpu: bool = True) -> None:
         """Compare this rank's call with the others', if it is time to; raise an ``error`` of this rank on every rank.
 
@@ -155,8 +160,9 @@ class VocabShard:
         """
         if torch.compiler.is_compiling():
             return
-        always = self.check == "always" or (self.check == "auto" and on_cpu)
-        if not always and getattr(self, "_bounds", None) is not None:
+        if not self.compares(on_cpu=on_cpu):
+            if error is not None:
+                raise error
             return
         mine = {"start": self.start, "stop": self.stop, "error": None if error is None else str(error)}
         everyone = _exchange(mine | {"call": {"total": self.total, **call}}, self.group)
