@@ -247,11 +247,11 @@ def _sum(lazy: Lazy, dim: Any = None, keepdim: bool = False, *, dtype: torch.dty
 # ---- predictions ----
 
 
-def _best(lazy: Lazy, dim: Any, k: int, largest: bool) -> Tensor:
+def _best(lazy: Lazy, dim: Any, k: int, *, largest: bool, name: str) -> Tensor:
     """The indices of the largest or smallest logits, (..., k) with k in the vocabulary's place."""
     if not isinstance(lazy, LazyLogits) or not _is_vocab(lazy, dim) or not 1 <= k <= lazy.shape[dim]:
         return NotImplemented
-    lazy.head.check_can_compute("topk")
+    lazy.head.check_can_compute(name)
 
     def best(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         flat = hidden.reshape(-1, hidden.shape[-1])
@@ -264,25 +264,25 @@ def _best(lazy: Lazy, dim: Any, k: int, largest: bool) -> Tensor:
 
 @follows("argmax")
 def _argmax(lazy: Lazy, dim: int | None = None, keepdim: bool = False) -> Tensor:
-    found = _best(lazy, dim, 1, largest=True)
+    found = _best(lazy, dim, 1, largest=True, name="argmax")
     return found if found is NotImplemented or keepdim else found.squeeze(dim)
 
 
 @follows("argmin")
 def _argmin(lazy: Lazy, dim: int | None = None, keepdim: bool = False) -> Tensor:
-    found = _best(lazy, dim, 1, largest=False)
+    found = _best(lazy, dim, 1, largest=False, name="argmin")
     return found if found is NotImplemented or keepdim else found.squeeze(dim)
 
 
 @follows("topk")
 def _topk(lazy: Lazy, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
-    indices = _best(lazy, dim, k, largest)
+    indices = _best(lazy, dim, k, largest=largest, name="topk")
     return indices if indices is NotImplemented else torch.return_types.topk((_gather(lazy, dim, indices), indices))
 
 
 @follows("max")
 def _max(lazy: Lazy, dim: Any = None, keepdim: bool = False) -> Any:
-    indices = _best(lazy, dim, 1, largest=True)
+    indices = _best(lazy, dim, 1, largest=True, name="max")
     if indices is NotImplemented:
         return indices
     found = _gather(lazy, dim, indices)

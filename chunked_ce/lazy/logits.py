@@ -151,6 +151,7 @@ class Lazy(Tensor):
         """
         if self._value is None:
             call = self._root.call
+            call.head.check_can_compute("materialize")
             call.computed = True
             # All at once: views of one another are then views of the same memory, whatever happens to it.
             members = [
