@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from chunked_ce.lazy.graph import HiddenGradient
 from chunked_ce.lazy.logits import Lazy
 
-__all__ = ["dispatch", "follows", "functions"]
+__all__ = ["dispatch", "follows", "functions", "is_followed"]
 
 _QUERIES: set[Callable] = set()
 _FOLLOWED: dict[Callable, tuple[Callable, inspect.Signature]] = {}
@@ -62,6 +62,11 @@ def follows(names: str, *spaces: Any, computed: bool = False) -> Callable[[Calla
         return handler
 
     return register
+
+
+def is_followed(function: Callable) -> bool:
+    """Whether there are arguments for which ``function`` needs no logits."""
+    return function in _FOLLOWED or function in _QUERIES
 
 
 def _compute(function: Callable, args: tuple, kwargs: dict) -> Any:

@@ -54,7 +54,26 @@ def two_ranks(rank, world_size):
     found["evaluation"] = F.cross_entropy(head(hidden).flatten(0, 1), target.flatten()).detach()
     with pytest.raises(NotImplementedError, match="this call of the head"):
         head(hidden[..., :2])
+    found["tensor parallel"] = tensor_parallel()
     return found
+
+
+def tensor_parallel():
+    """A head that is sharded by DTensor computes what it would as a linear layer."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    from chunked_ce import LMHead
+
+    hidden, whole, target = inputs()
+    model = torch.nn.Sequential(LMHead(WIDTH, VOCAB))
+    with torch.no_grad():
+        model[0].weight.copy_(whole)
+    parallelize_module(model, init_device_mesh("cpu", (2,)), {"0": ColwiseParallel(output_layouts=Replicate())})
+    loss = F.cross_entropy(model(hidden).flatten(0, 1), target.flatten())
+    loss.backward()
+    return loss.detach(), hidden.grad, model[0].weight.grad.full_tensor()
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +104,12 @@ def test_evaluation(results):
     expected = F.cross_entropy((hidden @ head.T).flatten(0, 1), target.flatten()).detach()
     for result in results:
         torch.testing.assert_close(result["evaluation"], expected)
+
+
+def test_a_tensor_parallel_head(results):
+    hidden, head, target = inputs()
+    loss = F.cross_entropy((hidden @ head.T).flatten(0, 1), target.flatten())
+    expected = (loss.detach(), *torch.autograd.grad(loss, [hidden, head]))
+    for result in results:
+        for found, plain in zip(result["tensor parallel"], expected, strict=True):
+            torch.testing.assert_close(found, plain)
