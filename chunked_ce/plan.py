@@ -34,9 +34,10 @@ __all__ = [
 
 _LEAST_BUDGET = 64 * 2**20
 _ALIGNED = 16  # words: rows of a block begin where an accelerator reads fastest
-# What MKL keeps of a block of the head's rows while it multiplies: measured with torch 2.13 on one and two threads, for
-# 192 tokens and more, and no columns beyond 384. bf16 products (oneDNN) keep 2 to 4 MiB whatever their shape.
-_PACKED_TOKENS, _PACKED_WIDTH = 192, 384
+# What the matrix library of a CPU keeps of a block of the head's rows while it multiplies: at most so many columns, and
+# only from so many tokens on. Measured with torch 2.13 on one and two threads; fp32 is MKL's, bf16 oneDNN's.
+_PACKED_COLUMNS = {torch.float32: 384, torch.bfloat16: 256}
+_PACKED_FROM_TOKENS = {torch.float32: 192, torch.bfloat16: 1}
 _FILTERED_TOKENS = 1024
 
 
@@ -193,8 +194,8 @@ def predict_memory(
     ``products`` before they are added to a wider sum, and as wide as it, ``hidden_sum`` (in the backward way),
     ``head_copy`` and ``hidden_copy`` in the products' dtype, and ``statistics`` of the tokens. With several ranks, two
     chunks' ``logits``, and ``collectives``: what is gathered and reduced, without what the backend keeps for itself.
-    ``packed`` is a block of the head as the matrix library rearranges it for fp32 products on a CPU. Not in it is what
-    else that library and the C allocator keep for themselves: 1 to 8 MiB on two cores.
+    ``packed`` is a block of the head as the matrix library of a CPU rearranges it. Not in it is what else that library
+    and the C allocator keep for themselves: 1 to 8 MiB on two cores.
 
     >>> law = predict_memory(4096, 131072, 256, dtype=torch.float32)
     >>> law.forward["logits"] // 2**20, law.forward["head_sum"] // 2**20
@@ -259,8 +260,8 @@ def predict_memory(
 
     common = {"statistics": 3 * num_tokens * work.itemsize}
     forward = rows_and_logits(chunk, vocab_size, at_a_time, sharded) | common
-    if device_type == "cpu" and compute_dtype == torch.float32 and chunk >= _PACKED_TOKENS:
-        block = min(vocab_size, PROJECTED_ROWS) * min(hidden_size, _PACKED_WIDTH)
+    if device_type == "cpu" and chunk >= _PACKED_FROM_TOKENS.get(compute_dtype, math.inf):
+        block = min(vocab_size, PROJECTED_ROWS) * min(hidden_size, _PACKED_COLUMNS[compute_dtype])
         common = common | {"packed": block * compute_dtype.itemsize}
         forward |= common
     if sharded:
