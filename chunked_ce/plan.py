@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 
+from chunked_ce.engine.filtered import GROUPS
 from chunked_ce.engine.kernels import triton_runs
 from chunked_ce.engine.products import PROJECTED_ROWS, adds_in_product, product_rows
 from chunked_ce.engine.rows import rows_in_flight, work_dtype
@@ -38,7 +39,6 @@ _ALIGNED = 16  # words: rows of a block begin where an accelerator reads fastest
 # only from so many tokens on. Measured with torch 2.13 on one and two threads; fp32 is MKL's, bf16 oneDNN's.
 _PACKED_COLUMNS = {torch.float32: 384, torch.bfloat16: 256}
 _PACKED_FROM_TOKENS = {torch.float32: 192, torch.bfloat16: 1}
-_FILTERED_TOKENS = 1024
 
 
 def _budget(vocab_size: int, hidden_size: int, memory_budget: int | None, sums_head: bool) -> int:
@@ -66,7 +66,6 @@ def tokens_per_chunk(
     accumulate_dtype: torch.dtype = torch.float32,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
-    gradient_filter: float | None = None,
     in_flight: int = 1,
 ) -> int:
     """Tokens in a chunk, at least 1.
@@ -83,13 +82,12 @@ def tokens_per_chunk(
         return chunk_size
     budget = _budget(vocab_size, hidden_size, memory_budget, head_dtype is not None)
     token_bytes = max(1, vocab_size * compute_dtype.itemsize)
-    if gradient_filter is None and memory_budget is None and head_dtype == compute_dtype != torch.float16:
+    if memory_budget is None and head_dtype == compute_dtype != torch.float16:
         sum_bytes = vocab_size * hidden_size * accumulate_dtype.itemsize
         spared = sum_bytes if head_dtype.itemsize < accumulate_dtype.itemsize else 0
         if num_tokens * token_bytes <= budget + spared:
             return max(1, num_tokens)
-    most = max(1, budget // in_flight // token_bytes)
-    return _even(num_tokens, most if gradient_filter is None else min(most, _FILTERED_TOKENS))
+    return _even(num_tokens, max(1, budget // in_flight // token_bytes))
 
 
 def head_sum_dtype(
@@ -102,7 +100,6 @@ def head_sum_dtype(
     accumulate_dtype: torch.dtype = torch.float32,
     chunk_size: int | None = None,
     memory_budget: int | None = None,
-    gradient_filter: float | None = None,
     in_flight: int = 1,
 ) -> torch.dtype:
     """The dtype that the gradients of head and bias are summed in over chunks: the head's if there is only one chunk.
@@ -118,7 +115,6 @@ def head_sum_dtype(
         accumulate_dtype=accumulate_dtype,
         chunk_size=chunk_size,
         memory_budget=memory_budget,
-        gradient_filter=gradient_filter,
         in_flight=in_flight,
     )
     if num_tokens <= chunk and head_dtype == compute_dtype != torch.float16:
@@ -177,6 +173,7 @@ def predict_memory(
     options: ChunkOptions | None = None,
     device_type: str = "cpu",
     ranks: int = 1,
+    kept_share: float = 0.08,
 ) -> MemoryPrediction:
     """The memory law: what `chunked_ce.linear_cross_entropy` allocates for a loss and a backward.
 
@@ -187,6 +184,7 @@ def predict_memory(
         train_input, train_head: whether they need a gradient.
         options: ``gradients="auto"`` stands for the forward way, which sums and means take.
         device_type: where it runs.
+        kept_share: of the words, what the gradient filter keeps in a chunk; a small model of 131,072 words kept 6 %.
         ranks: that share the vocabulary evenly (`chunked_ce.VocabShard`); the prediction is for the one with most rows.
 
     Terms in bytes: ``logits`` of one chunk, ``rows`` in flight in fp32, ``hidden_grad``, ``head_sum`` (the head's
@@ -194,6 +192,7 @@ def predict_memory(
     ``products`` before they are added to a wider sum, and as wide as it, ``hidden_sum`` (in the backward way),
     ``head_copy`` and ``hidden_copy`` in the products' dtype, and ``statistics`` of the tokens. With several ranks, two
     chunks' ``logits``, and ``collectives``: what is gathered and reduced, without what the backend keeps for itself.
+    With a gradient filter, ``kept`` columns, their rows of the head and of its gradient, and ``tails`` for all chunks.
     ``packed`` is a block of the head as the matrix library of a CPU rearranges it. Not in it is what else that library
     and the C allocator keep for themselves: 1 to 8 MiB on two cores.
 
@@ -216,7 +215,8 @@ def predict_memory(
     wide = torch.promote_types(accumulate_dtype, compute_dtype)
     work = work_dtype(compute_dtype)
     head_elements = vocab_size * hidden_size
-    in_forward = options.gradients != "backward"
+    in_forward = not options.in_backward
+    filtered = options.filter_threshold(compute_dtype) is not None
 
     head_sum_of = functools.partial(
         head_sum_dtype,
@@ -231,7 +231,7 @@ def predict_memory(
         num_tokens if sharded else counted,
         vocab_size,
         hidden_size,
-        head_dtype=head_dtype if in_forward and train_head else None,
+        head_dtype=head_dtype if (in_forward or filtered) and train_head else None,
         accumulate_dtype=accumulate_dtype,
         in_flight=in_flight,
         **settings,
@@ -272,14 +272,36 @@ def predict_memory(
         forward["head_copy"] = head_elements * compute_dtype.itemsize
     if counted < num_tokens or dtype != compute_dtype:
         forward["hidden_copy"] = chunk * hidden_size * compute_dtype.itemsize
+
+    def filter_terms(total: torch.dtype) -> dict[str, int]:
+        kept = math.ceil(kept_share * vocab_size)
+        rows = kept * hidden_size * max(compute_dtype.itemsize, train_head * total.itemsize)
+        columns = vocab_size * (4 + 4 * GROUPS) * work.itemsize  # of the chunk at hand, indices of 8 bytes among them
+        chunks = math.ceil(counted / max(1, chunk))
+        return {
+            "kept": chunk * kept * compute_dtype.itemsize + rows,
+            "tails": columns + train_head * 2 * chunks * vocab_size * GROUPS * work.itemsize,
+        }
+
     gradients = {"hidden_grad": train_input * num_tokens * hidden_size * dtype.itemsize}
     if in_forward:
         total_dtype = head_sum_of(in_flight=in_flight, **settings)
         gradients["head_sum"] = train_head * head_elements * total_dtype.itemsize
         forward |= gradients
-        forward["products"] = train_head * product(vocab_size, chunk, total_dtype, counted > chunk)
+        if filtered:
+            forward |= filter_terms(total_dtype)
+        else:
+            forward["products"] = train_head * product(vocab_size, chunk, total_dtype, counted > chunk)
         converted = train_head and total_dtype != head_dtype
         backward = gradients | common | {"head_grad": converted * head_elements * head_dtype.itemsize}
+        return MemoryPrediction(forward, backward)
+
+    if filtered:
+        total_dtype = head_sum_of(**settings)
+        backward = rows_and_logits(chunk, vocab_size, keeps=True) | common | gradients | filter_terms(total_dtype)
+        backward["head_sum"] = train_head * head_elements * total_dtype.itemsize
+        backward["head_grad"] = (train_head and total_dtype != head_dtype) * head_elements * head_dtype.itemsize
+        backward |= {name: size for name, size in forward.items() if name in ("head_copy", "hidden_copy")}
         return MemoryPrediction(forward, backward)
 
     words = vocab_per_block(counted, vocab_size, **settings)

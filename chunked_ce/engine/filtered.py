@@ -23,14 +23,14 @@ from chunked_ce.engine.columns import ColumnSums
 from chunked_ce.engine.products import add_product_
 from chunked_ce.engine.rows import Slopes, work_dtype
 
-__all__ = ["Filter", "Kept"]
+__all__ = ["GROUPS", "Filter", "Kept"]
 
 # The products are dense where more than this share of the columns is kept: the gathers cost more than is saved.
 _MOST_KEPT = 0.4
 # And where more than this share of the probability would be dropped, all of it by a model that knows nothing yet: the
 # error of the tail is in proportion to it.
 _MOST_DROPPED = 0.25
-_GROUPS = 4
+GROUPS = 4
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -139,7 +139,8 @@ def _groups(
     order = total.argsort()
     reached = total[order].cumsum(0)
     group = torch.empty_like(order)
-    group[order] = (reached / reached[-1].clamp(min=_TINY) * _GROUPS).long().clamp_(max=_GROUPS - 1)
-    groups = torch.nn.functional.one_hot(group, _GROUPS).to(total.dtype) * (~kept).unsqueeze(1)
+    group[order] = (reached / reached[-1].clamp(min=_TINY) * GROUPS).long().clamp_(max=GROUPS - 1)
+    groups = total.new_zeros(len(total), GROUPS).scatter_(1, group.unsqueeze(1), 1)
+    groups[kept] = 0
     share = groups * total.unsqueeze(1)
     return groups, share / share.sum(0).clamp(min=_TINY)

@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 
-_PLANNED = ("compute_dtype", "accumulate_dtype", "chunk_size", "memory_budget", "gradient_filter")
+_PLANNED = ("compute_dtype", "accumulate_dtype", "chunk_size", "memory_budget")
 
 
 class Head(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 
 from chunked_ce import ChunkOptions, VocabShard, linear_cross_entropy
 from chunked_ce.engine.columns import ColumnSums, column_sums
-from chunked_ce.engine.filtered import _GROUPS
+from chunked_ce.engine.filtered import GROUPS
 from tests.cases import Problem, gradients
 from tests.distributed.threads import run_threads
 from tests.precision import errors
@@ -83,8 +83,8 @@ def slow_twin(case: Problem, eps, sizes, *, first=0, last=None, **terms):
         order = total.argsort()
         reached = total[order].cumsum(0)
         group = torch.empty_like(order)
-        group[order] = (reached / reached[-1] * _GROUPS).long().clamp(max=_GROUPS - 1)
-        for g in range(_GROUPS):
+        group[order] = (reached / reached[-1] * GROUPS).long().clamp(max=GROUPS - 1)
+        for g in range(GROUPS):
             words = dropped[group == g]
             if len(words):
                 mass, share = soft[rows][:, words].sum(1), total[group == g] / total[group == g].sum()
