@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["ColumnSums", "column_sums"]
+__all__ = ["ColumnSums"]
 
 
 class ColumnSums:
     """What the filter asks of the columns of a chunk's gradients, without targets and label smoothing.
 
-    The row kernels call `add` with each few rows while they are in cache; `column_sums` is the slow twin.
+    The row kernels call `add` with each few rows while they are in cache.
     """
 
     def __init__(self, vocab_size: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -29,15 +29,3 @@ class ColumnSums:
         else:
             torch.maximum(self.largest, gradients.abs().amax(0), out=self.largest)
         self.total.addmv_(gradients.t(), slope.sign())
-
-
-def column_sums(
-    gradients: Tensor,  # (C, V) before targets and label smoothing
-    slope: Tensor,  # (C,)
-) -> ColumnSums:
-    """`ColumnSums` of a chunk at once: the twin of what the row kernels add up."""
-    found = ColumnSums(gradients.shape[1], slope.dtype, gradients.device)
-    wide = gradients.to(slope.dtype)
-    found.largest = wide.abs().amax(0)
-    found.total = (wide * slope.sign().unsqueeze(-1)).sum(0)
-    return found
