@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from chunked_ce import ChunkOptions
-from chunked_ce.cli.contestants import BACKWARD, FORWARD, FULL
+from chunked_ce.cli.contestants import BACKWARD, FILTERED, FORWARD, FULL
 from chunked_ce.plan import MemoryPrediction, predict_memory
 
-__all__ = ["full_logits", "predicted"]
+__all__ = ["filter_covered", "full_logits", "predicted"]
 
 
 def full_logits(
@@ -56,15 +58,30 @@ def predicted(
     """The law of a contestant; None for those that have none."""
     if contestant == FULL:
         return full_logits(num_tokens, vocab_size, hidden_size, dtype=dtype)
-    if contestant not in (FORWARD, BACKWARD):
+    options: dict[str, object] = {"chunk_size": chunk or "auto"}
+    if contestant == BACKWARD:
+        options["gradients"] = "backward"
+    elif contestant == FILTERED and filter_covered():
+        options["gradient_filter"] = "auto"
+    elif contestant != FORWARD:
         return None
-    way = "backward" if contestant == BACKWARD else "auto"
     return predict_memory(
         num_tokens,
         vocab_size,
         hidden_size,
         dtype=dtype,
         num_counted=num_tokens - round(ignored * num_tokens) if device == "cpu" else None,
-        options=ChunkOptions(gradients=way, chunk_size=chunk or "auto"),
+        options=ChunkOptions(**options),
         device_type=device,
     )
+
+
+@functools.cache
+def filter_covered() -> bool:
+    """Whether there is a gradient filter and `chunked_ce.plan.predict_memory` has terms for it."""
+    try:
+        options = ChunkOptions(gradient_filter="auto"), ChunkOptions()
+    except (TypeError, ValueError):
+        return False
+    filtered, exact = (predict_memory(8192, 131072, 1024, dtype=torch.bfloat16, options=own) for own in options)
+    return any(ours.keys() - others.keys() for ours, others in zip(filtered, exact, strict=True))
