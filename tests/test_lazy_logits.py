@@ -236,8 +236,16 @@ def through_a_view(z, p):
 
 
 def a_detached_view_changes(z, p):
-    z.detach()[:, 0].add_(5.0)
+    z.detach()[:, 0].mul_(5.0)
     return z.log_softmax(-1).gather(-1, p.words[..., None]).detach()
+
+
+def a_detached_twin_changes(z, p):
+    first, second = z.detach(), z.data[1:]
+    del z
+    first.mul_(2)
+    first.clamp_(-1, 1)
+    return first.argmax(-1), second.logsumexp(-1), F.cross_entropy(second[0], p.words[1])
 
 
 def scaled_without_graph(z, p):
@@ -342,6 +350,10 @@ COMPUTED = {
     "a view sees a change": a_view_changes,
     "a change through a view": through_a_view,
     "a change through a detached view": a_detached_view_changes,
+    "a change of a detached twin": a_detached_twin_changes,
+    "nll of scaled log-probabilities": lambda z, p: F.nll_loss(
+        (2 * z.log_softmax(-1)).flatten(0, 1), p.words.flatten()
+    ),
     "a change through words": a_view_of_words_changes,
     "a scale without graph": scaled_without_graph,
     "first without graph": first_in_no_grad,

@@ -72,13 +72,13 @@ class Lazy(Tensor):
         tracked = torch.is_grad_enabled()
         hidden = hidden if tracked else hidden.detach()
         stand_in = torch.empty(*hidden.shape[:-1], vocab_size, dtype=call.dtype, device="meta")
-        root = Root(call, hidden, hidden.dim() - 1, logits, call.dtype)
+        root = Root(call, hidden, hidden.dim() - 1, logits, call.dtype, has_graph=tracked)
         return cls._make(root, (), hidden, hidden.dim() - 1, logits, stand_in, tracked=tracked)
 
     def derive(self, operation: Callable[[Tensor], Tensor] | None, **changes: Any):
         """What ``operation`` gives, where ``changes`` say what it does to this tensor's parts; None for `detach`."""
         tracked = operation is not None and self.requires_grad and torch.is_grad_enabled()
-        root = self._root if tracked or not _tracked(self._root) else self._root.detached()
+        root = self._root if tracked else self._root.detached()
         parts = {
             "hidden": self._hidden,
             "vocab_dim": self._vocab_dim,
@@ -115,7 +115,7 @@ class Lazy(Tensor):
         self._joined = True
         with torch.enable_grad():
             self._hidden = detour(self, self._hidden)
-        self._root = Root(self._root.call, self._hidden, self._vocab_dim, self._logits, self.dtype)
+        self._root = Root(self._root.call, self._hidden, self._vocab_dim, self._logits, self.dtype, has_graph=True)
         self._operations = ()
         if isinstance(self, LazyLogProbs):
             factor, dim = self._factor, self._vocab_dim
@@ -218,7 +218,3 @@ class LazyLogits(Lazy):
 
 class LazyLogProbs(Lazy):
     """The log-softmax of `LazyLogits`, times a number."""
-
-
-def _tracked(root: Root) -> bool:
-    return root.hidden.requires_grad or any(t is not None and t.requires_grad for t in root.call.parameters)

@@ -96,17 +96,24 @@ class Root:
         vocab_dim: int,
         logits: Logits,
         dtype: torch.dtype,
+        has_graph: bool,
     ) -> None:
         self.call, self.hidden, self.vocab_dim, self.logits, self.dtype = call, hidden, vocab_dim, logits, dtype
+        self.has_graph = has_graph
         self.version = _version(hidden)
         self.values: dict[tuple[Operation, ...], Tensor] = {}
         self.tracked_twin: Callable[[], Root | None] = lambda: None
+        self._detached: Root | None = None
 
     def detached(self) -> Root:
         """The same without a graph, so that what is detached does not keep one alive."""
-        twin = Root(self.call, self.hidden.detach(), self.vocab_dim, self.logits, self.dtype)
-        twin.version, twin.tracked_twin = self.version, weakref.ref(self)
-        return twin
+        if not self.has_graph:
+            return self
+        if self._detached is None:
+            twin = Root(self.call, self.hidden.detach(), self.vocab_dim, self.logits, self.dtype, has_graph=False)
+            twin.version, twin.tracked_twin = self.version, weakref.ref(self)
+            self._detached = twin
+        return self._detached
 
     def check_unchanged(self) -> None:
         if _version(self.hidden) != self.version:

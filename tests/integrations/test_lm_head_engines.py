@@ -181,13 +181,32 @@ def attempt(case: Case, rank: int):
         return traceback.format_exc()
 
 
+def metric_after_the_step(rank: int) -> str:
+    """What a metric of logits from before an optimizer's step meets with under ZeRO-3."""
+    model = new_model(False)
+    LMHead.wrap(model)
+    engine, gradients, backward, end = zero3(Case("zero3", False, False), model)
+    try:
+        ids, labels = batch(rank)
+        output = engine(input_ids=ids, labels=labels)
+        backward(output.loss)
+        before = output.logits.argmax(-1)
+        gradients()  # and the step
+        with pytest.raises(RuntimeError) as refusal:
+            output.logits.argmax(-1)
+        return f"{tuple(before.shape)}, then: {refusal.value}"
+    finally:
+        end()
+
+
 def two_ranks(rank, world_size):
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would compile this, for a minute
     deepspeed.utils.logger.setLevel(logging.ERROR)
     warnings.filterwarnings("error", "LazyLogits")
-    return {case: attempt(case, rank) for case in (*DDP, *FSDP, *ZERO, RELEASED)}
+    found = {case: attempt(case, rank) for case in (*DDP, *FSDP, *ZERO, RELEASED)}
+    return found | {"after the step": metric_after_the_step(rank)}
 
 
 @pytest.fixture(scope="module")
@@ -240,6 +259,11 @@ def test_the_collectives_of_the_plain_model(results, case):
 def test_a_weight_released_before_the_loss_is_a_clear_error(results):
     for result in results:
         assert "is not whole here but" in result[RELEASED] and "fully_shard(model.lm_head)" in result[RELEASED]
+
+
+def test_logits_from_before_a_step_are_an_error(results):
+    for result in results:
+        assert result["after the step"].startswith(f"(2, {LENGTH}), then: the head's parameters were changed in place")
 
 
 def test_logits_stay_lazy_in_outputs():
