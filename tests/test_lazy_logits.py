@@ -406,6 +406,9 @@ STEPS = {
     "shifted": lambda z: z + 0.25,
     "shifted in place": lambda z: z.add_(0.125),
     "clamped in place": lambda z: z.clamp_(-0.5, 0.75),
+    "detached": lambda z: z.detach(),
+    "detached view changes": lambda z: (z.detach()[..., :1, :].clamp_(-1, 1) if z.dim() > 1 else None, z)[1],
+    "view scaled": lambda z: (z.detach()[..., 0, :].mul_(2) if z.dim() > 1 else None, z)[1],
     "swapped twice": lambda z: z.transpose(0, -1).transpose(0, -1),
     "new dimension": lambda z: z.unsqueeze(0),
     "word set": lambda z: z.index_fill(-1, torch.tensor([1]), 0.5),
@@ -431,7 +434,7 @@ def chain(steps, kept_at, seen_at, z, p):
 
 
 @hypothesis.given(
-    st.lists(st.sampled_from(sorted(STEPS)), min_size=1, max_size=6), st.integers(0, 5), st.integers(0, 9)
+    st.lists(st.sampled_from(sorted(STEPS)), min_size=1, max_size=8), st.integers(0, 7), st.integers(0, 9)
 )
 @hypothesis.settings(max_examples=250)
 def test_any_sequence_of_operations(steps, kept_at, seen_at):

@@ -286,6 +286,14 @@ def test_low_and_high_precision(dtype):
     assert logits.float().dtype == torch.float32 and logits.to(torch.bfloat16).dtype == torch.bfloat16
 
 
+def test_no_more_precision_than_there_is():
+    head, (hidden, target) = LMHead(WIDTH, VOCAB), data()
+    with pytest.warns(UserWarning, match="does not follow double"):
+        logits = head(hidden).double()
+    expected = F.cross_entropy(head.eval()(hidden).double(), target)
+    assert torch.equal(F.cross_entropy(logits, target), expected) and expected.dtype == torch.float64
+
+
 # ---- what is frozen costs nothing ----
 
 
