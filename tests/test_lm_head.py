@@ -414,6 +414,19 @@ def test_functions_in_the_graph_are_part_of_it(how, use, frozen):
     assert_close(found, torch.autograd.grad(use(head.eval()(hidden), target), leaves))
 
 
+def test_gradients_that_meet_at_lazy_logits_add_up():
+    head, (hidden, target) = LMHead(WIDTH, VOCAB), data()
+    Seen.how = "detach"
+
+    def found(module):
+        logits = module(hidden)
+        first, second = Seen.apply(logits), Seen.apply(logits)
+        loss = F.cross_entropy(first, target) + 2 * F.cross_entropy(second[3:], target[3:])
+        return torch.autograd.grad(loss, [hidden, module.weight])
+
+    assert_close(found(head), found(copy.deepcopy(head).eval()))
+
+
 def test_hooks_on_logits_are_called():
     head, (hidden, target) = LMHead(WIDTH, VOCAB), data()
     logits, called = head(hidden), []
