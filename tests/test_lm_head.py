@@ -545,11 +545,41 @@ def halve(module, args, output):
     return output / 2
 
 
+def replace_forward(linear):
+    before = linear.forward
+    linear.forward = lambda input, **ignored: before(input) / 2
+
+
+class Halved(LMHead):
+    def forward(self, input):
+        return super().forward(input) / 2
+
+
+def test_a_forward_of_ones_own():
+    head = Halved(WIDTH, VOCAB)
+    hidden, target = data()
+    torch.testing.assert_close(
+        F.cross_entropy(head(hidden), target), F.cross_entropy(hidden @ head.weight.T / 2, target)
+    )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_no_tokens(reduction):
+    head = LMHead(WIDTH, VOCAB)
+    hidden, target = data(2, 0)
+    loss = F.cross_entropy(head(hidden).reshape(-1, VOCAB), target.reshape(-1), reduction=reduction)
+    assert loss.sum() == 0
+    loss.sum().backward()
+    assert head.weight.grad.count_nonzero() == 0
+    assert head(hidden).argmax(-1).shape == (2, 0) and head(hidden).logsumexp(-1).shape == (2, 0)
+
+
 GLOBAL = []
 WAYS_TO_CHANGE_A_LAYER = {
     "forward hook": lambda linear: linear.register_forward_hook(halve),
     "backward hook": lambda linear: linear.register_full_backward_hook(lambda m, g_in, g_out: (2 * g_in[0],)),
     "backward pre-hook": lambda linear: linear.register_full_backward_pre_hook(lambda m, g_out: (2 * g_out[0],)),
+    "another forward": replace_forward,
     "pre-hook": lambda linear: linear.register_forward_pre_hook(lambda m, args: (args[0] * 3,)),
     "weight norm": lambda linear: nn.utils.parametrizations.weight_norm(linear),
     "old weight norm": lambda linear: nn.utils.weight_norm(linear),
