@@ -1,11 +1,11 @@
 """The contestants of `chunked_ce.cli.contestants`, which the installed command line has too."""
 
+from chunked_ce.cli import contestants
 from chunked_ce.cli.contestants import (
     BACKWARD,
     CONTESTANTS,
     DEEPSPEED,
     DEVICE,
-    DTYPES,
     FILTERED,
     FORWARD,
     FULL,
@@ -31,3 +31,5 @@ __all__ = [
     "train_step",
     "why_not",
 ]
+
+DTYPES = {name: contestants.DTYPES[name] for name in ("fp32", "bf16")}
