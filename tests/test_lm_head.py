@@ -414,6 +414,70 @@ def test_functions_in_the_graph_are_part_of_it(how, use, frozen):
     assert_close(found, torch.autograd.grad(use(head.eval()(hidden), target), leaves))
 
 
+class LossOfOnesOwn(torch.autograd.Function):
+    """As fused losses are written: the gradient of the logits comes from the values."""
+
+    @staticmethod
+    def forward(ctx, logits, target):
+        log_probs = logits.float().log_softmax(-1)
+        ctx.save_for_backward(log_probs.exp() - F.one_hot(target, VOCAB))
+        return -log_probs.gather(-1, target[:, None]).sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.saved_tensors[0] * grad, None
+
+
+@pytest.mark.filterwarnings("ignore:LazyLogits")
+@pytest.mark.parametrize("frozen", ["", "weight", "bias", "hidden"])
+@pytest.mark.parametrize("form", [lambda z: z, lambda z: (z * 2).tanh()[:8], lambda z: -z.log_softmax(-1)])
+def test_functions_that_form_the_gradient_of_logits(form, frozen):
+    head, (hidden, target) = LMHead(WIDTH, VOCAB, bias=True), data()
+    named = {"weight": head.weight, "bias": head.bias, "hidden": hidden}
+    for name, leaf in named.items():
+        leaf.requires_grad_(name != frozen)
+    leaves = [leaf for leaf in named.values() if leaf.requires_grad]
+
+    def found(module):
+        loss = 3 * LossOfOnesOwn.apply(form(module(hidden)), target)
+        return loss, *torch.autograd.grad(loss, leaves)
+
+    lazy = found(head)
+    assert_close(lazy, found(head.eval()))
+
+
+@pytest.mark.filterwarnings("ignore:LazyLogits")
+@pytest.mark.parametrize("change", [lambda z: z.mul_(2), lambda z: z.clamp_(-0.1, 0.1), lambda z: z[:, :3].zero_()])
+def test_such_a_function_of_logits_changed_in_place(change):
+    head, (hidden, target) = LMHead(WIDTH, VOCAB), data()
+    logits = head(hidden)
+    change(logits)
+    loss = LossOfOnesOwn.apply(logits, target)
+    with pytest.raises(RuntimeError, match=r"changed in place: call materialize\(\)"):
+        loss.backward()
+    values = head(hidden).materialize()
+    change(values)
+    found = torch.autograd.grad(LossOfOnesOwn.apply(values, target), hidden)
+    plain = head.eval()(hidden)
+    change(plain)
+    assert_close(found, torch.autograd.grad(LossOfOnesOwn.apply(plain, target), hidden))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.filterwarnings("ignore")
+def test_a_checkpointed_loss(reentrant):
+    head, (hidden, target) = LMHead(WIDTH, VOCAB), data()
+
+    def found(module):
+        loss = torch.utils.checkpoint.checkpoint(F.cross_entropy, module(hidden), target, use_reentrant=reentrant)
+        hidden.grad = head.weight.grad = None
+        loss.backward()
+        return loss, hidden.grad, head.weight.grad
+
+    lazy = found(head)
+    assert_close(lazy, found(head.eval()))
+
+
 def test_gradients_that_meet_at_lazy_logits_add_up():
     head, (hidden, target) = LMHead(WIDTH, VOCAB), data()
     Seen.how = "detach"

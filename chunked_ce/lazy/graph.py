@@ -50,8 +50,11 @@ class HiddenGradient(Tensor):
 
 class _Attach(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, make: Callable[[], Tensor], hidden: Tensor, *parameters: Tensor | None) -> Tensor:
+    def forward(
+        ctx, make: Callable[[], Tensor], differentiate: Callable, hidden: Tensor, *parameters: Tensor
+    ) -> Tensor:
         ctx.parameters = len(parameters)
+        ctx.differentiate = differentiate
         ctx.set_materialize_grads(False)
         return make()
 
@@ -59,13 +62,10 @@ class _Attach(torch.autograd.Function):
     def backward(ctx, grad):
         rest = [None] * ctx.parameters
         if grad is None:
-            return None, None, *rest
-        if not isinstance(grad, HiddenGradient):
-            raise RuntimeError(
-                "chunked_ce: a gradient reached lazy logits through an operation that Python does not see: "
-                "call materialize() on the logits before it"
-            )
-        return None, grad.hidden, *rest
+            return None, None, None, *rest
+        if isinstance(grad, HiddenGradient):
+            return None, None, grad.hidden, *rest
+        return None, None, *ctx.differentiate(grad)  # of a function that took the logits in and gives their gradient
 
 
 class _Detour(torch.autograd.Function):
@@ -80,9 +80,14 @@ class _Detour(torch.autograd.Function):
         return None if grad is None else HiddenGradient(ctx.like, grad), None
 
 
-def attach(make: Callable[[], Tensor], hidden: Tensor, *parameters: Tensor | None) -> Tensor:
-    """The tensor that ``make`` makes, with ``hidden`` and ``parameters`` behind it in the graph."""
-    return _Attach.apply(make, hidden, *parameters)
+def attach(
+    make: Callable[[], Tensor], differentiate: Callable[[Tensor], list], hidden: Tensor, *parameters: Tensor
+) -> Tensor:
+    """The tensor that ``make`` makes, with ``hidden`` and ``parameters`` behind it in the graph.
+
+    ``differentiate(grad)`` gives their gradients where a gradient of the values comes from somewhere after all.
+    """
+    return _Attach.apply(make, differentiate, hidden, *parameters)
 
 
 def is_attached(node: torch.autograd.graph.Node | None) -> bool:

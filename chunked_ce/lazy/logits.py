@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from chunked_ce.lazy.graph import attach, detour, is_attached
-from chunked_ce.lazy.source import Call, Root
+from chunked_ce.lazy.source import Call, Root, version
 from chunked_ce.objective import Logits
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Lazy(Tensor):
     _factor: float  # of the log-probabilities
     _stand_in: Tensor
     _value: Tensor | None  # once it was computed
+    _value_version: int | None
     _hooked: bool
     _joined: bool
 
@@ -64,7 +66,17 @@ class Lazy(Tensor):
             call.members[id(self)] = self
             return self
 
-        return attach(make, hidden, *call.anchors) if tracked else make()
+        if not tracked:
+            return make()
+        differentiate = functools.partial(
+            call.differentiate, hidden.detach(), cls._values_of, vocab_dim, logits, factor
+        )
+        return attach(make, differentiate, hidden, *call.anchors)
+
+    @staticmethod
+    def _values_of(logits: Tensor, factor: float) -> Tensor:
+        """What the tensor stands for, of logits (..., V)."""
+        return logits
 
     @classmethod
     def of_call(cls, call: Call, hidden: Tensor, vocab_size: int, logits: Logits):
@@ -100,6 +112,7 @@ class Lazy(Tensor):
             return False
         self._root, self._operations, self._hidden = other._root, other._operations, other._hidden
         self._logits, self._factor = other._logits, other._factor
+        self._root.call.changed = True
         return True
 
     def hook_added(self) -> None:
@@ -142,7 +155,7 @@ class Lazy(Tensor):
         call.head.check_can_compute(operation)
         if not call.computed:
             call.warn(operation, self.shape)
-        self.materialize()
+        call.changed |= version(self.materialize()) != self._value_version
 
     def materialize(self) -> Tensor:
         """The tensor that this one stands for, computed at the first call, with its graph.
@@ -161,6 +174,7 @@ class Lazy(Tensor):
                 one.join_graph()
                 if one._value is None:
                     one._value = one._root.value(one._operations, one.requires_grad)
+                    one._value_version = version(one._value)
         return self._value
 
     @classmethod
@@ -218,3 +232,7 @@ class LazyLogits(Lazy):
 
 class LazyLogProbs(Lazy):
     """The log-softmax of `LazyLogits`, times a number."""
+
+    @staticmethod
+    def _values_of(logits: Tensor, factor: float) -> Tensor:
+        return factor * logits.log_softmax(-1)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from chunked_ce.lazy.logits import Lazy
     from chunked_ce.lm_head import LMHead
 
-__all__ = ["Call", "Root"]
+__all__ = ["Call", "Root", "version"]
 
 Operation = Callable[[Tensor], Tensor]
 
@@ -31,7 +31,7 @@ class Call:
         self.head = head
         # Not by attribute: ZeRO-3 gathers a parameter that is looked up.
         self.parameters = head.own_parameters()
-        self.versions = tuple(_version(tensor) for tensor in self.parameters)
+        self.versions = tuple(version(tensor) for tensor in self.parameters)
         # What the graph leads to, for those who look for the parameters behind a forward. One that an engine gathers
         # must not be there: its gradient would wait for the graph's end, and its shape now is not its own.
         self.anchors = tuple(
@@ -47,6 +47,7 @@ class Call:
         # By id: a tensor's equality is an operation on it.
         self.members: weakref.WeakValueDictionary[int, Lazy] = weakref.WeakValueDictionary()
         self.computed = False
+        self.changed = False  # in place
 
     @contextlib.contextmanager
     def as_it_was(self, tracked: bool):
@@ -69,8 +70,41 @@ class Call:
             self.head.check_whole(*self.parameters)
             return request(hidden, *self.parameters)
 
+    def differentiate(
+        self,
+        hidden: Tensor,
+        values_of: Callable[[Tensor, float], Tensor],
+        vocab_dim: int,
+        logits: Logits,
+        factor: float,
+        grad: Tensor,  # of the values
+    ) -> list[Tensor | None]:
+        """The gradients of hidden states and anchors for a gradient of what a lazy tensor stands for."""
+        if self.changed:
+            raise RuntimeError(
+                "a gradient of the logits reached lazy logits that were changed in place: call materialize() on the "
+                "logits before they are changed, and go on with what it returns"
+            )
+        parameters = [parameter for parameter in self.parameters if parameter is not None]
+        if any(a is not p and p.requires_grad for a, p in zip(self.anchors, parameters, strict=True)):
+            raise RuntimeError(
+                "a gradient of the logits reached lazy logits whose head an engine shards: call materialize() on the "
+                "logits before what forms it"
+            )
+
+        def values(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            found = values_of(self.head.logits_of(hidden, weight, bias, logits), factor)
+            return found.movedim(-1, vocab_dim).to(grad.dtype)
+
+        hidden = hidden.detach().requires_grad_()
+        with torch.enable_grad():
+            found = self.run(hidden.movedim(vocab_dim, -1), values, tracked=True)
+        trained = [hidden, *(parameter for parameter in parameters if parameter.requires_grad)]
+        of = dict(zip(map(id, trained), torch.autograd.grad(found, trained, grad), strict=True))
+        return [of[id(hidden)], *(of.get(id(parameter)) for parameter in parameters)]
+
     def _check_unchanged(self) -> None:
-        if any(_version(t) != then for t, then in zip(self.parameters, self.versions, strict=True)):
+        if any(version(t) != then for t, then in zip(self.parameters, self.versions, strict=True)):
             raise RuntimeError(
                 "the head's parameters were changed in place, by an optimizer's step perhaps, after these logits were "
                 "asked for and before they were used: use the logits before the step, or in evaluation mode"
@@ -100,7 +134,7 @@ class Root:
     ) -> None:
         self.call, self.hidden, self.vocab_dim, self.logits, self.dtype = call, hidden, vocab_dim, logits, dtype
         self.has_graph = has_graph
-        self.version = _version(hidden)
+        self.version = version(hidden)
         self.values: dict[tuple[Operation, ...], Tensor] = {}
         self.tracked_twin: Callable[[], Root | None] = lambda: None
         self._detached: Root | None = None
@@ -116,7 +150,7 @@ class Root:
         return self._detached
 
     def check_unchanged(self) -> None:
-        if _version(self.hidden) != self.version:
+        if version(self.hidden) != self.version:
             raise RuntimeError("the hidden states were changed in place after the head was called with them")
 
     def value(self, operations: tuple[Operation, ...], tracked: bool) -> Tensor:
@@ -145,7 +179,7 @@ class Root:
         return self.call.run(hidden, logits, tracked)
 
 
-def _version(tensor: Tensor | None) -> int | None:
+def version(tensor: Tensor | None) -> int | None:
     """Changes when the values do."""
     if hasattr(tensor, "ds_id"):  # whose values come and go, and are changed elsewhere
         return _steps.taken
