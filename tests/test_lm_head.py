@@ -465,11 +465,12 @@ def test_such_a_function_of_logits_changed_in_place(change):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.filterwarnings("ignore")
-def test_a_checkpointed_loss(reentrant):
+@pytest.mark.parametrize("form", [F.cross_entropy, lambda z, y: z.softmax(-1)[range(8), y].log().sum()])
+def test_a_checkpointed_loss(form, reentrant):
     head, (hidden, target) = LMHead(WIDTH, VOCAB), data()
 
     def found(module):
-        loss = torch.utils.checkpoint.checkpoint(F.cross_entropy, module(hidden), target, use_reentrant=reentrant)
+        loss = torch.utils.checkpoint.checkpoint(form, module(hidden), target, use_reentrant=reentrant)
         hidden.grad = head.weight.grad = None
         loss.backward()
         return loss, hidden.grad, head.weight.grad
@@ -603,6 +604,20 @@ def test_transforms_see_tensors():
         torch.testing.assert_close(
             derivative(lambda h: loss(head, h))(hidden), derivative(lambda h: loss(linear, h))(hidden)
         )
+
+
+@pytest.mark.filterwarnings("ignore:LazyLogits")
+def test_transforms_of_functions_of_logits():
+    head, (hidden, target) = LMHead(WIDTH, VOCAB), data()
+
+    def found(module):
+        logits = module(hidden)
+        slope = torch.func.grad(lambda t: F.cross_entropy(logits[1:] * t, target[1:]))(torch.tensor(2.0))
+        losses = torch.vmap(F.cross_entropy)(logits, target)
+        return slope, losses, *torch.autograd.grad(slope + losses.sum(), [hidden, module.weight])
+
+    lazy = found(head)
+    assert_close(lazy, found(head.eval()))
 
 
 def halve(module, args, output):

@@ -37,7 +37,8 @@ def dispatch(function: Callable, args: tuple, kwargs: dict) -> Any:
         except TypeError:
             return _compute(function, args, kwargs)
         first = next(iter(bound.arguments.values()))
-        if isinstance(first, Lazy) and (not first.is_computed or handler in _OF_COMPUTED):
+        followed = isinstance(first, Lazy) and (not first.is_computed or handler in _OF_COMPUTED)
+        if followed and not torch._C._are_functorch_transforms_active():
             first.join_graph()  # before a handler reads the hidden states
             result = handler(*bound.args, **bound.kwargs)
             if result is not NotImplemented:

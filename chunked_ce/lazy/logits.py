@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._pytree import tree_map
 
 from chunked_ce.lazy.graph import attach, detour, is_attached
@@ -170,11 +172,12 @@ class Lazy(Tensor):
             members = [
                 (not one.requires_grad, len(one._operations), at, one) for at, one in enumerate(call.members.values())
             ]
-            for _, _, _, one in sorted(members, key=lambda member: member[:3]):
-                one.join_graph()
-                if one._value is None:
-                    one._value = one._root.value(one._operations, one.requires_grad)
-                    one._value_version = version(one._value)
+            with _unseen():
+                for _, _, _, one in sorted(members, key=lambda member: member[:3]):
+                    one.join_graph()
+                    if one._value is None:
+                        one._value = one._root.value(one._operations, one.requires_grad)
+                        one._value_version = version(one._value)
         return self._value
 
     @classmethod
@@ -236,3 +239,11 @@ class LazyLogProbs(Lazy):
     @staticmethod
     def _values_of(logits: Tensor, factor: float) -> Tensor:
         return factor * logits.log_softmax(-1)
+
+
+def _unseen() -> contextlib.AbstractContextManager:
+    """Keeps what is computed once out of what is going on around it: transforms of ``torch.func``, and checkpoints,
+    which count what is saved the first time and the second."""
+    if torch._C._are_functorch_transforms_active():
+        return temporarily_clear_interpreter_stack()
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
