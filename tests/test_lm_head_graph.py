@@ -114,6 +114,28 @@ def test_such_a_function_of_logits_changed_in_place(change):
     assert_close(found, torch.autograd.grad(LossOfOnesOwn.apply(plain, target), hidden))
 
 
+@pytest.mark.filterwarnings("ignore:LazyLogits")
+@pytest.mark.parametrize("how", ["detach", "clone", "same"])
+def test_functions_of_logits_that_were_changed(how):
+    head, (hidden, target) = LMHead(WIDTH, VOCAB), data()
+    Seen.how = how
+
+    def found(module):
+        logits = module(hidden) * 1
+        logits[:, 7] = 2.0
+        logits.mul_(3)
+        loss = F.cross_entropy(Seen.apply(logits), target) + Seen.apply(logits).square().sum()
+        return loss, *torch.autograd.grad(loss, [hidden, module.weight])
+
+    plain = found(copy.deepcopy(head).eval())
+    try:
+        lazy = found(head)
+    except RuntimeError as error:  # rather than a wrong gradient
+        assert "changed in place" in str(error)
+    else:
+        assert_close(lazy, plain)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("form", [F.cross_entropy, lambda z, y: z.softmax(-1)[range(8), y].log().sum()])

@@ -190,16 +190,20 @@ class Lazy(Tensor):
         aten, lazy = torch.ops.aten, args[0]
         same = function in (aten.detach.default, aten.alias.default)
         if isinstance(lazy, Lazy) and (same or (function is aten.view.default and tuple(args[1]) == tuple(lazy.shape))):
-            return lazy._again()
+            return lazy._again(with_graph=not same)
 
         def value(x: Any) -> Any:
             return x.materialize().detach() if isinstance(x, Lazy) else x
 
         return function(*tree_map(value, args), **tree_map(value, kwargs or {}))
 
-    def _again(self):
+    def _again(self, with_graph: bool):
         parts = (self._operations, self._hidden.detach(), self._vocab_dim, self._logits, self._stand_in, self._factor)
-        return self._make(self._root.detached(), *parts, tracked=False)
+        again = self._make(self._root.detached(), *parts, tracked=False)
+        if self._value is not None:
+            again._value = self._value if with_graph else self._value.detach()
+            again._value_version = self._value_version
+        return again
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
         return f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
