@@ -14,7 +14,7 @@ from chunked_ce.engine.products import add_product_
 from chunked_ce.engine.rows import Slopes
 from chunked_ce.engine.scratch import scratch
 
-__all__ = ["Backprop", "Gradients", "new_gradients"]
+__all__ = ["Backprop", "Gradients", "adds_directly", "new_gradients"]
 
 
 class Gradients(NamedTuple):
@@ -33,11 +33,16 @@ class Gradients(NamedTuple):
         )
 
 
+def adds_directly(weight_sum: Tensor | None, sum_dtype: torch.dtype) -> bool:
+    """Whether chunks may be added to ``weight_sum``: not where that would round more than a sum in ``sum_dtype``."""
+    return weight_sum is not None and torch.promote_types(weight_sum.dtype, sum_dtype) == weight_sum.dtype
+
+
 class Backprop:
     """The two products that a chunk's logit gradients enter, added to ``total``.
 
     With a filter the gradients of the head have to be zero before. That of the weight is added to ``weight_sum``,
-    which the caller has, where there is one.
+    which the caller has, where there is one: at the end if ``total`` has a sum of its own.
     """
 
     def __init__(
@@ -47,10 +52,11 @@ class Backprop:
         filter: Filter | None,
         weight_sum: Tensor | None = None,  # (V, D)
     ) -> None:
-        self.total = total if weight_sum is None else total._replace(weight=weight_sum)
+        self._adds_at_end = weight_sum if total.weight is not None else None
+        self.total = total if weight_sum is None or total.weight is not None else total._replace(weight=weight_sum)
         self._weight = weight
         self._filter = filter
-        self._first = filter is None and weight_sum is None
+        self._first = filter is None and total.weight is not None
 
     def new_columns(self) -> ColumnSums | None:
         """What the row kernels have to fill for `keep`."""
@@ -110,6 +116,9 @@ class Backprop:
         """Add to weight and bias what was left for the end."""
         if self._filter is not None:
             self._filter.finish(self.total.weight, self.total.bias)
+        if self._adds_at_end is not None:
+            self._adds_at_end += self.total.weight
+            self.total = self.total._replace(weight=None)
 
 
 def new_gradients(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from chunked_ce import plan
-from chunked_ce.engine.backprop import Backprop, Gradients, new_gradients
+from chunked_ce.engine.backprop import Backprop, Gradients, adds_directly, new_gradients
 from chunked_ce.engine.counted import CountedTokens
 from chunked_ce.engine.filtered import Filter
 from chunked_ce.engine.kernels import row_kernels as choose_row_kernels
@@ -210,17 +210,18 @@ def gradients(
     gradient of the hidden states is yet to be summed, in ``hidden_dtype``. The weight's gradient is added to
     ``weight_sum`` where there is one.
     """
-    if weight_sum is not None:
-        needed = (needed[0], False, needed[2])
     first_word, vocab_size = words or (0, len(head.weight))
     tokens = CountedTokens(target, ignore_index, vocab_size)
     slopes = slopes.map(lambda slope: tokens.mask(tokens.select(slope)) * head.logits.scale)
     known = known.map(tokens.select)
-    filter = new_filter(head, settings, smoothed=slopes.weighted is not None, entropy=slopes.mean is not None)
-    if filter is not None and len(tokens) > 0:
-        return _filtered_gradients(
-            hidden, head, tokens, known, slopes, first_word, needed, settings, filter, hidden_dtype, weight_sum
-        )
+    kinds = {"smoothed": slopes.weighted is not None, "entropy": slopes.mean is not None}
+    if settings.gradient_filter is not None and len(tokens) > 0:
+        compute_head = head.to(settings.compute_dtype)
+        filter = new_filter(compute_head, settings, vocab_size=vocab_size, **kinds)
+        if filter is not None:
+            arguments = (hidden, head, compute_head, tokens, known, slopes, first_word, needed, settings, filter)
+            return _filtered_gradients(*arguments, hidden_dtype, weight_sum)
+    needed = (needed[0], needed[1] and weight_sum is None, needed[2])
     total = new_gradients(hidden, head.weight, head.bias, tokens, needed, hidden_dtype=hidden_dtype)
     if len(tokens) == 0:
         return total
@@ -275,7 +276,8 @@ def gradients(
 
 def _filtered_gradients(
     hidden: Tensor,  # (N, D)
-    head: Head,
+    like: Head,
+    head: Head,  # the same in the products' dtype
     tokens: CountedTokens,
     known: RowStatistics,  # (n,) each
     slopes: Slopes,  # (n,) each
@@ -287,12 +289,11 @@ def _filtered_gradients(
     weight_sum: Tensor | None,
 ) -> Gradients:
     """`gradients` with the gradient filter: one chunk of tokens after another, as in the forward way."""
-    planned = {"head_dtype": head.weight.dtype if needed[1] else None, **settings.planned}
+    planned = {"head_dtype": like.weight.dtype if needed[1] else None, **settings.planned}
     chunk = plan.tokens_per_chunk(len(tokens), *head.weight.shape, **planned)
     sum_dtype = plan.head_sum_dtype(len(tokens), *head.weight.shape, **planned)
-    total = new_gradients(hidden, head.weight, head.bias, tokens, needed, sum_dtype, hidden_dtype, zero_head=True)
-    weight, bias = head.weight, head.bias
-    head = head.to(settings.compute_dtype)
+    needed = (needed[0], needed[1] and not adds_directly(weight_sum, sum_dtype), needed[2])
+    total = new_gradients(hidden, like.weight, like.bias, tokens, needed, sum_dtype, hidden_dtype, zero_head=True)
     backprop = Backprop(total, head.weight, filter, weight_sum)
     row_kernels = settings.row_kernels(hidden.device)
     column = tokens.target - first_word
@@ -315,10 +316,18 @@ def _filtered_gradients(
         backprop.put_hidden(tokens, rows, products, kept)
         backprop.add_head(x, products, kept)
     backprop.finish()
-    return total.as_dtype_of(weight, bias)
+    found = backprop.total if weight_sum is None else backprop.total._replace(weight=None)
+    return found.as_dtype_of(like.weight, like.bias)
 
 
-def new_filter(head: Head, settings: Settings, *, smoothed: bool, entropy: bool = False) -> Filter | None:
+def new_filter(
+    head: Head,  # in the products' dtype
+    settings: Settings,
+    *,
+    smoothed: bool,
+    entropy: bool = False,
+    vocab_size: int | None = None,  # of all shards
+) -> Filter | None:
     """The gradient filter of one loss; None where there is none, or where it has no tail of low rank.
 
     The slope of an entropy gives gradients of both signs, and what label smoothing adds under a softcap is not of
@@ -326,7 +335,8 @@ def new_filter(head: Head, settings: Settings, *, smoothed: bool, entropy: bool 
     """
     if settings.gradient_filter is None or entropy or (smoothed and head.logits.softcap is not None):
         return None
-    return Filter(head.weight.to(settings.compute_dtype), head.class_weight, settings.gradient_filter)
+    share = len(head.weight) / max(1, vocab_size or len(head.weight))
+    return Filter(head.weight, head.class_weight, settings.gradient_filter, share)
 
 
 def _chunks(

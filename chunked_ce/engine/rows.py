@@ -179,13 +179,14 @@ def logit_gradients(
         dead = functools.reduce(torch.logical_and, [slope == 0 for slope in slopes if slope is not None])
     for rows, z in _visit(products, logits, overwrite):
         block = known.at(rows)
+        dead_rows = None if dead is None else dead[rows].unsqueeze(-1)
         kept = z.clone() if logits.softcap is not None or slopes.mean is not None else None
         z.sub_(block.maximum.unsqueeze(-1)).exp_()
         gradients = _gradients_(
-            z, block.log_sum.exp(), target[rows], class_weight, slopes.at(rows), logits, kept, block, columns
+            z, block.log_sum.exp(), target[rows], class_weight, slopes.at(rows), logits, kept, block, columns, dead_rows
         )
-        if dead is not None:
-            gradients.masked_fill_(dead[rows].unsqueeze(-1), 0)
+        if dead_rows is not None:
+            gradients.masked_fill_(dead_rows, 0)
         if not overwrite or out.dtype != gradients.dtype:
             out[rows] = gradients
 
@@ -263,8 +264,12 @@ def _gradients_(
     z: Tensor | None,  # (r, V) the logits, where softcap or mean need them
     rows: RowStatistics,
     columns: ColumnSums | None,
+    dead: Tensor | None = None,  # (r, 1)
 ) -> Tensor:
-    """The formula of `chunked_ce.objective`, chained through the softcap. The scale is a factor of the slopes."""
+    """The formula of `chunked_ce.objective`, chained through the softcap. The scale is a factor of the slopes.
+
+    With ``columns``, without what label smoothing adds.
+    """
     if slopes.mean is None:
         gradients = exponentials.mul_((slopes.log_sum / sum_exp).unsqueeze(-1))
     else:
@@ -273,9 +278,10 @@ def _gradients_(
         factor.add_(slopes.log_sum.unsqueeze(-1)).div_(sum_exp.unsqueeze(-1))
         gradients = exponentials.mul_(factor)
     if columns is not None:
-        columns.add(gradients if logits.softcap is None else gradients * _chain(z, logits), slopes.log_sum)
+        part = gradients if logits.softcap is None else gradients * _chain(z, logits)
+        columns.add(part if dead is None else part.masked_fill(dead, 0), slopes.log_sum)
     gradients.scatter_add_(-1, target.unsqueeze(-1), slopes.target.unsqueeze(-1))
-    if slopes.weighted is not None:
+    if slopes.weighted is not None and columns is None:
         weighted = slopes.weighted.unsqueeze(-1)
         gradients.add_(weighted if class_weight is None else weighted * class_weight)
     if logits.softcap is not None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from chunked_ce import plan
 from chunked_ce.distributed.collectives import Collectives, Pending
-from chunked_ce.engine.backprop import Backprop, Gradients, new_gradients
+from chunked_ce.engine.backprop import Backprop, Gradients, adds_directly, new_gradients
 from chunked_ce.engine.counted import CountedTokens
 from chunked_ce.engine.filtered import Kept
 from chunked_ce.engine.kernels import row_kernels as choose_row_kernels
@@ -171,8 +171,7 @@ def _sequence_gradients(
 ) -> Gradients:
     """`gradients` chunk by chunk, so that no rank ever holds the hidden states of all."""
     run = _Run(hidden, head, target, ignore_index, Wanted(), settings, shard, sums_head=needed[1])
-    if weight_sum is not None:
-        needed = (needed[0], False, needed[2])
+    needed = (needed[0], needed[1] and not adds_directly(weight_sum, run.head_sum_dtype), needed[2])
     known = known.map(run.chunk_order).map(run.tokens.select)
     slopes = slopes.map(run.chunk_order).map(run.tokens.select)
     slopes = slopes.map(lambda slope: run.tokens.mask(slope) * head.logits.scale)
@@ -192,7 +191,8 @@ def _sequence_gradients(
         kept = run.differentiate(chunk, slopes.at(chunk.rows), known.at(chunk.rows), backprop)
         run.spend(chunk, kept, backprop)
     backprop.finish()
-    return total.as_dtype_of(head.weight, head.bias)
+    found = backprop.total if weight_sum is None else backprop.total._replace(weight=None)
+    return found.as_dtype_of(head.weight, head.bias)
 
 
 def logits_statistics(
@@ -324,7 +324,9 @@ class _Run:
 
     def backprop(self, total: Gradients, weight_sum: Tensor | None = None, **slopes: bool) -> Backprop:
         head = self.head._replace(class_weight=self.class_weight)
-        return Backprop(total, head.weight, new_filter(head, self._settings, **slopes), weight_sum)
+        return Backprop(
+            total, head.weight, new_filter(head, self._settings, vocab_size=self._shard.total, **slopes), weight_sum
+        )
 
     def start_statistics(self, chunk: _Chunk) -> Pending:
         part = self._row_kernels.shard_statistics(

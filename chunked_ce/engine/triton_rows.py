@@ -102,6 +102,8 @@ def logit_gradients(
     n, vocab_size = products.shape
     if products.numel() == 0:
         return
+    if columns is not None:  # which go without what label smoothing adds
+        slopes = slopes._replace(weighted=None)
     tensors = (
         products,
         *products.stride(),
