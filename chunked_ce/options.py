@@ -14,7 +14,8 @@ _ACCUMULATE_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 @dataclasses.dataclass(frozen=True)
 class ChunkOptions:
-    """How the chunked loss spends memory and time; the result does not depend on it beyond rounding.
+    """How the chunked loss spends memory and time; but for ``gradient_filter``, the result does not depend on it
+    beyond rounding.
 
     Raises ``ValueError`` or ``TypeError`` when it is made with a value that is not allowed.
 
@@ -42,18 +43,21 @@ class ChunkOptions:
 
     gradient_filter: float | Literal["auto"] | None = None
     """Words whose probability is at most this at every token of a chunk take part in the gradients as one average
-    word; None is exact, and ``"auto"`` stays below the rounding of the products' dtype: see `filter_threshold`."""
+    word; None is exact. ``"auto"`` (see `filter_threshold`) is chosen so that the error measured on trained language
+    models stays below the rounding of the products' dtype, which is no guarantee. On an accelerator the host waits for
+    the device once per chunk."""
+
+    backend: Literal["auto", "torch", "triton"] = "auto"
+    """Which row kernels run: ``"auto"`` takes Triton's on CUDA devices (fp32, bf16 and fp16, if it is installed), else
+    torch's; ``"triton"`` raises ``ValueError`` in a call where Triton cannot run."""
 
     accumulate_into: Literal["grad", "main_grad"] | None = None
     """Where the backward way adds the head's gradient, block by block, instead of returning it to autograd: into the
     ``grad`` of the head's weight once there is one, or into its ``main_grad``, which may be wider. A second gradient
     never exists; but hooks on the weight's gradient do not run, so an engine that relies on them (DDP, FSDP, ZeRO)
-    must not be given it. The first step of ``"grad"``, a weight that is not a leaf and compiled code take the usual
-    way."""
-
-    backend: Literal["auto", "torch", "triton"] = "auto"
-    """Which row kernels run: ``"auto"`` takes Triton's on CUDA devices (fp32, bf16 and fp16, if it is installed), else
-    torch's; ``"triton"`` raises ``ValueError`` in a call where Triton cannot run."""
+    must not be given it. Only a backward that accumulates into the weight adds to it: ``torch.autograd.grad`` returns
+    what it is asked for. ``"grad"`` takes the usual way in the first step, with a sparse ``grad``, for a weight that is
+    not a leaf, under ``create_graph=True`` and in compiled code; ``"main_grad"`` raises where it cannot be served."""
 
     def __post_init__(self) -> None:
         if self.chunk_size != "auto" and not _is_integer(self.chunk_size, 1):

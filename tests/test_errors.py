@@ -264,6 +264,12 @@ def test_defaults_of_the_options():
     assert options.gradient_filter is None
 
 
+def test_positions_of_the_options():
+    """The contract's order."""
+    options = ChunkOptions("auto", None, "auto", torch.float32, None, "torch")
+    assert options == ChunkOptions(backend="torch")
+
+
 # --- targets out of range ---
 
 
