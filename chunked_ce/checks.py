@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from chunked_ce.distributed.vocab import VocabShard
+from chunked_ce.engine.accumulation import has_own_dispatch, main_grad_mismatch
 from chunked_ce.engine.kernels import why_not_triton
 from chunked_ce.options import ChunkOptions
 
@@ -136,23 +137,30 @@ def check_options(options: ChunkOptions | None, reduction: str | None) -> ChunkO
     return options
 
 
-def check_accumulation(options: ChunkOptions, linear_weight: Tensor | None, vocab: VocabShard | None) -> None:
-    """Whether there is a ``main_grad`` to add to, where one was asked for."""
-    if options.accumulate_into != "main_grad" or linear_weight is None or not linear_weight.requires_grad:
+def check_accumulation(
+    options: ChunkOptions,
+    linear_weight: Tensor | None,
+    vocab: VocabShard | None,
+    *,
+    transformed: bool,  # by `torch.func`
+) -> None:
+    """Whether there is a ``main_grad`` to add to, where one was asked for and a gradient is wanted."""
+    if options.accumulate_into != "main_grad" or linear_weight is None:
         return
-    found = getattr(linear_weight, "main_grad", None)
-    if not isinstance(found, Tensor) or found.shape != linear_weight.shape or not found.is_floating_point():
-        was = f"{found.dtype} {_shape(found)}" if isinstance(found, Tensor) else repr(found)
-        raise ValueError(
-            "options.accumulate_into='main_grad' needs linear_weight.main_grad, a floating-point tensor of shape "
-            f"{_shape(linear_weight)}, was {was}"
-        )
+    if not linear_weight.requires_grad or not torch.is_grad_enabled():
+        return
+    mismatch = main_grad_mismatch(linear_weight)
+    if mismatch is not None:
+        raise ValueError(mismatch)
     padded = vocab is not None and len(linear_weight) != vocab.rows
-    if padded or not linear_weight.is_leaf or torch.compiler.is_compiling():
+    own_dispatch = has_own_dispatch(linear_weight)
+    compiling = torch.compiler.is_compiling()
+    if padded or not linear_weight.is_leaf or own_dispatch or compiling or transformed:
         raise ValueError(
-            "options.accumulate_into='main_grad' needs a linear_weight that is a leaf, without padding, outside "
-            f"of torch.compile, was is_leaf={linear_weight.is_leaf}, padded={padded}, "
-            f"compiling={torch.compiler.is_compiling()}"
+            "options.accumulate_into='main_grad' needs a linear_weight that is a leaf, without padding, of a class "
+            "without a __torch_dispatch__ of its own, outside of torch.compile and torch.func, was "
+            f"{type(linear_weight).__name__}, is_leaf={linear_weight.is_leaf}, padded={padded}, "
+            f"own __torch_dispatch__={own_dispatch}, compiling={compiling}, transformed={transformed}"
         )
 
 

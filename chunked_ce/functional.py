@@ -171,7 +171,9 @@ def cross_entropy(
 ) -> Tensor | tuple[Tensor, LossStats]:
     """`linear_cross_entropy` of logits that exist, (..., V): a few rows at a time, without an fp32 copy of them.
 
-    The arguments, the result and the errors are those of `linear_cross_entropy`.
+    The arguments, the result and the errors are those of `linear_cross_entropy`. Of the options only ``backend`` has
+    an effect: there are no products to cut into chunks, so that nothing is filtered by ``gradient_filter`` and there is
+    no head for ``accumulate_into``.
 
     >>> import torch
     >>> cross_entropy(torch.zeros(2, 8), torch.tensor([3, -100]))
@@ -263,19 +265,19 @@ def _enter(
     **returned: bool,
 ) -> ChunkOptions:
     """Check the arguments of a call, on every rank that takes part in it."""
-    if vocab is None:
-        check_tensors(*tensors, input_name=input_name)
-        check_keywords(**maths)
-        options = check_options(options, maths["reduction"])
-        check_backend(options, tensors[0].device, _compute_dtype(tensors[0], input_name))
-        check_accumulation(options, tensors[1], vocab)
-        return options
-    try:
+
+    def check() -> ChunkOptions:
         check_tensors(*tensors, vocab, input_name=input_name)
         check_keywords(**maths)
-        options = check_options(options, maths["reduction"])
-        check_backend(options, tensors[0].device, _compute_dtype(tensors[0], input_name))
-        check_accumulation(options, tensors[1], vocab)
+        checked = check_options(options, maths["reduction"])
+        check_backend(checked, tensors[0].device, _compute_dtype(tensors[0], input_name))
+        check_accumulation(checked, tensors[1], vocab, transformed=_transformed(None))
+        return checked
+
+    if vocab is None:
+        return check()
+    try:
+        options = check()
         error = None
     except (TypeError, ValueError) as found:
         if not isinstance(vocab, VocabShard):

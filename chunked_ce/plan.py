@@ -182,7 +182,8 @@ def predict_memory(
         dtype: of the input; ``head_dtype`` of the head and ``compute_dtype`` of the products (autocast) if they differ.
         num_counted: tokens that are not ignored; all by default.
         train_input, train_head: whether they need a gradient.
-        options: ``gradients="auto"`` stands for the forward way, which sums and means take.
+        options: ``gradients="auto"`` stands for the forward way, which sums and means take. ``accumulate_into`` stands
+            for a step that adds to a sum that exists, the head's ``grad`` or an fp32 ``main_grad``; it is an input.
         device_type: where it runs.
         kept_share: of the words, what the gradient filter keeps in a chunk; a small model of 131,072 words kept 6 %.
         ranks: that share the vocabulary evenly (`chunked_ce.VocabShard`); the prediction is for the one with most rows.
@@ -217,6 +218,7 @@ def predict_memory(
     head_elements = vocab_size * hidden_size
     in_forward = not options.in_backward
     filtered = options.filter_threshold(compute_dtype) is not None
+    added = options.accumulate_into is not None and train_head  # to a sum that exists: the backward holds no other
 
     head_sum_of = functools.partial(
         head_sum_dtype,
@@ -231,7 +233,7 @@ def predict_memory(
         num_tokens if sharded else counted,
         vocab_size,
         hidden_size,
-        head_dtype=head_dtype if (in_forward or filtered) and train_head else None,
+        head_dtype=head_dtype if (in_forward or filtered) and train_head and not added else None,
         accumulate_dtype=accumulate_dtype,
         in_flight=in_flight,
         **settings,
@@ -296,23 +298,26 @@ def predict_memory(
         backward = gradients | common | {"head_grad": converted * head_elements * head_dtype.itemsize}
         return MemoryPrediction(forward, backward)
 
+    main_dtype = torch.promote_types(head_dtype, torch.float32)
+    into = main_dtype if options.accumulate_into == "main_grad" else head_dtype
     if filtered:
-        total_dtype = head_sum_of(**settings)
+        total_dtype = into if added else head_sum_of(**settings)
         backward = rows_and_logits(chunk, vocab_size, keeps=True) | common | gradients | filter_terms(total_dtype)
-        backward["head_sum"] = train_head * head_elements * total_dtype.itemsize
-        backward["head_grad"] = (train_head and total_dtype != head_dtype) * head_elements * head_dtype.itemsize
+        sums = train_head and not added
+        backward["head_sum"] = sums * head_elements * total_dtype.itemsize
+        backward["head_grad"] = (sums and total_dtype != head_dtype) * head_elements * head_dtype.itemsize
         backward |= {name: size for name, size in forward.items() if name in ("head_copy", "hidden_copy")}
         return MemoryPrediction(forward, backward)
 
     words = vocab_per_block(counted, vocab_size, **settings)
     words = min(words, vocab_size)
     hidden_total = compute_dtype if words == vocab_size else wide
-    gradients["head_grad"] = train_head * head_elements * head_dtype.itemsize
+    gradients["head_grad"] = (train_head and not added) * head_elements * head_dtype.itemsize
     backward = rows_and_logits(counted, words) | gradients | common
     backward["hidden_sum"] = train_input * counted * hidden_size * hidden_total.itemsize
     backward["products"] = max(
         train_input * product(counted, words, hidden_total, words < vocab_size),
-        train_head * product(words, counted, head_dtype, False),
+        train_head * product(words, counted, into if added else head_dtype, added),
     )
     if sharded:
         backward["collectives"] = train_input * num_tokens * hidden_size * wide.itemsize

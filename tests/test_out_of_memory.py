@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 
-from chunked_ce import ChunkOptions
+from chunked_ce import ChunkOptions, linear_cross_entropy, plan
 from chunked_ce.engine import linear
 from tests.cases import WAYS, assert_equal, gradients, problem
 
@@ -45,6 +45,29 @@ def test_a_quarter_of_the_logits_is_tried(monkeypatch, way, dtype):
     assert_equal(got, expected)
     assert max(device.asked) > budget // 2
     assert min(device.asked) <= budget // 4
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_filtered_backward_is_cut_by_tokens(monkeypatch, trained):
+    """From the plan's own budget, which depends on whether a gradient of the head is summed."""
+    monkeypatch.setattr(plan, "_LEAST_BUDGET", 4 * 101 * 8)
+    case = problem(80, 200, 101, ignored=0.0)
+    case.head.requires_grad_(trained)
+    loss = case.loss(options=ChunkOptions(gradients="backward", gradient_filter=1e-3))
+    tokens = 80 if trained else 8
+    device = Device(monkeypatch, most=4 * 101 * tokens - 1)
+    with pytest.warns(UserWarning, match=f"out of memory with {tokens} of 80 tokens at a time"):
+        loss.backward()
+    assert device.asked == [4 * 101 * tokens, 4 * 101 * tokens // 4]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_warning_names_the_caller(monkeypatch, way):
+    case = problem(80, 6, 101, ignored=0.0)
+    Device(monkeypatch, most=BUDGET // 2)
+    with pytest.warns(UserWarning, match="out of memory") as caught:
+        linear_cross_entropy(case.hidden, case.head, case.target, options=ChunkOptions("auto", BUDGET, way)).backward()
+    assert {warning.filename for warning in caught} == {__file__}
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from chunked_ce.engine.linear import Settings
 __all__ = ["free_bytes", "with_smaller_chunks"]
 
 _Found = TypeVar("_Found")
+_OURS = ("chunked_ce", "torch")
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -31,7 +33,8 @@ def with_smaller_chunks(
     target: Tensor,  # (N,)
     weight: Tensor,  # (V, D)
     *,
-    way: str,  # "forward", "statistics" or "backward"
+    unit: Literal["tokens", "words"] = "tokens",  # what the logits are cut by
+    sums_head: bool = False,  # whether the chunks add up to a gradient of the head
 ) -> _Found:
     """``run(settings)``; if the device has no memory left, once more with a quarter of the logits at a time.
 
@@ -44,19 +47,27 @@ def with_smaller_chunks(
             raise
     # Outside of the handler: the error keeps what the first attempt had allocated.
     n, vocab_size = len(target), len(weight)
-    if way == "backward":
+    if unit == "words":
         words = plan.vocab_per_block(
             n, vocab_size, compute_dtype=settings.compute_dtype, memory_budget=settings.memory_budget
         )
-        logits, unit, size, total = n * words, "words", words, vocab_size
+        logits, size, total = n * words, words, vocab_size
     else:
-        head_dtype = weight.dtype if way == "forward" else None
+        head_dtype = weight.dtype if sums_head else None
         tokens = plan.tokens_per_chunk(n, *weight.shape, head_dtype=head_dtype, **settings.planned)
-        logits, unit, size, total = tokens * vocab_size, "tokens", tokens, n
+        logits, size, total = tokens * vocab_size, tokens, n
     budget = max(1, logits * settings.compute_dtype.itemsize // 4)
     warnings.warn(
         f"out of memory with {size} of {total} {unit} at a time, {4 * budget / 2**20:.1f} MiB of logits; "
         f"trying once more with {budget / 2**20:.1f} MiB: ChunkOptions(memory_budget={budget}) starts there",
-        stacklevel=2,
+        stacklevel=_caller_level(),
     )
     return run(settings._replace(memory_budget=budget))
+
+
+def _caller_level() -> int:
+    """The ``stacklevel``, for the function that asks, of the first frame outside of torch and this package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _OURS:
+        frame, level = frame.f_back, level + 1
+    return level

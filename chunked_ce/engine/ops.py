@@ -4,12 +4,15 @@ Derivatives of derivatives go through `chunked_ce.engine.plain`.
 """
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from chunked_ce import plan
 from chunked_ce.engine import linear, plain, sharded
+from chunked_ce.engine.accumulation import destination, leaf_to_keep
 from chunked_ce.engine.backprop import Gradients
 from chunked_ce.engine.device_memory import with_smaller_chunks
 from chunked_ce.engine.flat import (
@@ -33,6 +36,16 @@ from chunked_ce.engine.sharded import Shard
 from chunked_ce.objective import Logits, Objective, RowStatistics
 
 __all__ = ["linear_loss", "linear_statistics"]
+
+# Every operator takes the fields of `Settings` and then those of `Shard` as its last arguments.
+_SHARD = slice(-len(Shard._fields), None)
+_SETTINGS = slice(-len(Settings._fields) - len(Shard._fields), _SHARD.start)
+_BEFORE = slice(None, _SETTINGS.start)
+
+
+def _apart(arguments: Sequence[Any]) -> tuple[Sequence[Any], Settings, Shard | None]:
+    """The arguments of an operator before its settings and shard, and these two."""
+    return arguments[_BEFORE], Settings(*arguments[_SETTINGS]), shard_of(*arguments[_SHARD])
 
 
 def linear_statistics(
@@ -130,7 +143,7 @@ def _linear_statistics(
     with no_autocast(hidden.device):
         if shard is None:
             run = functools.partial(linear.statistics, *arguments)
-            found = with_smaller_chunks(run, settings, target, weight, way="statistics")
+            found = with_smaller_chunks(run, settings, target, weight)
         else:
             found = sharded.statistics(*arguments, settings, shard)
     return filled(found, found.log_sum)
@@ -183,7 +196,12 @@ def _linear_gradients(
     if shard is not None:
         return filled(_gradients(*arguments, settings, shard=shard), hidden)
     run = functools.partial(_gradients, *arguments, shard=None)
-    return filled(with_smaller_chunks(run, settings, target, weight, way="backward"), hidden)
+    # The filter works on chunks of tokens. Whether there is one does not depend on the words of the head.
+    no_words = head._replace(weight=weight[:0], class_weight=None)
+    smoothed, entropy = weighted_slope is not None, mean_slope is not None
+    filtered = linear.new_filter(no_words, settings, smoothed=smoothed, entropy=entropy) is not None
+    unit, sums_head = ("tokens", needed[1]) if filtered else ("words", False)
+    return filled(with_smaller_chunks(run, settings, target, weight, unit=unit, sums_head=sums_head), hidden)
 
 
 def _gradients(hidden: Tensor, *arguments, shard: Shard | None, weight_sum: Tensor | None = None) -> Gradients:
@@ -193,22 +211,16 @@ def _gradients(hidden: Tensor, *arguments, shard: Shard | None, weight_sum: Tens
         return sharded.gradients(hidden, *arguments, shard, weight_sum=weight_sum)
 
 
-def _existing_sum(weight: Tensor, accumulate_into: str | None) -> Tensor | None:
-    """The tensor that the gradient of ``weight`` is to be added to, None where autograd is to take it."""
-    traced = type(weight) not in (Tensor, torch.nn.Parameter)
-    if accumulate_into is None or traced or not weight.is_leaf:
-        return None
-    return getattr(weight, accumulate_into, None)
-
-
 @_linear_gradients.register_fake
 def _(hidden, weight, bias, *rest):
-    needed = rest[-13]
+    (*_, needed), _, _ = _apart(rest)
     return fake_gradients((hidden, weight, bias), (None, None, None), needed)
 
 
 def _save_linear_statistics(ctx, inputs, output):
-    hidden, weight, bias, target, class_weight, *ctx.settings = inputs
+    hidden, weight, bias, target, class_weight, *ctx.numbers = inputs
+    _, settings, _ = _apart(inputs)
+    ctx.leaf = leaf_to_keep(weight, settings.accumulate_into)
     ctx.inputs = len(inputs)
     maximum, log_sum, _, _, mean, correct = output
     ctx.save_for_backward(hidden, weight, bias, target, class_weight, maximum, log_sum, mean)
@@ -218,21 +230,21 @@ def _save_linear_statistics(ctx, inputs, output):
 
 def _backward_of_linear_statistics(ctx, _maximum, *upstream):
     hidden, weight, bias, target, class_weight, maximum, log_sum, mean = ctx.saved_tensors
-    scale, softcap, ignore_index, wanted, *settings = ctx.settings
-    shard = shard_of(*settings[-5:])
+    (scale, softcap, ignore_index, wanted), settings, shard = _apart(ctx.numbers)
     upstream = upstream_of_wanted(upstream, wanted)
     needed = list(ctx.needs_input_grad[:3])
+    needed[1], weight_sum = destination(ctx.leaf, weight, settings.accumulate_into, needed[1])
     if torch.is_grad_enabled():
         refuse_shard(shard)
         head = Head(weight, bias, Logits(scale, softcap), class_weight)
-        found = plain.linear_statistics(hidden, head, target, ignore_index, Wanted(*wanted), settings[0])
+        found = plain.linear_statistics(hidden, head, target, ignore_index, Wanted(*wanted), settings.compute_dtype)
         grads = plain_gradients(differentiable(found), upstream, (hidden, weight, bias), needed)
-    elif needed[1] and (weight_sum := _existing_sum(weight, settings[6])) is not None:
+    elif weight_sum is not None:
         # Not an operator: it changes what is no argument of it.
         slopes = Slopes(*slopes_or_zero(upstream, log_sum))
         known = RowStatistics(maximum, log_sum, log_sum, mean=mean if slopes.mean is not None else None)
         head = Head(weight, bias, Logits(scale, softcap), class_weight)
-        arguments = (hidden, head, target, known, slopes, ignore_index, tuple(needed), Settings(*settings[:-5]))
+        arguments = (hidden, head, target, known, slopes, ignore_index, tuple(needed), settings)
         grads = _gradients(*arguments, shard=shard, weight_sum=weight_sum)
     else:
         grads = _linear_gradients(
@@ -250,6 +262,7 @@ def _backward_of_linear_statistics(ctx, _maximum, *upstream):
             ignore_index,
             needed,
             *settings,
+            *flat_shard(shard),
         )
     return (*(grad if need else None for grad, need in zip(grads, needed, strict=True)), *[None] * (ctx.inputs - 3))
 
@@ -307,7 +320,7 @@ def _linear_loss(
     with no_autocast(hidden.device):
         if shard is None:
             run = functools.partial(linear.loss_and_gradients, *arguments)
-            loss, grads, found = with_smaller_chunks(run, settings, target, weight, way="forward")
+            loss, grads, found = with_smaller_chunks(run, settings, target, weight, sums_head=needed[1])
             # Smaller chunks may be summed in another dtype than was planned.
             sum_dtype = _head_sum_dtype(target, weight, needed, settings, shard)
             grads = Gradients(grads.hidden, *(None if part is None else part.to(sum_dtype) for part in grads[1:]))
@@ -318,8 +331,7 @@ def _linear_loss(
 
 @_linear_loss.register_fake
 def _(hidden, weight, bias, target, *rest):
-    wanted, needed, *settings = rest[-14:-5]
-    settings, shard = Settings(*settings), shard_of(*rest[-5:])
+    (*_, wanted, needed), settings, shard = _apart(rest)
     found = fake_statistics(target.shape[0], settings.compute_dtype, hidden.device, wanted)
     total_dtype = _head_sum_dtype(target, weight, needed, settings, shard)
     grads = fake_gradients((hidden, weight, bias), (None, total_dtype, total_dtype), needed)
@@ -335,11 +347,11 @@ def _head_sum_dtype(
 
 
 def _save_linear_loss(ctx, inputs, output):
-    *tensors, scale, softcap, label_smoothing, z_loss, ignore_index = inputs[:12]
+    before, settings, ctx.shard = _apart(inputs)
+    *tensors, scale, softcap, label_smoothing, z_loss, ignore_index, _, _ = before
     objective = Objective(label_smoothing, z_loss, len(inputs[1]))
-    ctx.maths = Logits(scale, softcap), objective, ignore_index, inputs[14]
-    ctx.backend = inputs[18]
-    ctx.shard = shard_of(*inputs[-5:])
+    ctx.maths = Logits(scale, softcap), objective, ignore_index, settings.compute_dtype
+    ctx.backend = settings.backend
     ctx.inputs = len(inputs)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*tensors, *output[1:4])
