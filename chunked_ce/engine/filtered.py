@@ -28,6 +28,7 @@ _MOST_KEPT = 0.4
 _MOST_DROPPED = 0.1
 _MOST_DROPPED_OF_A_TOKEN = 0.5
 GROUPS = 4
+_SUMMED_WORDS = 4096  # whose share of the tail is rounded before it is added
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -37,7 +38,7 @@ class Kept(NamedTuple):
     index: Tensor | None  # (K,), None for all columns
     gradients: Tensor  # (C, K)
     left: Tensor  # (C, k)
-    right: Tensor  # (V, k), each column of sum 1
+    right: Tensor  # (V, k), each column's sum about 1
 
 
 class Filter:
@@ -92,16 +93,25 @@ class Filter:
     def _smoothing(self, slope: Tensor) -> tuple[Tensor, Tensor]:
         """What label smoothing adds to the logit gradients, as ``left`` (C, 1) and ``right`` (V, 1)."""
         words = slope.new_ones(len(self._weight)) if self._class_weight is None else self._class_weight
-        total = words.sum().clamp(min=_TINY)
-        return (slope * total).unsqueeze(1), (words / total).unsqueeze(1)
+        size = 2.0 ** len(words).bit_length()  # a power of two: what is equal for all words is not rounded
+        return (slope * size).unsqueeze(1), (words / size).unsqueeze(1)
 
     def hidden_gradient(self, kept: Kept) -> Tensor:
         """The gradient of a chunk's hidden states, (C, D)."""
         weight = self._weight
         scale = 2.0 ** (len(weight).bit_length() // 2)  # keeps 1 / V in the range of fp16
-        words = (kept.right.t() * scale).to(weight.dtype) @ weight  # (k, D)
-        tail = (kept.left / scale).to(weight.dtype) @ words
-        return tail.addmm_(kept.gradients, weight if kept.index is None else weight.index_select(0, kept.index))
+        right, left = kept.right.t() * scale, kept.left / scale
+        words = right.new_zeros(len(right), weight.shape[1])  # (k, D)
+        for start in range(0, len(weight), _SUMMED_WORDS):
+            block = slice(start, start + _SUMMED_WORDS)
+            words += right[:, block].to(weight.dtype) @ weight[block]
+        if kept.index is None:
+            tail, rest = _in_two(left @ words, weight.dtype)
+            return tail.addmm_(kept.gradients, weight).add_(rest)
+        # One product, since kept columns and tail may cancel out; the tail in two parts, as if it were not rounded.
+        (left, left_rest), (words, words_rest) = (_in_two(part, weight.dtype) for part in (left, words))
+        gradients = torch.cat([kept.gradients, left, left, left_rest], 1)
+        return gradients @ torch.cat([weight.index_select(0, kept.index), words, words_rest, words])
 
     def add_head_gradients(
         self,
@@ -136,6 +146,12 @@ class Filter:
             weight.addmm_(right.to(weight.dtype), left[:, :-1].to(weight.dtype))
         if bias is not None:
             bias.addmv_(right.to(bias.dtype), left[:, -1].to(bias.dtype))
+
+
+def _in_two(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``values`` as a sum of two tensors in ``dtype``."""
+    first = values.to(dtype)
+    return first, (values - first).to(dtype)
 
 
 def _groups(
