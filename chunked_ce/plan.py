@@ -233,7 +233,7 @@ def predict_memory(
         num_tokens if sharded else counted,
         vocab_size,
         hidden_size,
-        head_dtype=head_dtype if (in_forward or filtered) and train_head and not added else None,
+        head_dtype=head_dtype if (in_forward or filtered) and train_head else None,
         accumulate_dtype=accumulate_dtype,
         in_flight=in_flight,
         **settings,
@@ -301,11 +301,14 @@ def predict_memory(
     main_dtype = torch.promote_types(head_dtype, torch.float32)
     into = main_dtype if options.accumulate_into == "main_grad" else head_dtype
     if filtered:
-        total_dtype = into if added else head_sum_of(**settings)
+        total_dtype = head_sum_of(**settings)
+        sums = train_head and not (added and torch.promote_types(into, total_dtype) == into)
+        total_dtype = total_dtype if sums else into
         backward = rows_and_logits(chunk, vocab_size, keeps=True) | common | gradients | filter_terms(total_dtype)
-        sums = train_head and not added
         backward["head_sum"] = sums * head_elements * total_dtype.itemsize
-        backward["head_grad"] = (sums and total_dtype != head_dtype) * head_elements * head_dtype.itemsize
+        backward["head_grad"] = (sums and not added and total_dtype != head_dtype) * head_elements * head_dtype.itemsize
+        widens = sums and added and device_type == "cpu"  # the sum that exists, to add to it
+        backward["products"] = widens * head_elements * total_dtype.itemsize
         backward |= {name: size for name, size in forward.items() if name in ("head_copy", "hidden_copy")}
         return MemoryPrediction(forward, backward)
 
