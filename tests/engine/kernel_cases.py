@@ -302,13 +302,15 @@ def test_rows_without_slopes_are_not_read(monkeypatch):
         out = torch.full_like(products, torch.nan)
         kernels.logit_gradients(products, targets_of(3, 4200), weights_of(4200), Logits(), slopes, known, out)
         assert out[1].count_nonzero() == 0 and not out.isnan().any()
-    columns = ColumnSums(4200, torch.float32, DEVICE)
-    filtered = torch.full_like(products, torch.nan)
-    triton_rows.logit_gradients(
-        products, targets_of(3, 4200), weights_of(4200), Logits(), slopes, known, filtered, columns
-    )
-    torch.testing.assert_close(filtered, out)
-    assert columns.largest.isfinite().all() and columns.total.isfinite().all()
+    found = []
+    for kernels in (triton_rows, torch_rows):
+        columns, out = ColumnSums(4200, torch.float32, DEVICE), torch.full_like(products, torch.nan)
+        arguments = (products, targets_of(3, 4200), weights_of(4200), Logits(), slopes, known, out, columns)
+        kernels.logit_gradients(*arguments)
+        assert columns.largest.isfinite().all() and columns.total.isfinite().all()
+        found.append(out)
+    torch.testing.assert_close(*found)
+    assert not found[0].isnan().any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -345,10 +347,12 @@ def test_gradients_and_columns(dtype, logits):
                 ColumnSums(vocab, kind, DEVICE) for kind in (torch.float32, torch.float32, torch.float64)
             )
             alone, together, out = torch.empty_like(products), products.clone(), torch.empty_like(products)
-            triton_rows.logit_gradients(products, *arguments, alone)
+            unsmoothed = slopes._replace(weighted=None)
+            triton_rows.logit_gradients(products, target, weight, logits, unsmoothed, arguments[-1], alone)
             triton_rows.logit_gradients(together, *arguments, together, ours)
             torch.testing.assert_close(together, alone)
             torch_rows.logit_gradients(products, *arguments, out, twin)
+            torch.testing.assert_close(together, out)
             arguments = target, weight.double(), logits, double(slopes), known
             torch_rows.logit_gradients(products.double(), *arguments, out.double(), expected)
             assert_no_worse(ours.largest, twin.largest, expected.largest, "largest")
