@@ -10,7 +10,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cli,deepspeed,bench,examples,test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cli,deepspeed,transformers,bench,examples,test]'
 	touch $@
 
 demo: install
@@ -20,8 +20,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Two workers of one thread each: most tests wait for processes that they start.
 test: lint
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 # Well over an hour on 2 cores; nothing else should run meanwhile. The plot and the page are of the sweep.
 RESULTS := benchmarks/results
