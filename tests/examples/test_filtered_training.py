@@ -6,21 +6,21 @@ import torch
 from tests.examples.commands import EXAMPLES, run
 
 SCRIPT = EXAMPLES / "filtered_training.py"
-TINY = ["--steps=14", "--batch=2", "--width=16", "--depth=1", "--heads=2", "--context=64", "--learning-rate=3e-2"]
+TINY = ["--steps=30", "--batch=8", "--width=16", "--depth=1", "--heads=2", "--context=64", "--learning-rate=2e-2"]
 
 
 def test_the_filter_trains_as_exact_gradients_do(tmp_path):
     printed = run(SCRIPT, *TINY, f"--out={tmp_path}", log=tmp_path / "log")
     found = json.loads((tmp_path / "losses.json").read_text())
     exact, filtered = found["exact"]["losses"], found["filtered"]["losses"]
-    assert len(exact) == 14
+    assert len(exact) == 30
     assert exact[-1] < exact[0] - 1
     assert filtered != exact, "nothing was filtered"
-    assert filtered == pytest.approx(exact, rel=2e-3, abs=0)
+    assert filtered == pytest.approx(exact, rel=1e-2, abs=0)
     assert "losses differ by at most" in printed
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
 
     head = torch.load(tmp_path / "head.pt")
-    assert head["hidden"].shape == (512, 16)
+    assert head["hidden"].shape == (2048, 16)
     assert head["weight"].shape == (131072, 16)
-    assert head["target"].shape == (512,)
+    assert head["target"].shape == (2048,)
