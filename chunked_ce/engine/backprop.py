@@ -52,8 +52,8 @@ class Backprop:
         filter: Filter | None,
         weight_sum: Tensor | None = None,  # (V, D)
     ) -> None:
-        self._adds_at_end = weight_sum if total.weight is not None else None
         self.total = total if weight_sum is None or total.weight is not None else total._replace(weight=weight_sum)
+        self._weight_sum = weight_sum
         self._weight = weight
         self._filter = filter
         self._first = filter is None and total.weight is not None
@@ -112,13 +112,16 @@ class Backprop:
         if bias is not None:
             bias.add_(gradients.sum(0, dtype=bias.dtype))
 
-    def finish(self) -> None:
-        """Add to weight and bias what was left for the end."""
+    def finish(self) -> Gradients:
+        """Add to weight and bias what was left for the end. The gradients, without one that is in ``weight_sum``."""
+        weight = self.total.weight
         if self._filter is not None:
-            self._filter.finish(self.total.weight, self.total.bias)
-        if self._adds_at_end is not None:
-            self._adds_at_end += self.total.weight
-            self.total = self.total._replace(weight=None)
+            self._filter.finish(weight, self.total.bias)
+        if self._weight_sum is None:
+            return self.total
+        if weight is not self._weight_sum:
+            self._weight_sum += weight
+        return self.total._replace(weight=None)
 
 
 def new_gradients(

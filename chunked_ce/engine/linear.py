@@ -315,9 +315,7 @@ def _filtered_gradients(
         kept = backprop.keep(products, columns, column[rows], here[rows], slopes.at(rows))
         backprop.put_hidden(tokens, rows, products, kept)
         backprop.add_head(x, products, kept)
-    backprop.finish()
-    found = backprop.total if weight_sum is None else backprop.total._replace(weight=None)
-    return found.as_dtype_of(like.weight, like.bias)
+    return backprop.finish().as_dtype_of(like.weight, like.bias)
 
 
 def new_filter(

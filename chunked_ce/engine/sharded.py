@@ -190,9 +190,7 @@ def _sequence_gradients(
     for chunk in run.chunks():
         kept = run.differentiate(chunk, slopes.at(chunk.rows), known.at(chunk.rows), backprop)
         run.spend(chunk, kept, backprop)
-    backprop.finish()
-    found = backprop.total if weight_sum is None else backprop.total._replace(weight=None)
-    return found.as_dtype_of(head.weight, head.bias)
+    return backprop.finish().as_dtype_of(head.weight, head.bias)
 
 
 def logits_statistics(
