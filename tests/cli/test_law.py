@@ -37,7 +37,7 @@ def peaks(rank, world_size):
 
 @pytest.mark.skipif(NOT_HERE is not None, reason=NOT_HERE or "")
 def test_a_shard_takes_what_the_law_says():
-    measured = run(peaks, 2, timeout=240)
+    measured = run(peaks, 2)
     cases = [(dtype, way) for dtype in DTYPES for way in WAYS]
     for (dtype, way), *ranks in zip(cases, *measured, strict=True):
         law = predict_memory(N, V, D, dtype=dtype, options=ChunkOptions(gradients=way), ranks=2)

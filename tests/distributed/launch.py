@@ -20,9 +20,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 LOG_LINES = 40
+LAST_RESORT = 900.0  # seconds after which ranks that hang are ended, however busy the machine is
+GRACE = 60.0  # seconds for ranks to see that another one failed, which they mostly do at once
 
 
-def run(worker: Callable, world_size: int, *args, timeout: float = 120.0) -> list:
+def run(worker: Callable, world_size: int, *args, timeout: float = LAST_RESORT) -> list:
     """Each rank's `worker(rank, world_size, *args)`, in rank order; arguments and results are picklable.
 
     Raises RuntimeError with the traceback of every rank that failed, and with the stack of every rank that
@@ -55,11 +57,12 @@ def run(worker: Callable, world_size: int, *args, timeout: float = 120.0) -> lis
 
 
 def _wait(ranks: list, deadline: float) -> None:
-    """Until every rank has ended, or one failed (the others may wait for it for ever), or the time is up."""
+    """Until every rank has ended, or the time is up, which it soon is for ranks that outlive one that failed."""
+    failed = False
     while any(process.is_alive() for process in ranks) and time.monotonic() < deadline:
-        if any(process.exitcode not in (None, 0) for process in ranks):
-            time.sleep(0.5)  # a failure often spreads: let the other ranks write their tracebacks too
-            return
+        if not failed and any(process.exitcode not in (None, 0) for process in ranks):
+            # A failure spreads: let the other ranks write their tracebacks too. Some may wait for it for ever.
+            failed, deadline = True, min(deadline, time.monotonic() + GRACE)
         time.sleep(0.01)
 
 

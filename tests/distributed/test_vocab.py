@@ -27,7 +27,7 @@ NAMED = {  # the situations that have a test of their own below
 
 @pytest.fixture(scope="module")
 def errors():
-    return run(run_all, 4, timeout=200)
+    return run(run_all, 4)
 
 
 def assert_no_error(errors, name: str):

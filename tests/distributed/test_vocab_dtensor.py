@@ -10,7 +10,7 @@ OTHERS = ["with a VocabShard", "logprobs", "in another world"]
 
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory):
-    return run(run_all, 4, str(tmp_path_factory.mktemp("world")), timeout=120)
+    return run(run_all, 4, str(tmp_path_factory.mktemp("world")))
 
 
 @pytest.mark.parametrize("case", [*(f"{name}, {size}" for name in PLACEMENTS for size in SIZES), *OTHERS])

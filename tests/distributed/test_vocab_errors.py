@@ -21,7 +21,7 @@ from tests.distributed.vocab_errors import (
 
 @pytest.fixture(scope="module")
 def failures():
-    return run(vocab_errors.run_all, RANKS, timeout=120)
+    return run(vocab_errors.run_all, RANKS)
 
 
 def failures_of(failures, name) -> list[Failure]:
@@ -93,7 +93,7 @@ REDUCTION = "the reduction of hidden gradients"
 def lose(folder, scenes, patience) -> dict[Scene, tuple[float, str, str]]:
     """What the rank that is left sees: after how many seconds, the error's type and its message."""
     with pytest.raises(RuntimeError, match="lose_a_rank failed"):
-        run(vocab_errors.lose_a_rank, 2 * len(scenes), str(folder), scenes, patience, timeout=60)
+        run(vocab_errors.lose_a_rank, 2 * len(scenes), str(folder), scenes, patience)
     seen = {}
     for scene in scenes:
         seconds, kind, message = (folder / f"{scene.how} {scene.collective}").read_text().split("\n", 2)
@@ -110,17 +110,18 @@ def lose(folder, scenes, patience) -> dict[Scene, tuple[float, str, str]]:
     ids=["before", "in mid-loss"],
 )
 def test_a_rank_that_dies(tmp_path, scenes):
-    """The others fail well within the group's timeout, with the name of the collective."""
-    for scene, (seconds, kind, message) in lose(tmp_path, scenes, patience=20.0).items():
+    """The others fail without waiting for the group's timeout, with the name of the collective."""
+    patience = 600.0
+    for scene, (seconds, kind, message) in lose(tmp_path, scenes, patience).items():
         assert kind == "RuntimeError"
         assert scene.collective in message and "over the vocabulary group failed" in message
-        assert seconds < 10
+        assert seconds < patience / 2
 
 
 def test_a_rank_that_stops(tmp_path):
-    """The others fail when the group's timeout is over."""
-    scene = Scene("stops", REDUCTION)
-    seconds, kind, message = lose(tmp_path, [scene], patience=2.0)[scene]
+    """The others fail when the group's timeout is over, and not before."""
+    scene, patience = Scene("stops", REDUCTION), 3.0
+    seconds, kind, message = lose(tmp_path, [scene], patience)[scene]
     assert kind == "RuntimeError"
     assert REDUCTION in message and "over the vocabulary group failed" in message
-    assert 2 <= seconds < 5
+    assert seconds >= patience

@@ -14,7 +14,7 @@ def one_process():
 
 @pytest.fixture(scope="module")
 def mesh():
-    return run(both_ways, DATA * TENSOR, timeout=120)
+    return run(both_ways, DATA * TENSOR)
 
 
 @pytest.mark.parametrize("gradients", ["forward", "backward"])

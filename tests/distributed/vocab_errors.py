@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from chunked_ce import ChunkOptions, VocabShard, cross_entropy, linear_cross_entropy, linear_logprobs
 from chunked_ce.distributed.collectives import Collectives
@@ -204,8 +205,9 @@ class Scene(NamedTuple):
 
 def lose_a_rank(rank: int, world_size: int, folder: str, scenes: list[Scene], patience: float):
     """In each pair of ranks the second one is lost as its scene says; the first one writes what it then sees."""
-    pairs = [dist.new_group([at, at + 1], timeout=timedelta(seconds=patience)) for at in range(0, world_size, 2)]
+    pairs = [dist.new_group([at, at + 1]) for at in range(0, world_size, 2)]
     group, (how, collective, time_of_it) = pairs[rank // 2], scenes[rank // 2]
+    seen = Path(folder, f"{how} {collective}")
     input_grad = "sequence" if "hidden states" in collective else "complete"
     vocab = VocabShard(group, 4 * (rank % 2), 4 * (rank % 2) + 4, 8, input_grad=input_grad, check="first")
     hidden = torch.randn(8 // (2 if input_grad == "sequence" else 1), HIDDEN, requires_grad=True)
@@ -217,19 +219,23 @@ def lose_a_rank(rank: int, world_size: int, folder: str, scenes: list[Scene], pa
         )
 
     def lose() -> None:
-        time.sleep(patience + 3.0 if how == "stops" else 1.0)  # until the others wait in the collective
+        while how == "stops" and not seen.exists():
+            time.sleep(0.01)
         os._exit(0)  # as if nothing had failed, or the others would be ended before they have seen it
 
-    dist.barrier()  # or a rank is lost while others still form their groups
     if "comparison" not in collective:
         loss()
-    elif rank % 2:
+    dist.barrier()  # or a rank is lost while others still form their groups and connections
+    _set_pg_timeout(timedelta(seconds=patience), group)
+    if "comparison" in collective and rank % 2:
         lose()
     if rank % 2:
         _lose_at(collective, time_of_it, lose)
     start = time.monotonic()
     found = failure(lambda: loss().backward())
-    Path(folder, f"{how} {collective}").write_text("\n".join([str(time.monotonic() - start), *map(str, found or ())]))
+    partial = seen.with_suffix(".partial")
+    partial.write_text("\n".join([str(time.monotonic() - start), *map(str, found or ())]))
+    partial.rename(seen)
     os._exit(0)
 
 

@@ -20,7 +20,7 @@ def interpreted(file):
     """What pytest says of ``file`` in a process of its own."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", file]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
     return result.stdout
 

@@ -15,7 +15,7 @@ HEAD = "head.weight"
 
 @pytest.fixture(scope="module")
 def results():
-    return run(run_all, DATA * TENSOR, timeout=240)
+    return run(run_all, DATA * TENSOR)
 
 
 def result_of(results, case) -> list:

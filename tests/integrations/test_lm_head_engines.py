@@ -209,7 +209,7 @@ def two_ranks(rank, world_size):
 
 @pytest.fixture(scope="module")
 def results():
-    return run(two_ranks, RANKS, timeout=200)
+    return run(two_ranks, RANKS)
 
 
 # ---- here ----

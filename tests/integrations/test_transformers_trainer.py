@@ -197,7 +197,7 @@ def on_ranks(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MASTER_ADDR", "127.0.0.1")
         patch.setenv("MASTER_PORT", "0")
-        return run(train_on_ranks, 2, folder, timeout=200)
+        return run(train_on_ranks, 2, folder)
 
 
 @pytest.mark.parametrize("name", RANKS)
