@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from chunked_ce.distributed.collectives import all_gather_single
+from chunked_ce.distributed.groups import checked_group, group_of_ranks
 from chunked_ce.engine.sharded import Shard
 
 __all__ = ["WHOLE_WEIGHT", "VocabShard", "local_head"]
@@ -55,7 +56,7 @@ class VocabShard:
     """Rows of this rank's head if some at its end are padding, which never gets probability."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "group", _group(self.group))
+        object.__setattr__(self, "group", checked_group(self.group))
         for name in ("start", "stop", "total"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
@@ -74,6 +75,17 @@ class VocabShard:
         if self.padded_rows is not None and self.padded_rows < self.rows:
             raise ValueError(f"padded_rows must be None or >= stop - start = {self.rows}, was {self.padded_rows}")
 
+    def __copy__(self) -> VocabShard:
+        return self  # nothing of it changes
+
+    def __deepcopy__(self, _memo: dict) -> VocabShard:
+        return self
+
+    def __reduce__(self) -> tuple:
+        """The group travels as its ranks: whoever unpickles finds its own group of them."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "group"}
+        return _unpickled, (type(self), dist.get_process_group_ranks(self.group), self.group.group_name, values)
+
     @classmethod
     def split(cls, total: int, group: dist.ProcessGroup | None = None, *, padded: int | None = None, **keywords: Any):
         """An even split: each rank holds ``ceil(total / R)`` rows, the last ones fewer, as `torch.chunk` and DTensor.
@@ -81,7 +93,7 @@ class VocabShard:
         A head whose every shard has that size, or ``padded / R`` with a vocabulary padded to ``padded`` rows, is taken
         too: rows from ``total`` on are padding.
         """
-        group = _group(group)
+        group = checked_group(group)
         if type(total) is not int or total < 1:
             raise ValueError(f"total must be an integer >= 1, was {total!r}")
         ranks = dist.get_world_size(group)
@@ -94,7 +106,7 @@ class VocabShard:
     @classmethod
     def from_local(cls, rows: int, group: dist.ProcessGroup | None = None, **keywords: Any):
         """From the rows that this rank holds; the ranks tell each other how many they have."""
-        group = _group(group)
+        group = checked_group(group)
         sizes = _exchange(rows, group)
         if not all(type(size) is int and size >= 0 for size in sizes):
             said = ", ".join(f"rank {rank} has {size!r}" for rank, size in enumerate(sizes))
@@ -200,15 +212,8 @@ class VocabShard:
         return whole
 
 
-def _group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """The group, of all ranks for None, checked."""
-    if not (dist.is_available() and dist.is_initialized()):
-        raise ValueError("group must be of torch.distributed, which is not initialised: init_process_group first")
-    group = dist.group.WORLD if group is None else group
-    # new_group gives a rank that is not in the group a plain int.
-    if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"group must be None or a ProcessGroup that this rank is in, was {group!r}")
-    return group
+def _unpickled(cls: type[VocabShard], ranks: list[int], group_name: str, values: dict[str, Any]) -> VocabShard:
+    return cls(group_of_ranks(ranks, group_name), **values)
 
 
 def local_head(

@@ -1,0 +1,33 @@
+"""Process groups as arguments: checked, and as what stands for one in a pickle."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+__all__ = ["checked_group", "group_of_ranks"]
+
+
+def checked_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """The group, of all ranks for None."""
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError("group must be of torch.distributed, which is not initialised: init_process_group first")
+    group = dist.group.WORLD if group is None else group
+    # new_group gives a rank that is not in the group a plain int.
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group must be None or a ProcessGroup that this rank is in, was {group!r}")
+    return group
+
+
+def group_of_ranks(ranks: list[int], name: str) -> dist.ProcessGroup:
+    """This process's group of these ``ranks`` of the world, in their order; the one of this ``name`` among several."""
+    world = checked_group(None)
+    groups = [world, *distributed_c10d._world.pg_map]
+    found = [group for group in groups if dist.get_process_group_ranks(group) == ranks]
+    if not found:
+        raise ValueError(
+            f"group: a VocabShard that was pickled needs the process group of ranks {ranks}, and this process, rank "
+            f"{dist.get_rank()} of {dist.get_world_size()}, is in no such group: make it first, as "
+            f"torch.distributed.new_group({ranks})"
+        )
+    return next((group for group in found if group.group_name == name), found[0])
