@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from chunked_ce.checks import check_accumulation, check_backend, check_keywords, check_options, check_tensors
-from chunked_ce.distributed.vocab import WHOLE_WEIGHT, VocabShard, local_head
+from chunked_ce.distributed.dtensors import local_arguments
+from chunked_ce.distributed.vocab import WHOLE_WEIGHT, VocabShard
 from chunked_ce.engine import logits_ops, ops, plain
 from chunked_ce.engine.device_memory import free_bytes
 from chunked_ce.engine.linear import Head, Settings
@@ -88,8 +89,8 @@ def linear_cross_entropy(
         num_tokens: the mean's denominator, a number or a tensor of one element, >= 0, such as the tokens of all ranks;
             0 makes the loss 0.
         vocab: this rank's rows of a head sharded over ranks (`VocabShard`), which ``linear_weight`` and ``linear_bias``
-            then hold; ``weight`` may hold this rank's words or the whole vocabulary. A DTensor sharded on dim 0 needs
-            none.
+            then hold; ``weight`` may hold this rank's words or the whole vocabulary. A DTensor sharded on dim 0 by
+            tensor parallelism needs none.
         options: how to compute (`ChunkOptions`); None chooses well.
         return_stats: return ``(loss, LossStats)``.
 
@@ -106,7 +107,19 @@ def linear_cross_entropy(
     >>> linear_cross_entropy(hidden, head, torch.tensor([0, 4, -100]))
     tensor(1.4048, grad_fn=<MulBackward0>)
     """
-    linear_weight, vocab, (input, linear_bias, target) = local_head(linear_weight, vocab, input, linear_bias, target)
+    linear_weight, vocab, given = local_arguments(
+        "linear_weight",
+        linear_weight,
+        vocab,
+        input=input,
+        target=target,
+        linear_bias=linear_bias,
+        weight=weight,
+        token_weight=token_weight,
+        num_tokens=num_tokens,
+    )
+    input, target, linear_bias = given["input"], given["target"], given["linear_bias"]
+    weight, token_weight, num_tokens = given["weight"], given["token_weight"], given["num_tokens"]
     maths = {
         "reduction": reduction,
         "ignore_index": ignore_index,
@@ -179,6 +192,11 @@ def cross_entropy(
     >>> cross_entropy(torch.zeros(2, 8), torch.tensor([3, -100]))
     tensor(2.0794)
     """
+    logits, vocab, given = local_arguments(
+        "logits", logits, vocab, target=target, weight=weight, token_weight=token_weight, num_tokens=num_tokens
+    )
+    target, weight, token_weight = given["target"], given["weight"], given["token_weight"]
+    num_tokens = given["num_tokens"]
     maths = {
         "reduction": reduction,
         "ignore_index": ignore_index,
@@ -235,7 +253,10 @@ def linear_logprobs(
     >>> linear_logprobs(torch.zeros(2, 4), torch.eye(8, 4), torch.tensor([3, -100]))
     tensor([-2.0794,  0.0000])
     """
-    linear_weight, vocab, (input, linear_bias, target) = local_head(linear_weight, vocab, input, linear_bias, target)
+    linear_weight, vocab, given = local_arguments(
+        "linear_weight", linear_weight, vocab, input=input, target=target, linear_bias=linear_bias
+    )
+    input, target, linear_bias = given["input"], given["target"], given["linear_bias"]
     maths = {"reduction": "none", "ignore_index": ignore_index, "softcap": softcap, "logit_scale": logit_scale}
     tensors = (input, linear_weight, target, linear_bias, None, None)
     options = _enter("linear_logprobs", tensors, maths, options, vocab, return_entropy=return_entropy)

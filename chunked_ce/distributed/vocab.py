@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import sys
 from typing import Any, Literal
 
 import torch
@@ -12,10 +10,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from chunked_ce.distributed.collectives import all_gather_single
+from chunked_ce.distributed.fsdp import fsdp_refusal, is_fsdp_shard
 from chunked_ce.distributed.groups import checked_group, group_of_ranks
 from chunked_ce.engine.sharded import Shard
 
-__all__ = ["WHOLE_WEIGHT", "VocabShard", "local_head"]
+__all__ = ["WHOLE_WEIGHT", "VocabShard"]
 
 WHOLE_WEIGHT = "weight, of the whole vocabulary or not"
 _INPUT_GRADS = ("complete", "partial", "sequence")
@@ -57,6 +56,7 @@ class VocabShard:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "group", checked_group(self.group))
+        object.__setattr__(self, "ranks", tuple(dist.get_process_group_ranks(self.group)))
         for name in ("start", "stop", "total"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
@@ -84,7 +84,7 @@ class VocabShard:
     def __reduce__(self) -> tuple:
         """The group travels as its ranks: whoever unpickles finds its own group of them."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "group"}
-        return _unpickled, (type(self), dist.get_process_group_ranks(self.group), self.group.group_name, values)
+        return _unpickled, (type(self), list(self.ranks), self.group.group_name, values)
 
     @classmethod
     def split(cls, total: int, group: dist.ProcessGroup | None = None, *, padded: int | None = None, **keywords: Any):
@@ -117,22 +117,34 @@ class VocabShard:
 
     @classmethod
     def from_dtensor(cls, weight: Tensor, **keywords: Any):
-        """From a DTensor (V, D) sharded on dim 0 along one dimension of its mesh."""
+        """From a DTensor (V, D) sharded on dim 0 along one dimension of its mesh, by tensor parallelism."""
+        if is_fsdp_shard(weight):
+            raise ValueError(fsdp_refusal("weight", weight))
         return cls.from_placements(weight.device_mesh, tuple(weight.placements), weight.shape, **keywords)
 
     @classmethod
-    def from_placements(cls, mesh: Any, placements: tuple[Any, ...], shape: torch.Size, **keywords: Any):
-        """From what a DTensor of ``shape`` (V, D) says of itself."""
+    def from_placements(
+        cls,
+        mesh: Any,
+        placements: tuple[Any, ...],
+        shape: tuple[int, ...],
+        *,
+        name: str = "linear_weight",
+        dim: int = 0,
+        **keywords: Any,
+    ):
+        """From what a DTensor with a vocabulary of ``shape[0]`` in its dimension ``dim`` says of itself."""
         from torch.distributed.tensor import Shard as ShardPlacement
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-        sharded = [dim for dim, placement in enumerate(placements) if not placement.is_replicate()]
-        if len(sharded) != 1 or type(placements[sharded[0]]) is not ShardPlacement or placements[sharded[0]].dim != 0:
+        sharded = [at for at, placement in enumerate(placements) if not placement.is_replicate()]
+        if len(sharded) != 1 or type(placements[sharded[0]]) is not ShardPlacement or placements[sharded[0]].dim != dim:
             raise ValueError(
-                "linear_weight must be sharded on dim 0 along one dimension of its mesh and replicated along the "
+                f"{name} must be sharded on dim {dim} along one dimension of its mesh and replicated along the "
                 f"others, had placements {placements}"
             )
-        local, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
+        rows = tuple(placement if placement.is_replicate() else ShardPlacement(0) for placement in placements)
+        local, offset = compute_local_shape_and_global_offset(shape[:1], mesh, rows)
         start = offset[0] if local[0] else shape[0]
         return cls(mesh.get_group(sharded[0]), start, start + local[0], shape[0], **keywords)
 
@@ -214,31 +226,6 @@ class VocabShard:
 
 def _unpickled(cls: type[VocabShard], ranks: list[int], group_name: str, values: dict[str, Any]) -> VocabShard:
     return cls(group_of_ranks(ranks, group_name), **values)
-
-
-def local_head(
-    linear_weight: Tensor, vocab: VocabShard | None, *others: Tensor | None
-) -> tuple[Tensor, VocabShard | None, list[Tensor | None]]:
-    """This rank's rows of a head that may be a DTensor, the shard they are, and the local part of other tensors."""
-    if not _is_dtensor(linear_weight):
-        return linear_weight, vocab, [t.to_local() if _is_dtensor(t) else t for t in others]
-    if vocab is None and not all(placement.is_replicate() for placement in linear_weight.placements):
-        mesh, placements = linear_weight.device_mesh, linear_weight.placements
-        # Meshes of a group that was destroyed and of its successor are equal.
-        vocab = _shard_of(dist.group.WORLD, mesh, placements, linear_weight.shape)
-    return linear_weight.to_local(), vocab, [t.to_local() if _is_dtensor(t) else t for t in others]
-
-
-def _is_dtensor(value: object) -> bool:
-    # No DTensor exists while its module, which is slow to import, is not imported.
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(value, module.DTensor)
-
-
-@functools.lru_cache(maxsize=64)
-def _shard_of(_world: dist.ProcessGroup, mesh: Any, placements: tuple[Any, ...], shape: torch.Size) -> VocabShard:
-    """`VocabShard.from_dtensor`, made once, so that ranks compare their bounds once."""
-    return VocabShard.from_placements(mesh, placements, shape)
 
 
 def _exchange(value: Any, group: dist.ProcessGroup) -> list[Any]:

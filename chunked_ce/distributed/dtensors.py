@@ -1,0 +1,210 @@
+"""DTensors as arguments: what each rank takes of them, by their placements.
+
+The head, or logits that exist, may be sharded over the vocabulary along one dimension of their mesh. Everything else is
+wanted whole: what is still to be summed is summed, and tokens that are sharded over the ranks of the vocabulary are
+gathered. Tokens sharded over other ranks are refused, for the loss of a part would look like that of all.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from chunked_ce.distributed.fsdp import fsdp_refusal, is_fsdp_shard
+from chunked_ce.distributed.vocab import VocabShard
+
+__all__ = ["is_dtensor", "local_arguments"]
+
+
+def local_arguments(
+    name: str,  # of what is sharded over the vocabulary: "linear_weight" or "logits"
+    sharded: Tensor,  # (V, D) or (..., V)
+    vocab: VocabShard | None,
+    *,
+    linear_bias: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, VocabShard | None, dict[str, Any]]:
+    """This rank's part of ``sharded``, the shard that it is, and of the other arguments what this rank needs."""
+    given = {"linear_bias": linear_bias, **others}
+    if not any(map(is_dtensor, (sharded, *given.values()))):
+        return sharded, vocab, given
+    if is_dtensor(sharded):
+        sharded, vocab = _vocabulary(name, sharded, vocab)
+    local = {name: _tokens(name, value, vocab) if is_dtensor(value) else value for name, value in others.items()}
+    bias = _bias(linear_bias, vocab) if is_dtensor(linear_bias) else linear_bias
+    return sharded, vocab, {"linear_bias": bias, **local}
+
+
+def is_dtensor(value: object) -> bool:
+    # No DTensor exists while its module, which is slow to import, is not imported.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
+def _vocabulary(name: str, tensor: Any, vocab: VocabShard | None) -> tuple[Tensor, VocabShard | None]:
+    """This rank's rows of a head, or columns of logits, and the shard that they are: None for all of them."""
+    dim = 0 if name == "linear_weight" else tensor.dim() - 1
+    placements = _placements(tensor)
+    if name == "logits":
+        placements = _summed(placements)
+        if any(_shards(placement) and placement.dim != dim for placement in placements):
+            raise ValueError(_sharded_tokens(name, tensor, ""))
+        tensor = tensor.redistribute(placements=placements)
+    if all(placement.is_replicate() for placement in placements):
+        return tensor.to_local(), vocab
+    if name == "linear_weight":
+        _refuse_fsdp(name, tensor)
+    found = _shard_of(name, tensor.device_mesh, placements, tensor.shape[dim], dim)
+    return tensor.to_local(), found if vocab is None else vocab
+
+
+def _tokens(name: str, tensor: Any, vocab: VocabShard | None) -> Tensor:
+    """An argument of which each rank needs the whole: hidden states, targets and weights."""
+    placements = _placements(tensor)
+    mine = _dim_of(tensor.device_mesh, vocab)
+    if name == "input" and vocab is not None and vocab.input_grad == "sequence":
+        return _sequence_shard(tensor, placements, mine)
+    token_dims = {"input": tensor.dim() - 1, "target": tensor.dim(), "token_weight": tensor.dim()}.get(name, 0)
+    for at, placement in enumerate(placements):
+        if at != mine and _shards(placement) and placement.dim < token_dims:
+            raise ValueError(_sharded_tokens(name, tensor, " along other ranks than those of the vocabulary"))
+    replicated = _replicated(placements)
+    gradient = list(replicated)
+    if name == "input" and vocab is not None and vocab.input_grad == "partial":
+        if mine is None:
+            raise ValueError(
+                f"{name} must be a DTensor on a mesh with the ranks of vocab for input_grad='partial', had placements "
+                f"{tuple(placements)} on {tensor.device_mesh}"
+            )
+        gradient[mine] = _types().Partial()
+    return tensor.redistribute(placements=replicated).to_local(grad_placements=gradient)
+
+
+def _sequence_shard(tensor: Any, placements: list[Any], mine: int | None) -> Tensor:
+    """This rank's share of hidden states whose tokens are sharded in the order of the ranks."""
+    for at, placement in enumerate(placements):
+        if at == mine:
+            fits = _shards(placement) and type(placement) is _types().Shard
+            fits = (
+                fits and placement.dim < tensor.dim() - 1 and all(size == 1 for size in tensor.shape[: placement.dim])
+            )
+        else:
+            fits = placement.is_replicate()
+        if mine is None or not fits:
+            raise ValueError(
+                "input must be sharded on its first dimension of tokens over the ranks of vocab, and replicated over "
+                f"others, for input_grad='sequence', had placements {tuple(placements)} on {tensor.device_mesh}"
+            )
+    return tensor.to_local()
+
+
+def _bias(bias: Any, vocab: VocabShard | None) -> Tensor:
+    """This rank's words of a bias, as the head has them."""
+    placements = _placements(bias)
+    if any(map(_shards, placements)):
+        _refuse_fsdp("linear_bias", bias)
+    wanted = _replicated(placements)
+    if vocab is not None:
+        mine = _dim_of(bias.device_mesh, vocab)
+        if mine is None:
+            raise ValueError(
+                f"linear_bias must be on a mesh with the ranks of vocab, had placements {tuple(placements)} on "
+                f"{bias.device_mesh}"
+            )
+        wanted[mine] = _types().Shard(0)
+        bounds = _shard_of("linear_bias", bias.device_mesh, wanted, bias.shape[0], 0)
+        if (bounds.start, bounds.stop) != (vocab.start, vocab.stop):
+            raise ValueError(
+                f"linear_bias must hold the words [{vocab.start}, {vocab.stop}) of vocab on this rank, would hold "
+                f"[{bounds.start}, {bounds.stop}) with placements {tuple(wanted)}"
+            )
+    return bias.redistribute(placements=wanted).to_local()
+
+
+def _refuse_fsdp(name: str, tensor: Any) -> None:
+    if _is_fsdp_shard(tensor):
+        raise ValueError(fsdp_refusal(name, tensor))
+
+
+def _types() -> Any:
+    return sys.modules["torch.distributed.tensor"]
+
+
+def _placements(tensor: Any) -> list[Any]:
+    """The placements, dimensions counted from the first one."""
+    shard = _types().Shard
+    return [
+        shard(placement.dim % tensor.dim()) if type(placement) is shard and placement.dim < 0 else placement
+        for placement in tensor.placements
+    ]
+
+
+def _shards(placement: Any) -> bool:
+    return not placement.is_replicate() and not placement.is_partial()
+
+
+def _replicated(placements: list[Any]) -> list[Any]:
+    return [_types().Replicate() for _ in placements]
+
+
+def _summed(placements: list[Any]) -> list[Any]:
+    return [_types().Replicate() if placement.is_partial() else placement for placement in placements]
+
+
+def _sharded_tokens(name: str, tensor: Any, where: str) -> str:
+    return (
+        f"{name} must not have its tokens sharded{where}, had placements {tuple(tensor.placements)} on "
+        f"{tensor.device_mesh}: give the loss {name}.to_local(), and the other tensors per token alike, for the loss "
+        "of this rank's tokens, or redistribute to Replicate() for the loss of all tokens on every rank"
+    )
+
+
+def _dim_of(mesh: Any, vocab: VocabShard | None) -> int | None:
+    """The dimension of a mesh along which the vocabulary is sharded."""
+    return None if vocab is None else _dim_of_ranks(mesh, vocab.ranks)
+
+
+def _shard_of(name: str, mesh: Any, placements: list[Any], total: int, dim: int) -> VocabShard:
+    """The shard of a tensor with ``total`` words in its dimension ``dim``."""
+    if not torch.compiler.is_compiling():
+        # Meshes of a group that was destroyed and of its successor are equal.
+        return _cached_shard(dist.group.WORLD, name, mesh, tuple(placements), total, dim)
+    at, start, stop = _bounds(name, mesh, placements, total, dim)
+    return VocabShard(mesh.get_group(at), start, stop, total)
+
+
+@functools.lru_cache(maxsize=64)
+@torch.compiler.disable(recursive=True)
+def _cached_shard(_world: Any, name: str, mesh: Any, placements: tuple[Any, ...], total: int, dim: int) -> VocabShard:
+    """Made once, so that ranks compare their bounds once."""
+    return VocabShard.from_placements(mesh, placements, (total,), name=name, dim=dim)
+
+
+# What follows reads meshes, groups and identities. The compiler takes its results for constants, and has guards for the
+# meshes, placements and sizes by itself.
+
+
+@torch.compiler.assume_constant_result
+def _bounds(name: str, mesh: Any, placements: list[Any], total: int, dim: int) -> tuple[int, int, int]:
+    shard = _cached_shard(dist.group.WORLD, name, mesh, tuple(placements), total, dim)
+    return _dim_of_ranks(mesh, shard.ranks), shard.start, shard.stop
+
+
+@torch.compiler.assume_constant_result
+def _dim_of_ranks(mesh: Any, ranks: tuple[int, ...]) -> int | None:
+    dims = [dim for dim in range(mesh.ndim) if tuple(dist.get_process_group_ranks(mesh.get_group(dim))) == ranks]
+    return dims[0] if dims else None
+
+
+@torch.compiler.assume_constant_result
+def _is_fsdp_shard(tensor: Any) -> bool:
+    return _not_compiled_is_fsdp_shard(tensor)
+
+
+# Where the compiler breaks the graph it would compile these by themselves, and identities would be those of its fakes.
+_not_compiled_is_fsdp_shard = torch.compiler.disable(is_fsdp_shard, recursive=True)

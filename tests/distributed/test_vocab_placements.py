@@ -1,0 +1,46 @@
+"""DTensors are taken by their placements; a head that FSDP shards is no shard of the vocabulary."""
+
+import pytest
+
+from tests.distributed.launch import run
+from tests.distributed.vocab_placements import RANKS, REFUSED, run_all
+
+
+@pytest.fixture(scope="module")
+def failures():
+    return run(run_all, RANKS)
+
+
+def cases(failures, *kinds: str) -> list:
+    found = [case for case in failures[0] if (case if isinstance(case, str) else case[0]) in kinds]
+    assert found
+    return found
+
+
+RIGHT = ["right", "whole head", "logits", "input_grad", "num_tokens", "compiled", "beside fsdp", "inside"]
+
+
+@pytest.mark.parametrize("kind", RIGHT)
+def test_equals_one_process_with_gradients_of_its_kind(failures, kind):
+    for case in cases(failures, kind):
+        assert [of_rank[case] for of_rank in failures] == [None] * RANKS, case
+
+
+def test_tokens_sharded_over_other_ranks_are_refused_by_name(failures):
+    for case in cases(failures, "refused"):
+        _, name, what = case
+        for of_rank in failures:
+            assert of_rank[case].type == "ValueError"
+            assert of_rank[case].message.startswith(f"{name} must not have its tokens sharded")
+            assert f"had placements {REFUSED[what]}" in of_rank[case].message
+            assert f"{name}.to_local()" in of_rank[case].message
+
+
+def test_heads_that_fsdp_shards_are_refused_by_name(failures):
+    for case in cases(failures, "fsdp"):
+        _, what = case
+        name = {"from_dtensor": "weight", "bias": "linear_bias"}.get(what, "linear_weight")
+        for of_rank in failures:
+            assert of_rank[case] is not None, case
+            assert of_rank[case].type == ("Unsupported" if what == "compiled, full graph" else "ValueError"), case
+            assert f"{name} is sharded by FSDP over data ranks" in of_rank[case].message, case
