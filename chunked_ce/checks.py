@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 import math
-from numbers import Real
 
 import torch
 from torch import Tensor
 
+from chunked_ce.arguments import (
+    COUNTS,
+    FLOATING,
+    INDICES,
+    WEIGHTS,
+    check_tensor,
+    described,
+    integer,
+    is_one_of,
+    number,
+)
 from chunked_ce.distributed.vocab import VocabShard
 from chunked_ce.engine.accumulation import has_own_dispatch, main_grad_mismatch
 from chunked_ce.engine.kernels import why_not_triton
+from chunked_ce.engine.tracing import is_readable
 from chunked_ce.options import ChunkOptions
 
-__all__ = ["check_accumulation", "check_backend", "check_keywords", "check_options", "check_tensors"]
+__all__ = [
+    "check_accumulation",
+    "check_backend",
+    "check_keywords",
+    "check_num_tokens",
+    "check_options",
+    "check_tensors",
+    "check_vocab",
+]
 
 
 def check_tensors(
@@ -28,14 +47,13 @@ def check_tensors(
     input_name: str = "input",  # "logits": they exist, there is no linear_weight
 ) -> None:
     """Shapes, dtypes and devices of the tensors."""
-    _tensor(input_name, input)
+    check_tensor(input_name, input, FLOATING)
     if input.dim() < 1:
         raise ValueError(f"{input_name} must have at least one dimension, had shape {_shape(input)}")
-    if vocab is not None and not isinstance(vocab, VocabShard):
-        raise TypeError(f"vocab must be a VocabShard or None, was {type(vocab).__name__}")
+    check_vocab(vocab)
     rows = input.shape[-1]
     if input_name != "logits":
-        _tensor("linear_weight", linear_weight)
+        check_tensor("linear_weight", linear_weight, FLOATING)
         rows = _rows(linear_weight, input, vocab)
     elif vocab is None and rows < 1:
         raise ValueError(f"{input_name} must have at least one class, had shape {_shape(input)}")
@@ -46,9 +64,7 @@ def check_tensors(
             + (f", or {vocab.padded_rows} with padding" if vocab.padded_rows else "")
             + f", had {rows}"
         )
-    _tensor("target", target, floating=False)
-    if target.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"target must be int32 or int64 class indices, was {target.dtype}")
+    check_tensor("target", target, INDICES)
     if vocab is not None and vocab.input_grad == "sequence" and input_name != "logits":
         tokens = vocab.size * (input.numel() // max(1, input.shape[-1]))
         if target.numel() != tokens:
@@ -61,17 +77,18 @@ def check_tensors(
             f"target must have the shape of {input_name} without its last dimension, {_shape(input, -1)}, "
             f"had {_shape(target)}"
         )
-    words = {(rows,)} if vocab is None else {(rows,), (vocab.rows,), (vocab.total,)}
-    for name, tensor, shapes in (
-        ("linear_bias", linear_bias, {(rows,)}),
-        ("weight", weight, words),
-        ("token_weight", token_weight, {tuple(target.shape)}),
+    words = [(rows,)] if vocab is None else [(rows,), (vocab.rows,), (vocab.total,)]
+    for name, tensor, kind, shapes in (
+        ("linear_bias", linear_bias, FLOATING, [(rows,)]),
+        ("weight", weight, FLOATING, words),
+        ("token_weight", token_weight, WEIGHTS, [_shape(target)]),
     ):
         if tensor is None:
             continue
-        _tensor(name, tensor, floating=name != "token_weight")
-        if tuple(tensor.shape) not in shapes:
-            allowed = " or ".join(map(str, sorted(shapes)))
+        check_tensor(name, tensor, kind)
+        # A list, not a set: symbolic sizes have no hash.
+        if not any(_shape(tensor) == shape for shape in shapes):
+            allowed = " or ".join(map(str, dict.fromkeys(map(str, shapes))))
             raise ValueError(f"{name} must have shape {allowed}, had {_shape(tensor)}")
     for name, tensor in (("weight", weight), ("token_weight", token_weight)):
         if tensor is not None and tensor.requires_grad:
@@ -99,28 +116,49 @@ def check_keywords(
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    num_tokens: float | Tensor | None = None,
 ) -> None:
     """Values of the options of the loss."""
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', was {reduction!r}")
-    if not isinstance(ignore_index, int | torch.SymInt) or isinstance(ignore_index, bool):
-        raise TypeError(f"ignore_index must be an integer, was {ignore_index!r}")
-    if not 0.0 <= _number("label_smoothing", label_smoothing) <= 1.0:
-        raise ValueError(f"label_smoothing must be in [0, 1], was {label_smoothing!r}")
-    if not 0.0 <= _number("z_loss", z_loss) < math.inf:
-        raise ValueError(f"z_loss must be finite and >= 0, was {z_loss!r}")
-    if softcap is not None and not 0.0 < _number("softcap", softcap) < math.inf:
-        raise ValueError(f"softcap must be None or finite and > 0, was {softcap!r}")
-    if not -math.inf < _number("logit_scale", logit_scale) < math.inf:
-        raise ValueError(f"logit_scale must be finite, was {logit_scale!r}")
-    if isinstance(num_tokens, Tensor):
-        if num_tokens.numel() != 1 or num_tokens.is_complex():
-            raise ValueError(
-                f"num_tokens must be one number >= 0, was a {num_tokens.dtype} tensor of shape {_shape(num_tokens)}"
-            )
-    elif num_tokens is not None and not 0 <= _number("num_tokens", num_tokens) < math.inf:
-        raise ValueError(f"num_tokens must be finite and >= 0, was {num_tokens!r}")
+    if not is_one_of(reduction, ("mean", "sum", "none")):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', was {described(reduction)}")
+    integer("ignore_index", ignore_index)
+    if not 0.0 <= number("label_smoothing", label_smoothing) <= 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1], was {described(label_smoothing)}")
+    if not 0.0 <= number("z_loss", z_loss) < math.inf:
+        raise ValueError(f"z_loss must be finite and >= 0, was {described(z_loss)}")
+    if softcap is not None and not 0.0 < number("softcap", softcap) < math.inf:
+        raise ValueError(f"softcap must be None or finite and > 0, was {described(softcap)}")
+    if not -math.inf < number("logit_scale", logit_scale) < math.inf:
+        raise ValueError(f"logit_scale must be finite, was {described(logit_scale)}")
+
+
+def check_num_tokens(num_tokens: float | Tensor | None, dtype: torch.dtype) -> None:
+    """Whether the mean's denominator is a number >= 0 of ``dtype``, that of the loss."""
+    if num_tokens is None:
+        return
+    limits = torch.finfo(dtype)
+
+    def fits(value: float | Tensor) -> bool | Tensor:
+        return (value == 0) | ((value >= limits.smallest_normal * limits.eps) & (value <= limits.max))
+
+    allowed = f"num_tokens must be finite and >= 0, within the range of {dtype}"
+    if not isinstance(num_tokens, Tensor):
+        if not fits(number("num_tokens", num_tokens)):
+            raise ValueError(f"{allowed}, was {described(num_tokens)}")
+        return
+    check_tensor("num_tokens", num_tokens, COUNTS)
+    if num_tokens.numel() != 1:
+        raise ValueError(f"num_tokens must be one number >= 0, was {described(num_tokens)}")
+    if num_tokens.requires_grad:
+        raise ValueError("num_tokens requires grad, but the loss is not differentiated in it: detach it")
+    if not is_readable(num_tokens):
+        torch._assert_async(fits(num_tokens).reshape(()), allowed)
+    elif not fits(num_tokens.item()):
+        raise ValueError(f"{allowed}, was a tensor of {num_tokens.item()}")
+
+
+def check_vocab(vocab: VocabShard | None) -> None:
+    if vocab is not None and not isinstance(vocab, VocabShard):
+        raise TypeError(f"vocab must be a VocabShard or None, was {type(vocab).__name__}")
 
 
 def check_options(options: ChunkOptions | None, reduction: str | None) -> ChunkOptions:
@@ -128,7 +166,7 @@ def check_options(options: ChunkOptions | None, reduction: str | None) -> ChunkO
     if options is None:
         return ChunkOptions()
     if not isinstance(options, ChunkOptions):
-        raise TypeError(f"options must be a ChunkOptions or None, was {options!r}")
+        raise TypeError(f"options must be a ChunkOptions or None, was {described(options)}")
     if options.gradients == "forward" and reduction == "none":
         raise ValueError(
             "options.gradients='forward' needs one loss to differentiate, reduction 'mean' or 'sum', "
@@ -149,19 +187,30 @@ def check_accumulation(
         return
     if not linear_weight.requires_grad or not torch.is_grad_enabled():
         return
+    refused = _no_main_grad(linear_weight, vocab, transformed)
+    if refused is not None:
+        raise ValueError(
+            "options.accumulate_into='main_grad' needs a linear_weight that is a leaf, without padding, of a class "
+            f"without a __torch_dispatch__ of its own, outside of torch.compile and torch.func, had {refused}"
+        )
     mismatch = main_grad_mismatch(linear_weight)
     if mismatch is not None:
         raise ValueError(mismatch)
-    padded = vocab is not None and len(linear_weight) != vocab.rows
-    own_dispatch = has_own_dispatch(linear_weight)
-    compiling = torch.compiler.is_compiling()
-    if padded or not linear_weight.is_leaf or own_dispatch or compiling or transformed:
-        raise ValueError(
-            "options.accumulate_into='main_grad' needs a linear_weight that is a leaf, without padding, of a class "
-            "without a __torch_dispatch__ of its own, outside of torch.compile and torch.func, was "
-            f"{type(linear_weight).__name__}, is_leaf={linear_weight.is_leaf}, padded={padded}, "
-            f"own __torch_dispatch__={own_dispatch}, compiling={compiling}, transformed={transformed}"
-        )
+
+
+def _no_main_grad(linear_weight: Tensor, vocab: VocabShard | None, transformed: bool) -> str | None:
+    """Why nothing can be added to a ``main_grad``, whether there is one or not."""
+    if torch.compiler.is_compiling():
+        return "compiling=True"
+    if transformed:
+        return "transformed=True"
+    if vocab is not None and linear_weight.shape[0] != vocab.rows:
+        return f"{linear_weight.shape[0]} rows for the {vocab.rows} words of vocab"
+    if not linear_weight.is_leaf:
+        return "is_leaf=False"
+    if has_own_dispatch(linear_weight):
+        return f"a {type(linear_weight).__name__}"
+    return None
 
 
 def check_backend(options: ChunkOptions, device: torch.device, dtype: torch.dtype) -> None:
@@ -187,21 +236,6 @@ def _rows(linear_weight: Tensor, input: Tensor, vocab: VocabShard | None) -> int
             f"had shape {_shape(linear_weight)}"
         )
     return linear_weight.shape[0]
-
-
-def _tensor(name: str, value: object, floating: bool = True) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, was {type(value).__name__}")
-    if floating and not value.is_floating_point():
-        raise TypeError(f"{name} must be of a floating-point dtype, was {value.dtype}")
-    if value.is_complex():
-        raise TypeError(f"{name} must be real, was {value.dtype}")
-
-
-def _number(name: str, value: object) -> float:
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, was {value!r}")
-    return value
 
 
 def _shape(tensor: Tensor, stop: int | None = None) -> tuple[int, ...]:

@@ -8,13 +8,23 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from chunked_ce.checks import check_accumulation, check_backend, check_keywords, check_options, check_tensors
+from chunked_ce.arguments import check_flag, plain_integer
+from chunked_ce.checks import (
+    check_accumulation,
+    check_backend,
+    check_keywords,
+    check_num_tokens,
+    check_options,
+    check_tensors,
+)
 from chunked_ce.distributed.dtensors import local_arguments
 from chunked_ce.distributed.vocab import WHOLE_WEIGHT, VocabShard
 from chunked_ce.engine import logits_ops, ops, plain
 from chunked_ce.engine.device_memory import free_bytes
 from chunked_ce.engine.linear import Head, Settings
 from chunked_ce.engine.rows import Wanted, work_dtype
+from chunked_ce.engine.stats_ops import loss_stats, plain_loss_stats
+from chunked_ce.engine.tracing import has_values
 from chunked_ce.objective import Logits, Objective, RowStatistics
 from chunked_ce.options import ChunkOptions
 from chunked_ce.plan import budget_within
@@ -131,6 +141,7 @@ def linear_cross_entropy(
     }
     tensors = (input, linear_weight, target, linear_bias, weight, token_weight)
     options = _enter("linear_cross_entropy", tensors, maths, options, vocab, return_stats=return_stats)
+    ignore_index = plain_integer(ignore_index)
     settings = _settings(input, options, linear_weight, vocab)
     weights = _Weights.of(target, ignore_index, weight, token_weight, vocab, work_dtype(settings.compute_dtype))
     head = _head(linear_weight, linear_bias, softcap, logit_scale, weights.classes, vocab)
@@ -162,7 +173,7 @@ def linear_cross_entropy(
         losses = weights.losses(objective, rows)
         loss_sum = losses.sum()
         loss = losses.view(target.shape) if reduction == "none" else loss_sum * upstream
-    return (loss, weights.stats(loss_sum, rows)) if return_stats else loss
+    return (loss, weights.stats(loss_sum, rows, vocab)) if return_stats else loss
 
 
 def cross_entropy(
@@ -208,6 +219,7 @@ def cross_entropy(
     }
     tensors = (logits, None, target, None, weight, token_weight)
     options = _enter("cross_entropy", tensors, maths, options, vocab, input_name="logits", return_stats=return_stats)
+    ignore_index = plain_integer(ignore_index)
     weights = _Weights.of(target, ignore_index, weight, token_weight, vocab, work_dtype(logits.dtype))
     objective = Objective(float(label_smoothing), float(z_loss), _vocab_size(logits.shape[-1], vocab))
     wanted = Wanted(label_smoothing > 0, mean=return_stats, correct=return_stats)
@@ -227,7 +239,7 @@ def cross_entropy(
     losses = weights.losses(objective, rows)
     loss_sum = losses.sum()
     loss = losses.view(target.shape) if reduction == "none" else loss_sum * weights.upstream(reduction, num_tokens)
-    return (loss, weights.stats(loss_sum, rows)) if return_stats else loss
+    return (loss, weights.stats(loss_sum, rows, vocab)) if return_stats else loss
 
 
 def linear_logprobs(
@@ -260,6 +272,7 @@ def linear_logprobs(
     maths = {"reduction": "none", "ignore_index": ignore_index, "softcap": softcap, "logit_scale": logit_scale}
     tensors = (input, linear_weight, target, linear_bias, None, None)
     options = _enter("linear_logprobs", tensors, maths, options, vocab, return_entropy=return_entropy)
+    ignore_index = plain_integer(ignore_index)
     head = _head(linear_weight, linear_bias, softcap, logit_scale, None, vocab)
     hidden = input.reshape(-1, input.shape[-1])
     wanted = Wanted(mean=return_entropy)
@@ -289,9 +302,15 @@ def _enter(
 
     def check() -> ChunkOptions:
         check_tensors(*tensors, vocab, input_name=input_name)
-        check_keywords(**maths)
+        keywords = dict(maths)
+        num_tokens = keywords.pop("num_tokens", None)
+        check_keywords(**keywords)
+        for name, value in returned.items():
+            check_flag(name, value)
+        compute_dtype = _compute_dtype(tensors[0], input_name)
+        check_num_tokens(num_tokens, work_dtype(compute_dtype))
         checked = check_options(options, maths["reduction"])
-        check_backend(checked, tensors[0].device, _compute_dtype(tensors[0], input_name))
+        check_backend(checked, tensors[0].device, compute_dtype)
         check_accumulation(checked, tensors[1], vocab, transformed=_transformed(None))
         return checked
 
@@ -427,7 +446,7 @@ class _Weights(NamedTuple):
         share = counted.to(self.dtype) if self.tokens is None else self.tokens.where(counted, 0)
         if self.classes is not None:
             # A target out of range is reported by the chunks; here it only must not be read.
-            here = counted & (self.target >= 0) & (self.target < len(self.classes))
+            here = counted & (self.target >= 0) & (self.target < self.classes.shape[0])
             share = share * self.classes[self.target.where(here, 0)]
         return share.sum()
 
@@ -438,17 +457,17 @@ class _Weights(NamedTuple):
         denominator = self.count() if num_tokens is None else _on_device(num_tokens, self.dtype, self.target.device)
         return torch.where(denominator == 0, 0.0, 1 / denominator)
 
-    def stats(self, loss_sum: Tensor, rows: RowStatistics) -> LossStats:
+    def stats(self, loss_sum: Tensor, rows: RowStatistics, vocab: VocabShard | None) -> LossStats:
         counted = self.target != self.ignore_index
-        lse_max = torch.cat([rows.lse.new_full((1,), -torch.inf), rows.lse.where(counted, -torch.inf)]).amax()
-        sums = (loss_sum, self.count(), rows.correct.sum(), rows.entropy.sum(), lse_max)
-        return LossStats(*(value.detach().float() for value in sums))
+        stats_of = plain_loss_stats if _transformed(vocab) else loss_stats
+        return LossStats(*stats_of(loss_sum, self.count(), rows.lse, rows.correct, rows.entropy, counted))
 
 
 def _settings(input: Tensor, options: ChunkOptions, linear_weight: Tensor, vocab: VocabShard | None) -> Settings:
     chunk_size = None if options.chunk_size == "auto" else options.chunk_size
     memory_budget = options.memory_budget
-    if memory_budget is None and chunk_size is None and vocab is None:  # ranks that share a plan have not the same free
+    # Ranks that share a plan have not the same free.
+    if memory_budget is None and chunk_size is None and vocab is None and has_values(*linear_weight.shape):
         free = free_bytes(input.device)
         if free is not None:
             memory_budget = budget_within(free, *linear_weight.shape, sums_head=linear_weight.requires_grad)
@@ -461,7 +480,16 @@ def _settings(input: Tensor, options: ChunkOptions, linear_weight: Tensor, vocab
         options.backend,
         options.filter_threshold(dtype),
         options.accumulate_into,
+        _head_sum_dtype(dtype, options, input, linear_weight),
     )
+
+
+def _head_sum_dtype(
+    compute_dtype: torch.dtype, options: ChunkOptions, input: Tensor, linear_weight: Tensor
+) -> torch.dtype | None:
+    """What a graph for any number of tokens sums the head's gradients in; None where the plan knows the sizes."""
+    sizes = (*input.shape, *linear_weight.shape)
+    return None if has_values(*sizes) else torch.promote_types(options.accumulate_dtype, compute_dtype)
 
 
 def _compute_dtype(input: Tensor, input_name: str = "input") -> torch.dtype:
@@ -491,7 +519,8 @@ def _on_device(number: float | Tensor, dtype: torch.dtype, device: torch.device)
     """A number as a tensor () without waiting for the device."""
     if isinstance(number, Tensor):
         return number.detach().to(device, dtype, non_blocking=True).reshape(())
-    return torch.full((), number, dtype=dtype, device=device)
+    # A product, unlike `torch.full`, may take a number that a compiler keeps as an input of its graph.
+    return torch.ones((), dtype=dtype, device=device) * float(number)
 
 
 def _float(value: float | None) -> float | None:

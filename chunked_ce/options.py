@@ -7,9 +7,12 @@ from typing import Literal
 
 import torch
 
+from chunked_ce.arguments import described, integer, is_integer, is_number, is_one_of
+
 __all__ = ["ChunkOptions"]
 
 _ACCUMULATE_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+_NAMES = {"gradients": ("auto", "forward", "backward"), "backend": ("auto", "torch", "triton")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,25 +63,27 @@ class ChunkOptions:
     not a leaf, under ``create_graph=True`` and in compiled code; ``"main_grad"`` raises where it cannot be served."""
 
     def __post_init__(self) -> None:
-        if self.chunk_size != "auto" and not _is_integer(self.chunk_size, 1):
-            raise ValueError(f"chunk_size must be 'auto' or an integer >= 1, was {self.chunk_size!r}")
-        if self.memory_budget is not None and not _is_integer(self.memory_budget, 1):
-            raise ValueError(f"memory_budget must be None or a number of bytes >= 1, was {self.memory_budget!r}")
-        if self.gradients not in ("auto", "forward", "backward"):
-            raise ValueError(f"gradients must be 'auto', 'forward' or 'backward', was {self.gradients!r}")
-        if self.accumulate_dtype not in _ACCUMULATE_DTYPES:
+        if not is_one_of(self.chunk_size, ("auto",)):
+            self._set("chunk_size", _at_least_1("chunk_size", self.chunk_size, "'auto' or an integer"))
+        if self.memory_budget is not None:
+            self._set("memory_budget", _at_least_1("memory_budget", self.memory_budget, "None or a number of bytes"))
+        for name, allowed in _NAMES.items():
+            if not is_one_of(getattr(self, name), allowed):
+                raise ValueError(f"{name} must be {_either(allowed)}, was {described(getattr(self, name))}")
+        if not isinstance(self.accumulate_dtype, torch.dtype) or self.accumulate_dtype not in _ACCUMULATE_DTYPES:
             allowed = ", ".join(map(str, _ACCUMULATE_DTYPES))
-            raise ValueError(f"accumulate_dtype must be one of {allowed}, was {self.accumulate_dtype!r}")
-        if self.gradient_filter not in (None, "auto") and not _is_probability(self.gradient_filter):
-            raise ValueError(f"gradient_filter must be None, 'auto' or in [0, 1), was {self.gradient_filter!r}")
-        if self.accumulate_into not in (None, "grad", "main_grad"):
-            raise ValueError(f"accumulate_into must be None, 'grad' or 'main_grad', was {self.accumulate_into!r}")
-        if self.accumulate_into is not None and self.gradients == "forward":
-            raise ValueError(
-                f"accumulate_into={self.accumulate_into!r} needs gradients 'backward' or 'auto', was 'forward'"
-            )
-        if self.backend not in ("auto", "torch", "triton"):
-            raise ValueError(f"backend must be 'auto', 'torch' or 'triton', was {self.backend!r}")
+            raise ValueError(f"accumulate_dtype must be one of {allowed}, was {described(self.accumulate_dtype)}")
+        if self.gradient_filter is not None and not is_one_of(self.gradient_filter, ("auto",)):
+            self._set("gradient_filter", _probability("gradient_filter", self.gradient_filter))
+        into = self.accumulate_into
+        if into is not None and not is_one_of(into, ("grad", "main_grad")):
+            raise ValueError(f"accumulate_into must be None, 'grad' or 'main_grad', was {described(into)}")
+        if into is not None and self.gradients == "forward":
+            raise ValueError(f"accumulate_into={into!r} needs gradients 'backward' or 'auto', was 'forward'")
+
+    def _set(self, name: str, value: float) -> None:
+        """A number as Python's own, which hashes, pickles and compiles as one."""
+        object.__setattr__(self, name, value)
 
     @property
     def in_backward(self) -> bool:
@@ -95,12 +100,20 @@ class ChunkOptions:
         """
         if self.gradient_filter == "auto":
             return torch.finfo(dtype).eps * 2**-7
-        return None if self.gradient_filter is None else float(self.gradient_filter)
+        return self.gradient_filter
 
 
-def _is_probability(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1
+def _at_least_1(name: str, value: object, kind: str) -> int:
+    if not is_integer(value) or value < 1:
+        raise ValueError(f"{name} must be {kind} >= 1, was {described(value)}")
+    return integer(name, value, kind)
 
 
-def _is_integer(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def _probability(name: str, value: object) -> float:
+    if not is_number(value) or not 0 <= value < 1:
+        raise ValueError(f"{name} must be None, 'auto' or in [0, 1), was {described(value)}")
+    return float(value)
+
+
+def _either(names: tuple[str, ...]) -> str:
+    return f"{', '.join(map(repr, names[:-1]))} or {names[-1]!r}"

@@ -113,6 +113,40 @@ def test_stats():
         assert not getattr(stats, name).requires_grad
 
 
+INDUCTOR = pytest.param(
+    "inductor", marks=pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+)
+FACTORS_OF_ONE = [("sum", None), ("mean", 1), ("mean", 1.0), ("mean", None), ("none", None)]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])
+@pytest.mark.parametrize("trained", ["both", "head"])
+def test_a_loss_keeps_its_gradient_beside_its_sum(trained, backend):
+    """A factor of one is folded away: what is left of the loss may not be the sum among the statistics."""
+    module = LinearCrossEntropyLoss(reduction="sum", return_stats=True)
+
+    def losses(hidden, head, target):
+        terms = {"return_stats": True}
+        found = [module(hidden, head, target)]
+        for reduction, num_tokens in FACTORS_OF_ONE:
+            terms |= {"reduction": reduction, "num_tokens": num_tokens}
+            ways = [way for r, way in REDUCTIONS_AND_WAYS if r == reduction]
+            found += [linear_cross_entropy(hidden, head, target, options=chunks(5, way), **terms) for way in ways]
+            found.append(cross_entropy(hidden @ head.t(), target, **terms))
+        return [(loss * 1.0, stats) for loss, stats in found]
+
+    case = problem(24, 6, 11)
+    case.hidden.requires_grad_(trained == "both")
+    fast = compiled(losses, backend)(case.hidden, case.head, case.target)
+    for (loss, stats), (expected, expected_stats) in zip(
+        fast, losses(case.hidden, case.head, case.target), strict=True
+    ):
+        assert loss.requires_grad and not any(value.requires_grad for value in stats)
+        torch.testing.assert_close((loss, *stats), (expected, *expected_stats))
+        got, want = (gradients(value.sum(), case, retain_graph=True) for value in (loss, expected))
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
 def test_module_within_a_model():
     """A layer, the loss and the rest of the step in one graph."""
     layer, head, criterion = torch.nn.Linear(6, 6), torch.nn.Linear(6, 11), LinearCrossEntropyLoss()

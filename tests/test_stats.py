@@ -105,6 +105,29 @@ def test_stats_are_not_part_of_the_graph():
         assert getattr(stats, name).grad_fn is None
 
 
+@pytest.mark.parametrize(("reduction", "way"), REDUCTIONS_AND_WAYS)
+@pytest.mark.parametrize("num_tokens", [None, 1])
+@pytest.mark.parametrize("n", [1, 9])
+def test_stats_share_no_memory_with_the_loss(n, num_tokens, reduction, way):
+    """A running sum that is kept in a statistic changes neither the loss nor its gradient."""
+    case = problem(n, 6, 5, ignored=0.0)
+    logits = F.linear(case.hidden, case.head).detach().requires_grad_()
+    keywords = {"reduction": reduction, "num_tokens": num_tokens, "return_stats": True}
+    calls = (
+        (case.leaves(), lambda: case.loss(options=chunks(4, way), **keywords)),
+        ([logits], lambda: cross_entropy(logits, case.target, **keywords)),
+    )
+    for leaves, call in calls:
+        (expected, untouched), (value, stats) = call(), call()
+        for field in stats:
+            field.mul_(3)
+        assert torch.equal(value, expected)
+        for got, want in zip(*(torch.autograd.grad(x.sum(), leaves) for x in (value, expected)), strict=True):
+            assert torch.equal(got, want)
+        value.detach().mul_(5)
+        assert torch.equal(torch.stack(list(stats)), 3 * torch.stack(list(untouched)))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_stats_of_half_precision(dtype):
     """peers 1: counts and sums beyond what the format can count exactly (bf16 stops at 256)."""

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from chunked_ce.engine.tracing import is_recorded
+
 __all__ = ["Destination", "destination", "has_own_dispatch", "leaf_to_keep", "main_grad_mismatch"]
 
 
@@ -43,7 +45,7 @@ def destination(
     if not needed or accumulate_into is None:
         return Destination(needed)
     into_main = accumulate_into == "main_grad"
-    if leaf is None or has_own_dispatch(saved):
+    if leaf is None or has_own_dispatch(saved) or is_recorded():
         if into_main:
             raise RuntimeError(
                 "options.accumulate_into='main_grad': linear_weight is traced or no leaf, there is nothing to add to"
@@ -67,7 +69,7 @@ def destination(
 def main_grad_mismatch(weight: Tensor) -> str | None:
     """Why nothing can be added to ``weight.main_grad``, None where it can."""
     found = getattr(weight, "main_grad", None)
-    was = repr(found)
+    was = f"a {type(found).__name__}" if found is not None else "None"
     if isinstance(found, Tensor):
         alike = found.shape == weight.shape and found.device == weight.device and found.layout == torch.strided
         if alike and found.is_floating_point():

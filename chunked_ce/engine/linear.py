@@ -61,11 +61,16 @@ class Settings(NamedTuple):
     backend: str = "auto"
     gradient_filter: float | None = None
     accumulate_into: str | None = None
+    head_sum_dtype: torch.dtype | None = None  # of the forward way's head gradients; None: as many chunks need
 
     @property
     def planned(self) -> dict[str, Any]:
         """What `chunked_ce.plan` takes."""
         return {name: getattr(self, name) for name in _PLANNED}
+
+    def planned_head_dtype(self, weight: Tensor) -> torch.dtype:
+        """The dtype that the plan sums the head's gradients for."""
+        return self.head_sum_dtype or weight.dtype
 
     def row_kernels(self, device: torch.device) -> ModuleType:
         return choose_row_kernels(self.backend, device, self.compute_dtype)
@@ -110,7 +115,7 @@ def loss_and_gradients(
     The head's gradients come in the dtype of their sum over the chunks.
     """
     tokens = CountedTokens(target, ignore_index, len(head.weight))
-    planned = {"head_dtype": head.weight.dtype if needed[1] else None, **settings.planned}
+    planned = {"head_dtype": settings.planned_head_dtype(head.weight) if needed[1] else None, **settings.planned}
     chunk = plan.tokens_per_chunk(len(tokens), *head.weight.shape, **planned)
     head_sum_dtype = plan.head_sum_dtype(len(target), *head.weight.shape, **planned)
     sums = Sums(hidden, head, tokens, token_weight, upstream, objective, wanted, needed, settings, head_sum_dtype)

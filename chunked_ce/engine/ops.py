@@ -33,6 +33,7 @@ from chunked_ce.engine.kernels import row_kernels
 from chunked_ce.engine.linear import Head, Settings
 from chunked_ce.engine.rows import Slopes, Wanted
 from chunked_ce.engine.sharded import Shard
+from chunked_ce.engine.tracing import is_recorded
 from chunked_ce.objective import Logits, Objective, RowStatistics
 
 __all__ = ["linear_loss", "linear_statistics"]
@@ -128,6 +129,7 @@ def _linear_statistics(
     backend: str,
     gradient_filter: float | None,
     accumulate_into: str | None,
+    head_sum_dtype: torch.dtype | None,
     group_name: str | None,
     start: int,
     total: int,
@@ -136,7 +138,14 @@ def _linear_statistics(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     head = Head(weight, bias, Logits(scale, softcap), class_weight)
     settings = Settings(
-        compute_dtype, accumulate_dtype, chunk_size, memory_budget, backend, gradient_filter, accumulate_into
+        compute_dtype,
+        accumulate_dtype,
+        chunk_size,
+        memory_budget,
+        backend,
+        gradient_filter,
+        accumulate_into,
+        head_sum_dtype,
     )
     shard = shard_of(group_name, start, total, input_grad, reduce_dtype)
     arguments = (hidden, head, target, ignore_index, Wanted(*wanted))
@@ -179,6 +188,7 @@ def _linear_gradients(
     backend: str,
     gradient_filter: float | None,
     accumulate_into: str | None,
+    head_sum_dtype: torch.dtype | None,
     group_name: str | None,
     start: int,
     total: int,
@@ -189,7 +199,14 @@ def _linear_gradients(
     known = RowStatistics(maximum, log_sum, log_sum, mean=mean if mean_slope is not None else None)
     slopes = Slopes(log_sum_slope, target_slope, weighted_slope, mean_slope)
     settings = Settings(
-        compute_dtype, accumulate_dtype, chunk_size, memory_budget, backend, gradient_filter, accumulate_into
+        compute_dtype,
+        accumulate_dtype,
+        chunk_size,
+        memory_budget,
+        backend,
+        gradient_filter,
+        accumulate_into,
+        head_sum_dtype,
     )
     shard = shard_of(group_name, start, total, input_grad, reduce_dtype)
     arguments = (hidden, head, target, known, slopes, ignore_index, tuple(needed))
@@ -296,6 +313,7 @@ def _linear_loss(
     backend: str,
     gradient_filter: float | None,
     accumulate_into: str | None,
+    head_sum_dtype: torch.dtype | None,
     group_name: str | None,
     start: int,
     total: int,
@@ -309,13 +327,20 @@ def _linear_loss(
         target,
         token_weight,
         upstream,
-        Objective(label_smoothing, z_loss, len(weight) if shard is None else total),
+        Objective(label_smoothing, z_loss, weight.shape[0] if shard is None else total),
         ignore_index,
         Wanted(*wanted),
         tuple(needed),
     )
     settings = Settings(
-        compute_dtype, accumulate_dtype, chunk_size, memory_budget, backend, gradient_filter, accumulate_into
+        compute_dtype,
+        accumulate_dtype,
+        chunk_size,
+        memory_budget,
+        backend,
+        gradient_filter,
+        accumulate_into,
+        head_sum_dtype,
     )
     with no_autocast(hidden.device):
         if shard is None:
@@ -341,6 +366,8 @@ def _(hidden, weight, bias, target, *rest):
 def _head_sum_dtype(
     target: Tensor, weight: Tensor, needed: list[bool], settings: Settings, shard: Shard | None
 ) -> torch.dtype:
+    if settings.head_sum_dtype is not None:  # sizes may be symbols, which no plan compares
+        return settings.head_sum_dtype
     shape, in_flight = (weight.shape, 1) if shard is None else (shard.planned_shape(weight), 2)
     head_dtype = weight.dtype if needed[1] else None
     return plan.head_sum_dtype(target.shape[0], *shape, head_dtype=head_dtype, in_flight=in_flight, **settings.planned)
@@ -348,10 +375,10 @@ def _head_sum_dtype(
 
 def _save_linear_loss(ctx, inputs, output):
     before, settings, ctx.shard = _apart(inputs)
-    *tensors, scale, softcap, label_smoothing, z_loss, ignore_index, _, _ = before
-    objective = Objective(label_smoothing, z_loss, len(inputs[1]))
-    ctx.maths = Logits(scale, softcap), objective, ignore_index, settings.compute_dtype
-    ctx.backend = settings.backend
+    *tensors, scale, softcap, label_smoothing, z_loss, ignore_index, _, ctx.prepared = before
+    objective = Objective(label_smoothing, z_loss, inputs[1].shape[0] if ctx.shard is None else ctx.shard.total)
+    ctx.maths = Logits(scale, softcap), objective, ignore_index
+    ctx.settings = settings
     ctx.inputs = len(inputs)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*tensors, *output[1:4])
@@ -367,17 +394,37 @@ def _backward_of_linear_loss(ctx, grad, *_):
     needed = list(ctx.needs_input_grad[:3])
     if torch.is_grad_enabled():
         refuse_shard(ctx.shard)
-        logits_of, objective, ignore_index, compute_dtype = ctx.maths
+        logits_of, objective, ignore_index = ctx.maths
         head = Head(weight, bias, logits_of, class_weight)
-        loss = plain.linear_loss(hidden, head, target, token_weight, objective, ignore_index, compute_dtype)
+        dtype = ctx.settings.compute_dtype
+        loss = plain.linear_loss(hidden, head, target, token_weight, objective, ignore_index, dtype)
         return (*plain_gradients([loss], [grad], (hidden, weight, bias), needed), *none)
+    if any(need and not had for need, had in zip(needed, ctx.prepared, strict=True)):
+        return (*_unprepared_gradients(ctx, tensors, grad, needed), *none)
     saved = Gradients(hidden_grad, weight_grad, bias_grad)
     ratio = grad / upstream
     grads = [
-        _rescaled(total, ratio, like.dtype, ctx.backend) if need else None
+        _rescaled(total, ratio, like.dtype, ctx.settings.backend) if need else None
         for total, like, need in zip(saved, (hidden, weight, bias), needed, strict=True)
     ]
     return (*grads, *none)
+
+
+def _unprepared_gradients(
+    ctx, tensors: Sequence[Tensor | None], grad: Tensor, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients by the backward way: an exported graph is run with tensors that need others than when it was traced."""
+    *leaves, target, class_weight, token_weight, _ = tensors
+    logits_of, objective, ignore_index = ctx.maths
+    with torch.enable_grad():
+        leaves = [x if x is None else x.detach().requires_grad_(need) for x, need in zip(leaves, needed, strict=True)]
+        head = Head(*leaves[1:], logits_of, class_weight)
+        wanted = Wanted(weighted=objective.label_smoothing > 0)
+        found = linear_statistics(leaves[0], head, target, ignore_index, wanted, ctx.settings, ctx.shard)
+        loss = objective.token_losses(found, target, ignore_index, class_weight, token_weight).sum()
+    wanted_leaves = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
+    found_grads = iter(torch.autograd.grad(loss, wanted_leaves, grad))
+    return [next(found_grads) if need else None for need in needed]
 
 
 _linear_loss.register_autograd(_backward_of_linear_loss, setup_context=_save_linear_loss)
@@ -390,7 +437,7 @@ def _rescaled(
     backend: str,
 ) -> Tensor:
     """``ratio * total`` in ``dtype``: in the memory of ``total`` if the graph ends with this backward."""
-    if type(total) is not Tensor:
+    if type(total) is not Tensor or is_recorded():
         return (total * ratio).to(dtype)  # traced by a compiler, which places memory itself
     last = not torch._C._autograd._get_current_graph_task_keep_graph()
     out = total if last and total.dtype == dtype else torch.empty_like(total, dtype=dtype)

@@ -267,7 +267,11 @@ class _Run:
         self.class_weight = shard.classes(head.class_weight, len(head.weight))
         ranks = self._collectives.size
         shape = (len(target), *shard.planned_shape(head.weight))
-        planned = {"head_dtype": head.weight.dtype if sums_head else None, "in_flight": 2, **settings.planned}
+        planned = {
+            "head_dtype": settings.planned_head_dtype(head.weight) if sums_head else None,
+            "in_flight": 2,
+            **settings.planned,
+        }
         self.head_sum_dtype = plan.head_sum_dtype(*shape, **planned)
         self._chunk = plan.tokens_per_chunk(*shape, **planned)
         self._largest = min(self._chunk, len(target))

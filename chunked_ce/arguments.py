@@ -1,0 +1,126 @@
+"""What every check of an argument shares: whether a value is of its kind, and how an error says what it was."""
+
+from __future__ import annotations
+
+from numbers import Integral, Rational, Real
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import UninitializedTensorMixin
+
+__all__ = [
+    "COUNTS",
+    "FLOATING",
+    "INDICES",
+    "WEIGHTS",
+    "check_flag",
+    "check_tensor",
+    "described",
+    "integer",
+    "is_integer",
+    "is_number",
+    "is_one_of",
+    "number",
+    "plain_integer",
+]
+
+
+class Kind(NamedTuple):
+    """Dtypes that an argument may have, and what an error calls them."""
+
+    dtypes: tuple[torch.dtype, ...]
+    said: str
+
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_FLOATS_SAID = "of a floating-point dtype, float64, float32, bfloat16 or float16"
+FLOATING = Kind(_FLOATS, _FLOATS_SAID)
+INDICES = Kind((torch.int64, torch.int32), "int32 or int64 class indices")
+COUNTS = Kind((*_FLOATS, *_INTEGERS), f"an integer or {_FLOATS_SAID}")
+WEIGHTS = Kind((*COUNTS.dtypes, torch.bool), f"boolean, {COUNTS.said}")
+
+_WORD = 2**63  # one more than the largest number that an operator can be given
+_LONGEST = 100  # characters of a value in an error
+
+
+def number(name: str, value: object, kind: str = "a number") -> float:
+    """``value`` as a Python float; it may be an integer or a numpy scalar."""
+    if not is_number(value):
+        raise TypeError(f"{name} must be {kind}, was {described(value)}")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be {kind} that a float can hold, was {described(value)}") from None
+
+
+def integer(name: str, value: object, kind: str = "an integer") -> int:
+    """``value`` as a Python integer of 64 bits; it may be a numpy scalar."""
+    if not is_integer(value):
+        raise TypeError(f"{name} must be {kind}, was {described(value)}")
+    if not -_WORD <= value < _WORD:
+        raise ValueError(f"{name} must be {kind} of 64 bits, was {described(value)}")
+    return plain_integer(value)
+
+
+def plain_integer(value: int) -> int:
+    """An integer as Python's own, or as the symbol that it is."""
+    return value if isinstance(value, int | torch.SymInt) else int(value)
+
+
+def is_number(value: object) -> bool:
+    """Whether ``value`` is real; a ``Fraction`` is not taken, as torch has none."""
+    real = isinstance(value, Real | torch.SymInt | torch.SymFloat) and not isinstance(value, bool)
+    return real and (isinstance(value, Integral) or not isinstance(value, Rational))
+
+
+def is_integer(value: object) -> bool:
+    return isinstance(value, Integral | torch.SymInt) and not isinstance(value, bool)
+
+
+def is_one_of(value: object, names: tuple[str, ...]) -> bool:
+    """Whether ``value`` is one of ``names``: False for an array, whose comparisons are no truth values."""
+    return isinstance(value, str) and value in names
+
+
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, was {described(value)}")
+
+
+def check_tensor(name: str, value: object, kind: Kind) -> None:
+    """A tensor of this kind whose elements lie in memory, each by itself."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, was {type(value).__name__}")
+    if isinstance(value, UninitializedTensorMixin):
+        raise ValueError(f"{name} must be initialised, was an {type(value).__name__}: call its module once before")
+    if value.is_nested or value.layout != torch.strided:
+        layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.").lstrip("_")
+        raise TypeError(f"{name} must be a dense tensor, was a {layout} one")
+    if value.dtype not in kind.dtypes:
+        raise TypeError(f"{name} must be {kind.said}, was {value.dtype}")
+
+
+def described(value: object) -> str:
+    """``value`` for an error: short, whatever it is."""
+    if isinstance(value, Tensor):
+        return _described_tensor(value)
+    # An array; in compiled code a numpy number is one as well.
+    shape = getattr(value, "shape", None)
+    if shape or (shape is not None and torch.compiler.is_compiling()):
+        return f"a {type(value).__name__} of shape {shape}"
+    try:
+        text = repr(value)
+    except Exception:  # an integer of too many digits, or a broken class
+        return f"a value of type {type(value).__name__}"
+    text = " ".join(text.split())
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+
+
+def _described_tensor(value: Tensor) -> str:
+    if isinstance(value, UninitializedTensorMixin):
+        return f"an {type(value).__name__}"
+    if value.is_nested:
+        return f"a nested {value.dtype} tensor"
+    return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
