@@ -64,7 +64,7 @@ class LMHead(nn.Linear):
         dtype: torch.dtype | None = None,
         **keywords: Any,
     ) -> None:
-        settings = _Settings(vocab_size=vocab_size, **keywords)
+        settings = _Settings(**keywords)
         rows = vocab_size if settings.vocab is None else settings.vocab.rows
         super().__init__(in_features, rows, bias=bias, device=device, dtype=dtype)
         self._settings = settings
@@ -95,7 +95,7 @@ class LMHead(nn.Linear):
         heads = _output_embeddings(model, module)
         for linear in heads:
             _check_wrappable(linear)
-        made = [_Settings(vocab_size=linear.out_features, **keywords) for linear in heads]
+        made = [_Settings(**keywords) for _ in heads]
         for linear, settings in zip(heads, made, strict=True):
             if settings.vocab is not None and linear.out_features != settings.vocab.rows:
                 raise ValueError(
@@ -128,7 +128,7 @@ class LMHead(nn.Linear):
         hidden = args[0] if len(args) == 1 and not kwargs else kwargs.get("input") if len(kwargs) == 1 else None
         if not self._can_be_lazy(hidden):
             return super().__call__(*args, **kwargs)
-        return LazyLogits.of_call(Call(self, hidden), hidden, self._settings.vocab_size, self._settings.logits)
+        return LazyLogits.of_call(Call(self, hidden), hidden, self.vocab_size, self._settings.logits)
 
     def _can_be_lazy(self, hidden: Any) -> bool:
         """Whether the logits can wait: nothing but the loss needs to see them, and the loss can be taken later."""
@@ -175,11 +175,19 @@ class LMHead(nn.Linear):
 
     def own_parameters(self) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias as they are, gathered or not; a weight that is not a parameter (parametrized) is None."""
-        return dict.get(self._parameters, "weight"), dict.get(self._parameters, "bias")
+        # The copies that a replica of `nn.DataParallel` has of them are attributes.
+        attributes = vars(self) if getattr(self, "_is_replica", False) else {}
+        return tuple(dict.get(self._parameters, name, attributes.get(name)) for name in ("weight", "bias"))
 
     @property
     def options(self) -> ChunkOptions | None:
         return self._settings.options
+
+    @property
+    def vocab_size(self) -> int:
+        """All words there are now: a weight may have been resized since the head was made."""
+        weight, _ = self.own_parameters()
+        return _whole_shape(weight)[0] if self.vocab is None else self.vocab.total
 
     @property
     def vocab(self) -> VocabShard | None:
@@ -205,14 +213,13 @@ class LMHead(nn.Linear):
 
     def is_whole(self, weight: Tensor, bias: Tensor | None) -> bool:
         """Whether the parameters are all there: no engine has them released or sharded."""
-        shape = (self.out_features, self.in_features)
-        here = not _is_dtensor(weight) and tuple(weight.shape) == shape
+        here = not _is_dtensor(weight) and weight.shape == _whole_shape(weight)
         return here and (weight.numel() == 0 or weight.untyped_storage().nbytes() > 0)
 
     def check_whole(self, weight: Tensor, bias: Tensor | None) -> None:
         if not self.is_whole(weight, bias):
             raise RuntimeError(
-                f"the head's weight, of shape ({self.out_features}, {self.in_features}), is not whole here but "
+                f"the head's weight, of shape {tuple(_whole_shape(weight))}, is not whole here but "
                 f"{type(weight).__name__} {tuple(weight.shape)}: a loss outside the forward of the module that an "
                 "engine shards needs the head to be a unit of its own (fully_shard(model.lm_head)), or the loss must "
                 "move into the forward (pass labels to the model)"
@@ -235,7 +242,6 @@ class _Settings:
     def __init__(
         self,
         *,
-        vocab_size: int,
         options: ChunkOptions | None = None,
         z_loss: float = 0.0,
         label_smoothing: float = 0.0,
@@ -259,7 +265,6 @@ class _Settings:
         self.options, self.z_loss, self.label_smoothing = options, float(z_loss), float(label_smoothing)
         self.logits = Logits(float(logit_scale), None if softcap is None else float(softcap))
         self.vocab, self.lazy = vocab, lazy
-        self.vocab_size = vocab_size if vocab is None else vocab.total
 
     def __str__(self) -> str:
         said = {"options": self.options, "z_loss": self.z_loss, "label_smoothing": self.label_smoothing}
@@ -320,6 +325,11 @@ def _check_wrappable(linear: nn.Linear) -> None:
 def _subclass(cls: type, linear: type) -> type:
     """A class that is `LMHead` and what the layer was made into, such as a unit of FSDP2."""
     return type(f"{cls.__name__}{linear.__name__}", (cls, linear), {})
+
+
+def _whole_shape(weight: Tensor) -> torch.Size:
+    """(V, D), also while ZeRO-3 has an empty tensor in the place of the weight."""
+    return getattr(weight, "ds_shape", weight.shape)
 
 
 def _is_engines(hook: Callable) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from chunked_ce.functional import cross_entropy, linear_cross_entropy, linear_lo
 from chunked_ce.lazy import values
 from chunked_ce.lazy.follow import follows
 from chunked_ce.lazy.logits import Lazy, LazyLogits, LazyLogProbs
+from chunked_ce.lazy.product import Rows
+from chunked_ce.lazy.source import Operation
 from chunked_ce.objective import Logits
 
 __all__ = []
@@ -27,7 +30,7 @@ _NOTHING_IGNORED = torch.iinfo(torch.int64).min  # no index of a word, so that -
 @follows("mul multiply __mul__ __rmul__")
 def _mul(lazy: Lazy, other: Any) -> Lazy:
     number = _number(other)
-    return NotImplemented if number is None else _scale(lazy, number, lambda x: x * number)
+    return NotImplemented if number is None else _scale(lazy, number, lambda x: x * _operand(number, x))
 
 
 @follows("div divide true_divide __truediv__")
@@ -35,7 +38,7 @@ def _div(lazy: Lazy, other: Any, *, rounding_mode: str | None = None) -> Lazy:
     number = _number(other)
     if not number or rounding_mode is not None:
         return NotImplemented
-    return _scale(lazy, 1 / number, lambda x: x / number)
+    return _scale(lazy, 1 / number, lambda x: x / _operand(number, x))
 
 
 @follows("neg negative __neg__")
@@ -47,7 +50,7 @@ def _neg(lazy: Lazy) -> Lazy:
 def _tanh(lazy: Lazy) -> Lazy:
     if not isinstance(lazy, LazyLogits) or lazy._logits.softcap is not None:
         return NotImplemented
-    return lazy.derive(torch.tanh, logits=lazy._logits._replace(softcap=1.0))
+    return lazy.derive(Operation(torch.tanh, of_rows=torch.tanh), logits=lazy._logits._replace(softcap=1.0))
 
 
 @follows("mul_ multiply_ __imul__", Tensor)
@@ -79,12 +82,18 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
+def _operand(number: float, x: Tensor) -> float | Tensor:
+    """A stand-in meets a stand-in: with a number, its strides in dimensions of size 1 are not those of the values."""
+    return x.new_empty(()) if x.is_meta else number
+
+
 def _scale(lazy: Lazy, number: float, operation: Any) -> Lazy:
     if not math.isfinite(number):
         return NotImplemented
+    scaled = Operation(operation, of_rows=operation)
     if isinstance(lazy, LazyLogProbs):
         factor = lazy._factor * number
-        return lazy.derive(operation, factor=factor) if math.isfinite(factor) else NotImplemented
+        return lazy.derive(scaled, factor=factor) if math.isfinite(factor) else NotImplemented
     scale, softcap = lazy._logits
     scale = scale * number
     if softcap is not None:
@@ -92,7 +101,7 @@ def _scale(lazy: Lazy, number: float, operation: Any) -> Lazy:
         softcap = softcap * abs(number)
         if not 0 < softcap < math.inf:
             return NotImplemented
-    return lazy.derive(operation, logits=Logits(scale, softcap)) if math.isfinite(scale) else NotImplemented
+    return lazy.derive(scaled, logits=Logits(scale, softcap)) if math.isfinite(scale) else NotImplemented
 
 
 def _in_place(lazy: Lazy, result: Lazy) -> Lazy:
@@ -171,14 +180,28 @@ def _is_vocab(lazy: Lazy, dim: Any) -> bool:
     return isinstance(dim, int) and -lazy.dim() <= dim < lazy.dim() and dim % lazy.dim() == lazy._vocab_dim
 
 
-@follows("log_softmax", Tensor, torch)
+@follows("log_softmax", Tensor, torch, torch.special)
 def _log_softmax(input: Lazy, dim: int, dtype: torch.dtype | None = None) -> Lazy:
     if not isinstance(input, LazyLogits) or not _is_vocab(input, dim):
         return NotImplemented
     raised = input if dtype is None else input.to(dtype)
     if not isinstance(raised, LazyLogits) or raised.is_computed:
         return NotImplemented
-    return raised.derive(lambda x: x.log_softmax(dim), cls=LazyLogProbs)
+    dtype = _dtype_of_log_softmax(raised) if dtype is None else dtype
+
+    def of_logits(x: Tensor) -> Tensor:
+        # Always contiguous, which the function of a stand-in is not in dimensions of size 1.
+        return torch.empty(x.shape, dtype=dtype, device="meta") if x.is_meta else x.log_softmax(dim, dtype=dtype)
+
+    operation = Operation(of_logits, of_rows=lambda x: x.log_softmax(-1, dtype=dtype))
+    return raised.derive(operation, cls=LazyLogProbs)
+
+
+def _dtype_of_log_softmax(lazy: Lazy) -> torch.dtype:
+    """What autocast makes of it, which differs from device to device and does nothing to a stand-in."""
+    if not torch.is_autocast_enabled(lazy.device.type):
+        return lazy.dtype
+    return torch.zeros(1, dtype=lazy.dtype, device=lazy.device).log_softmax(-1).dtype
 
 
 @follows("log_softmax", F)
@@ -195,13 +218,13 @@ def _gather(lazy: Lazy, dim: int, index: Tensor, *, sparse_grad: bool = False) -
         return NotImplemented
     if isinstance(lazy, LazyLogProbs):
         return NotImplemented if index.shape[-1] != 1 else _logprobs(lazy, index.squeeze(-1)).unsqueeze(dim)
+    if lazy._root.call.is_cheap:
+        return NotImplemented
     lazy.head.check_can_compute("gather")
-
-    def chosen(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        found = values.selected(hidden.flatten(0, -2), weight, bias, lazy._logits, index.reshape(-1, index.shape[-1]))
-        return found.view(index.shape)
-
-    return lazy.request(chosen).to(lazy.dtype).movedim(-1, dim)
+    values.check_index(index, lazy.shape[dim])
+    flat = index.reshape(-1, index.shape[-1])  # (N, k)
+    found, _ = _found(lazy, lambda rows, places: (rows.gather(-1, flat[places]), flat[places]))
+    return found.movedim(-1, dim)
 
 
 @follows("take_along_dim")
@@ -246,59 +269,85 @@ def _sum(lazy: Lazy, dim: Any = None, keepdim: bool = False, *, dtype: torch.dty
 
 # ---- predictions ----
 
+Read = Callable[[Tensor, Rows], tuple[Tensor, Tensor]]
 
-def _best(lazy: Lazy, dim: Any, k: int, *, largest: bool, name: str) -> Tensor:
-    """The indices of the largest or smallest logits, (..., k) with k in the vocabulary's place."""
-    if not isinstance(lazy, LazyLogits) or not _is_vocab(lazy, dim) or not 1 <= k <= lazy.shape[dim]:
+
+def _found(lazy: LazyLogits, read: Read) -> tuple[Tensor, Tensor]:
+    """``read(rows, places)``, a logit or several (m, k) of each row (m, V) and their words, for all rows: (..., k)."""
+
+    def found(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        tokens = hidden.shape[:-1]
+        hidden = hidden.reshape(tokens.numel(), hidden.shape[-1])
+        logits, words = values.of_rows(lazy.rows(hidden, weight, bias), read, len(hidden))
+        if torch.is_grad_enabled():
+            same = values.selected(hidden, weight, bias, lazy._logits, words)
+            logits = values.with_gradient_of(same, logits)
+        return tuple(found.view(*tokens, found.shape[-1]) for found in (logits, words))
+
+    return lazy.request(found)
+
+
+def _best(lazy: Lazy, dim: Any, name: str, find: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Any:
+    """The logits and words that ``find`` finds in rows (m, V), each with k in the vocabulary's place."""
+    if not isinstance(lazy, LazyLogits) or not _is_vocab(lazy, dim) or lazy._root.call.is_cheap:
         return NotImplemented
     lazy.head.check_can_compute(name)
+    return tuple(found.movedim(-1, dim) for found in _found(lazy, lambda rows, _: find(rows)))
 
-    def best(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        found = values.topk(flat, weight, bias, lazy._logits, lazy.head.options, k, largest)
-        return found.view(*hidden.shape[:-1], k)
+
+def _words(lazy: Lazy, dim: Any, keepdim: bool, name: str, find: Callable[..., Tensor]) -> Tensor:
+    """The word of each row that ``find`` finds."""
+
+    def with_logit(rows: Tensor) -> tuple[Tensor, Tensor]:
+        words = find(rows, -1, keepdim=True)
+        return words, words
 
     with torch.no_grad():
-        return lazy.request(best).movedim(-1, dim)
+        found = _best(lazy, dim, name, with_logit)
+    return found if found is NotImplemented else found[1] if keepdim else found[1].squeeze(dim)
 
 
 @follows("argmax")
 def _argmax(lazy: Lazy, dim: int | None = None, keepdim: bool = False) -> Tensor:
-    found = _best(lazy, dim, 1, largest=True, name="argmax")
-    return found if found is NotImplemented or keepdim else found.squeeze(dim)
+    return _words(lazy, dim, keepdim, "argmax", torch.argmax)
 
 
 @follows("argmin")
 def _argmin(lazy: Lazy, dim: int | None = None, keepdim: bool = False) -> Tensor:
-    found = _best(lazy, dim, 1, largest=False, name="argmin")
-    return found if found is NotImplemented or keepdim else found.squeeze(dim)
+    return _words(lazy, dim, keepdim, "argmin", torch.argmin)
 
 
 @follows("topk")
 def _topk(lazy: Lazy, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
-    indices = _best(lazy, dim, k, largest=largest, name="topk")
-    return indices if indices is NotImplemented else torch.return_types.topk((_gather(lazy, dim, indices), indices))
+    if not _is_vocab(lazy, dim) or not 1 <= k <= lazy.shape[dim]:
+        return NotImplemented
+    found = _best(lazy, dim, "topk", lambda rows: rows.topk(k, largest=largest, sorted=sorted))
+    return found if found is NotImplemented else torch.return_types.topk(found)
 
 
 @follows("max")
 def _max(lazy: Lazy, dim: Any = None, keepdim: bool = False) -> Any:
-    indices = _best(lazy, dim, 1, largest=True, name="max")
-    if indices is NotImplemented:
-        return indices
-    found = _gather(lazy, dim, indices)
-    return torch.return_types.max((found, indices) if keepdim else (found.squeeze(dim), indices.squeeze(dim)))
+    found = _best(lazy, dim, "max", lambda rows: rows.max(-1, keepdim=True))
+    if found is NotImplemented:
+        return found
+    return torch.return_types.max(found if keepdim else tuple(part.squeeze(dim) for part in found))
 
 
 @follows("logsumexp", torch, Tensor, torch.special)
 def _logsumexp(lazy: Lazy, dim: Any, keepdim: bool = False) -> Tensor:
     dim = dim[0] if isinstance(dim, tuple | list) and len(dim) == 1 else dim
-    if not isinstance(lazy, LazyLogits) or not _is_vocab(lazy, dim):
+    if not isinstance(lazy, LazyLogits) or not _is_vocab(lazy, dim) or lazy._root.call.is_cheap:
         return NotImplemented
     lazy.head.check_can_compute("logsumexp")
 
     def total(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        return values.logsumexp(flat, weight, bias, lazy._logits, lazy.head.options).view(hidden.shape[:-1])
+        tokens = hidden.shape[:-1]
+        hidden = hidden.reshape(tokens.numel(), hidden.shape[-1])
+        found, best = values.of_rows(lazy.rows(hidden, weight, bias), values.logsumexp_and_best, len(hidden))
+        if torch.is_grad_enabled():
+            same = values.logsumexp(hidden, weight, bias, lazy._logits, lazy.head.options, best)
+            found = values.with_gradient_of(same, found)
+        return found.view(tokens)
 
     found = lazy.request(total)
     return found.unsqueeze(dim) if keepdim else found

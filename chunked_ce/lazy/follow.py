@@ -32,8 +32,10 @@ def dispatch(function: Callable, args: tuple, kwargs: dict) -> Any:
         return _differentiate(function, args, kwargs)
     if function in _FOLLOWED:
         handler, signature = _FOLLOWED[function]
+        if function in _COMMUTATIVE and len(args) == 2 and not isinstance(args[0], Lazy):
+            args = args[::-1]
         try:
-            bound = signature.bind(*args, **kwargs)
+            bound = _bind(signature, args, kwargs)
         except TypeError:
             return _compute(function, args, kwargs)
         first = next(iter(bound.arguments.values()))
@@ -50,6 +52,30 @@ def functions(names: str, *spaces: Any) -> list[Callable]:
     """The functions of these names in torch.Tensor and torch, or in ``spaces``."""
     spaces = spaces or (torch.Tensor, torch)
     return [getattr(space, name) for name in names.split() for space in spaces if hasattr(space, name)]
+
+
+# Names by which torch takes the same argument, NumPy's among them.
+_ALIASES = {
+    "axis": "dim",
+    "axis0": "dim0",
+    "axis1": "dim1",
+    "keepdims": "keepdim",
+    "x2": "other",
+    "split_size_or_sections": "split_size",
+}
+_COMMUTATIVE = set(functions("mul multiply __mul__ __rmul__"))
+_FIRST = ("input", "self", "tensor", "x", "a", "x1")
+
+
+def _bind(signature: inspect.Signature, args: tuple, kwargs: dict) -> inspect.BoundArguments:
+    """The arguments as a handler takes them, by whatever names the caller gave them."""
+    kwargs = {name if name in signature.parameters else _ALIASES.get(name, name): v for name, v in kwargs.items()}
+    first, second = (*signature.parameters.values(), None)[:2]
+    if not args and first.name not in kwargs:
+        args = tuple(kwargs.pop(name) for name in _FIRST if name in kwargs)
+    if second is not None and second.kind is second.VAR_POSITIONAL and second.name in kwargs:
+        args = (*args, kwargs.pop(second.name))
+    return signature.bind(*args, **kwargs)
 
 
 def follows(names: str, *spaces: Any, computed: bool = False) -> Callable[[Callable], Callable]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,8 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._pytree import tree_map
 
 from chunked_ce.lazy.graph import attach, detour, is_attached
-from chunked_ce.lazy.source import Call, Root, version
+from chunked_ce.lazy.product import Rows, with_layout
+from chunked_ce.lazy.source import Call, Operation, Root, version
 from chunked_ce.objective import Logits
 
 if TYPE_CHECKING:
@@ -28,12 +29,13 @@ class Lazy(Tensor):
 
     The hidden states have the shape of the logits with D in place of V, so that whatever is done to the other
     dimensions is done to them. A stand-in on the meta device has shape, strides and dtype, and raises what the
-    logits would raise. ``operations`` make the logits themselves out of the head's output, if it comes to that.
+    logits would raise: it goes through all that is done to them. ``operations`` make the logits themselves out of the
+    head's output, if it comes to that.
     """
 
     _dispatch: Callable[..., Any]  # `chunked_ce.lazy.follow.dispatch`
     _root: Root
-    _operations: tuple[Callable[[Tensor], Tensor], ...]
+    _operations: tuple[Operation, ...]
     _hidden: Tensor
     _vocab_dim: int
     _logits: Logits
@@ -48,7 +50,7 @@ class Lazy(Tensor):
     def _make(
         cls,
         root: Root,
-        operations: tuple[Callable[[Tensor], Tensor], ...],
+        operations: tuple[Operation, ...],
         hidden: Tensor,
         vocab_dim: int,
         logits: Logits,
@@ -60,8 +62,9 @@ class Lazy(Tensor):
         call = root.call
 
         def make() -> Lazy:
-            facts = {"strides": stand_in.stride(), "dtype": stand_in.dtype, "device": call.device}
-            self = Tensor._make_wrapper_subclass(cls, stand_in.shape, **facts)
+            memory = {"strides": stand_in.stride(), "storage_offset": stand_in.storage_offset()}
+            facts = {"dtype": stand_in.dtype, "device": call.device}
+            self = Tensor._make_wrapper_subclass(cls, stand_in.shape, **memory, **facts)
             self._root, self._operations, self._hidden = root, operations, hidden
             self._vocab_dim, self._logits, self._factor, self._stand_in = vocab_dim, logits, factor, stand_in
             self._value, self._hooked, self._joined = None, False, False
@@ -86,26 +89,27 @@ class Lazy(Tensor):
         tracked = torch.is_grad_enabled()
         hidden = hidden if tracked else hidden.detach()
         stand_in = torch.empty(*hidden.shape[:-1], vocab_size, dtype=call.dtype, device="meta")
-        root = Root(call, hidden, hidden.dim() - 1, logits, call.dtype, has_graph=tracked)
+        root = Root.of_call(call, hidden, logits, stand_in, has_graph=tracked)
         return cls._make(root, (), hidden, hidden.dim() - 1, logits, stand_in, tracked=tracked)
 
-    def derive(self, operation: Callable[[Tensor], Tensor] | None, **changes: Any):
-        """What ``operation`` gives, where ``changes`` say what it does to this tensor's parts; None for `detach`."""
-        tracked = operation is not None and self.requires_grad and torch.is_grad_enabled()
-        root = self._root if tracked else self._root.detached()
-        parts = {
-            "hidden": self._hidden,
-            "vocab_dim": self._vocab_dim,
-            "logits": self._logits,
-            "stand_in": self._stand_in,
-            "factor": self._factor,
-        }
-        cls = changes.pop("cls", type(self))
-        parts |= changes
-        if not tracked:
-            parts["hidden"] = parts["hidden"].detach()
-        operations = self._operations if operation is None else (*self._operations, operation)
-        return cls._make(root, operations, tracked=tracked, **parts)
+    def derive(self, operation: Operation, **changes: Any):
+        """What ``operation`` gives, where ``changes`` say what it does to the maths of this tensor."""
+        of_tokens = operation.of_tokens
+        # The hidden states first: they see an index that is out of range.
+        hidden = self._hidden if of_tokens is None else of_tokens(self._hidden)
+        stand_in = operation.of_logits(self._stand_in)
+        tracked = self.requires_grad and torch.is_grad_enabled()
+        return self._next((*self._operations, operation), hidden, stand_in, tracked, **changes)
+
+    def without_graph(self):
+        """What `detach` gives."""
+        return self._next(self._operations, self._hidden, self._stand_in, tracked=False)
+
+    def _next(self, operations: tuple[Operation, ...], hidden: Tensor, stand_in: Tensor, tracked: bool, **changes: Any):
+        parts = {"vocab_dim": self._vocab_dim, "logits": self._logits, "factor": self._factor} | changes
+        cls = parts.pop("cls", type(self))
+        root, hidden = (self._root, hidden) if tracked else (self._root.detached(), hidden.detach())
+        return cls._make(root, operations, hidden, stand_in=stand_in, tracked=tracked, **parts)
 
     def become(self, other: Lazy) -> bool:
         """Take on the state of ``other``, which an operation made of this tensor, in place; whether that is sound."""
@@ -128,20 +132,41 @@ class Lazy(Tensor):
         if is_attached(self.grad_fn) and not self._hooked:
             return
         self._joined = True
+        numbers, of_rows = self._numbers(), self._of_rows()
         with torch.enable_grad():
             self._hidden = detour(self, self._hidden)
-        self._root = Root(self._root.call, self._hidden, self._vocab_dim, self._logits, self.dtype, has_graph=True)
+        parts = (self._root.call, self._root.product, numbers, self._hidden, self._vocab_dim, of_rows, self._stand_in)
+        self._root = Root(*parts, has_graph=True)
         self._operations = ()
-        if isinstance(self, LazyLogProbs):
-            factor, dim = self._factor, self._vocab_dim
-            self._operations = (lambda logits: factor * logits.log_softmax(dim),)
+
+    def _numbers(self) -> Tensor:
+        """The rows of the product that this tensor's rows come from; its shape, with 1 in place of V."""
+        steps = [operation.of_tokens for operation in self._operations if operation.of_tokens is not None]
+        return functools.reduce(lambda numbers, step: step(numbers), steps, self._root.numbers)
+
+    def _of_rows(self) -> tuple[Callable[[Tensor], Tensor], ...]:
+        """What makes this tensor's rows of those of the product."""
+        steps = [operation.of_rows for operation in self._operations if operation.of_rows is not None]
+        return (*self._root.of_rows, *steps)
+
+    def rows(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[Rows, Tensor]]:
+        """This tensor's rows, as pieces: places among them, and values (m, V), with the bits of `materialize`.
+
+        The arguments are those of a `request`.
+        """
+        numbers, of_rows = self._numbers().movedim(self._vocab_dim, -1).flatten(), self._of_rows()
+        for places, rows in self._root.product.rows(numbers, weight, bias, hidden.dtype):
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                rows = functools.reduce(lambda found, step: step(found), of_rows, rows)
+            yield places, rows
 
     def request(self, function: Callable[..., Any]) -> Any:
         """``function(hidden, weight, bias)`` with hidden states (..., D), in the head's call."""
-        self._root.check_unchanged()
+        call = self._root.call
+        call.check_hidden_unchanged()
         tracked = self.requires_grad and torch.is_grad_enabled()
         hidden = self._hidden.movedim(self._vocab_dim, -1)
-        return self._root.call.run(hidden if tracked else hidden.detach(), function, tracked)
+        return call.run(hidden if tracked else hidden.detach(), function, tracked)
 
     @property
     def head(self) -> LMHead:
@@ -155,7 +180,7 @@ class Lazy(Tensor):
         """Compute what this tensor stands for, with the one warning that ``operation`` needs it."""
         call = self._root.call
         call.head.check_can_compute(operation)
-        if not call.computed:
+        if not call.computed and not call.is_cheap:
             call.warn(operation, self.shape)
         call.changed |= version(self.materialize()) != self._value_version
 
@@ -176,7 +201,8 @@ class Lazy(Tensor):
                 for _, _, _, one in sorted(members, key=lambda member: member[:3]):
                     one.join_graph()
                     if one._value is None:
-                        one._value = one._root.value(one._operations, one.requires_grad)
+                        value = one._root.value(one._operations, one.requires_grad)
+                        one._value = with_layout(value, one._stand_in)
                         one._value_version = version(one._value)
         return self._value
 
@@ -193,7 +219,10 @@ class Lazy(Tensor):
             return lazy._again(with_graph=not same)
 
         def value(x: Any) -> Any:
-            return x.materialize().detach() if isinstance(x, Lazy) else x
+            if not isinstance(x, Lazy):
+                return x
+            x.compute_for(str(function))
+            return x.materialize().detach()
 
         return function(*tree_map(value, args), **tree_map(value, kwargs or {}))
 
@@ -213,10 +242,16 @@ class Lazy(Tensor):
     def __format__(self, spec: str) -> str:
         return format(repr(self), spec)
 
+    def __copy__(self) -> Tensor:
+        self.compute_for("copy")
+        return copy.copy(self.materialize().detach())
+
     def __deepcopy__(self, memo: dict) -> Tensor:
+        self.compute_for("deepcopy")
         return copy.deepcopy(self.materialize().detach(), memo)
 
     def __reduce_ex__(self, protocol: int):
+        self.compute_for("pickle")
         return self.materialize().detach().__reduce_ex__(protocol)
 
 

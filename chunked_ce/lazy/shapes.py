@@ -11,6 +11,7 @@ from torch import Tensor
 
 from chunked_ce.lazy.follow import follows, functions
 from chunked_ce.lazy.logits import Lazy
+from chunked_ce.lazy.source import Operation
 
 __all__ = []
 
@@ -19,8 +20,7 @@ _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 def _follow(lazy: Lazy, operation: Callable[[Tensor], Tensor], vocab_dim: int) -> Lazy:
     """``operation`` is the same for logits and hidden states, and leaves the vocabulary at ``vocab_dim``."""
-    stand_in = operation(lazy._stand_in)
-    return lazy.derive(operation, hidden=operation(lazy._hidden), stand_in=stand_in, vocab_dim=vocab_dim)
+    return lazy.derive(Operation(operation, of_tokens=operation), vocab_dim=vocab_dim)
 
 
 def _dim(dim: Any, dims: int) -> int:
@@ -39,8 +39,9 @@ def _reshape(lazy: Lazy, operation: Callable[[Tensor], Tensor]) -> Lazy:
         return NotImplemented
     if stand_in is lazy._stand_in:
         return lazy
-    hidden = lazy._hidden.reshape(*stand_in.shape[:-1], lazy._hidden.shape[-1])
-    return lazy.derive(operation, hidden=hidden, stand_in=stand_in, vocab_dim=stand_in.dim() - 1)
+    tokens = stand_in.shape[:-1]
+    of_tokens = Operation(operation, of_tokens=lambda x: x.reshape(*tokens, x.shape[-1]))
+    return lazy.derive(of_tokens, vocab_dim=len(tokens))
 
 
 @follows("view")
@@ -56,8 +57,14 @@ def _reshaped(lazy: Lazy, *shape: Any) -> Lazy:
     return _reshape(lazy, lambda x: x.reshape(*shape))
 
 
-@follows("view_as reshape_as")
-def _as(lazy: Lazy, other: Tensor) -> Lazy:
+@follows("view_as")
+def _view_as(lazy: Lazy, other: Tensor) -> Lazy:
+    shape = tuple(other.shape)
+    return _reshape(lazy, lambda x: x.view(shape))
+
+
+@follows("reshape_as")
+def _reshape_as(lazy: Lazy, other: Tensor) -> Lazy:
     shape = tuple(other.shape)
     return _reshape(lazy, lambda x: x.reshape(shape))
 
@@ -146,14 +153,34 @@ def _getitem(lazy: Lazy, index: Any) -> Lazy:
     if not isinstance(vocab_item, slice) or not _is_whole(vocab_item, vocab_size):
         return NotImplemented
     items[vocab_at] = slice(None)
-    whole = tuple(items)
-    basic = all(item is None or (isinstance(item, slice | int) and not isinstance(item, bool)) for item in items)
-    if not basic and vocab_at != len(items) - 1:
+    reached, found = 0, []
+    for item in items:
+        constant = _constant(item, lazy.shape[reached : reached + _consumed(item)])
+        if constant is None:
+            return NotImplemented  # the logits will raise
+        reached += _consumed(item)
+        found += constant
+    indices = [item for item in found if isinstance(item, Tensor)]
+    if indices and vocab_at != len(items) - 1:
         return NotImplemented
-    hidden = lazy._hidden[whole]
-    vocab_dim = hidden.dim() - 1 - sum(not isinstance(item, int) for item in items[vocab_at + 1 :])
-    stand_in = lazy._stand_in[whole] if basic else lazy._stand_in.new_empty((*hidden.shape[:-1], vocab_size))
-    return lazy.derive(lambda x: x[whole], hidden=hidden, stand_in=stand_in, vocab_dim=vocab_dim)
+
+    def at(x: Tensor) -> Tensor:
+        return x[tuple(item.to(x.device) if isinstance(item, Tensor) else item for item in found)]
+
+    before = found[: len(found) - (len(items) - vocab_at)]
+    kept = sum(not isinstance(item, int | Tensor) for item in before)
+    return lazy.derive(Operation(at, of_tokens=at), vocab_dim=kept + max((index.dim() for index in indices), default=0))
+
+
+def _constant(item: Any, shape: torch.Size) -> list[Any] | None:
+    """An index of dimensions of this shape as slices, numbers and tensors of numbers, which nobody can change later."""
+    if isinstance(item, list):
+        return [torch.tensor(item, dtype=torch.long)]
+    if not isinstance(item, Tensor):
+        return [item]
+    if item.dtype in (torch.bool, torch.uint8):
+        return list(item.nonzero(as_tuple=True)) if item.shape == shape else None
+    return [int(item)] if item.dim() == 0 else [item.clone()]
 
 
 def _consumed(item: Any) -> int | None:
@@ -164,7 +191,7 @@ def _consumed(item: Any) -> int | None:
         bounds = (item.start, item.stop, item.step)
         return None if any(isinstance(bound, Tensor) for bound in bounds) else 1
     if isinstance(item, Tensor) and item.dtype in (torch.bool, torch.uint8):
-        return item.dim()
+        return item.dim() or None
     if isinstance(item, Tensor) and not item.is_floating_point():
         return 1
     if isinstance(item, int) and not isinstance(item, bool):
@@ -197,15 +224,10 @@ def _select(lazy: Lazy, dim: int, index: int) -> Lazy:
 @follows("index_select")
 def _index_select(lazy: Lazy, dim: int, index: Tensor) -> Lazy:
     dim = _dim(dim, lazy.dim())
-    if dim == lazy._vocab_dim:
+    if dim == lazy._vocab_dim or isinstance(index, Lazy):
         return NotImplemented
-    hidden = lazy._hidden.index_select(dim, index)
-    shape = list(lazy.shape)
-    shape[dim] = hidden.shape[dim]
-    stand_in = lazy._stand_in.new_empty(shape)
-    return lazy.derive(
-        lambda x: x.index_select(dim, index), hidden=hidden, stand_in=stand_in, vocab_dim=lazy._vocab_dim
-    )
+    kept = index.clone()  # nobody changes it before the logits are computed
+    return _follow(lazy, lambda x: x.index_select(dim, kept.to(x.device)), lazy._vocab_dim)
 
 
 @follows("unbind")
@@ -246,26 +268,29 @@ def _parts(lazy: Lazy, stand_ins: tuple[Tensor, ...], dim: int) -> tuple[Lazy, .
 
 @follows("contiguous")
 def _contiguous(lazy: Lazy, memory_format: torch.memory_format = torch.contiguous_format) -> Lazy:
-    stand_in = lazy._stand_in.contiguous(memory_format=memory_format)
-    if stand_in is lazy._stand_in:
+    if lazy._stand_in.is_contiguous(memory_format=memory_format):
         return lazy
-    return lazy.derive(lambda x: x.contiguous(memory_format=memory_format), stand_in=stand_in)
+    return _copied(lazy, lambda x: x.contiguous(memory_format=memory_format))
 
 
 @follows("clone")
 def _clone(lazy: Lazy, memory_format: torch.memory_format = torch.preserve_format) -> Lazy:
-    stand_in = lazy._stand_in.clone(memory_format=memory_format)
-    return lazy.derive(lambda x: x.clone(memory_format=memory_format), stand_in=stand_in)
+    return _copied(lazy, lambda x: x.clone(memory_format=memory_format))
+
+
+def _copied(lazy: Lazy, operation: Callable[[Tensor], Tensor]) -> Lazy:
+    """``operation`` changes where the logits lie, not what they are."""
+    return lazy.derive(Operation(operation))
 
 
 @follows("detach")
 def _detach(lazy: Lazy) -> Lazy:
-    return lazy.derive(None)
+    return lazy.without_graph()
 
 
 @follows("__get__", inspect.getattr_static(Tensor, "data"))
 def _data(lazy: Lazy, owner: Any = None) -> Lazy:
-    return lazy.derive(None)
+    return lazy.without_graph()
 
 
 @follows("float")
@@ -332,7 +357,11 @@ def _cast(lazy: Lazy, dtype: torch.dtype) -> Lazy:
     # The loss comes in float32. More than that is not in the products, unless the hidden states are float64.
     if dtype not in _FLOATS or torch.float64 in (dtype, lazy.dtype):
         return NotImplemented
-    return lazy.derive(lambda x: x.to(dtype), stand_in=lazy._stand_in.to(dtype))
+
+    def cast(x: Tensor) -> Tensor:
+        return x.to(dtype)
+
+    return lazy.derive(Operation(cast, of_rows=cast))
 
 
 def _same_device(asked: torch.device, device: torch.device) -> bool:

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from chunked_ce.lazy.product import Product, fits_a_chunk, rows_per_block, unsafe_view, with_gradient, with_layout
 from chunked_ce.objective import Logits
 
 if TYPE_CHECKING:
     from chunked_ce.lazy.logits import Lazy
     from chunked_ce.lm_head import LMHead
 
-__all__ = ["Call", "Root", "version"]
-
-Operation = Callable[[Tensor], Tensor]
+__all__ = ["Call", "Operation", "Root", "version"]
 
 
 class Call:
@@ -29,6 +29,7 @@ class Call:
 
     def __init__(self, head: LMHead, hidden: Tensor) -> None:
         self.head = head
+        self.hidden, self.hidden_version = hidden.detach(), version(hidden)
         # Not by attribute: ZeRO-3 gathers a parameter that is looked up.
         self.parameters = head.own_parameters()
         self.versions = tuple(version(tensor) for tensor in self.parameters)
@@ -48,6 +49,13 @@ class Call:
         self.members: weakref.WeakValueDictionary[int, Lazy] = weakref.WeakValueDictionary()
         self.computed = False
         self.changed = False  # in place
+        tensors = (hidden, *self.parameters)
+        is_trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        sizes = (hidden.shape[:-1].numel(), head.vocab_size, hidden.shape[-1])
+        # Few rows without a gradient, such as a step of generation, are no more than a chunk holds: they may as well be
+        # computed, with the bits of a layer that is not lazy.
+        self.is_cheap = not is_trained and fits_a_chunk(*sizes, self.dtype, head.options)
+        self.rows_per_block = sizes[0] if self.is_cheap else rows_per_block(*sizes, self.dtype, head.options)
 
     @contextlib.contextmanager
     def as_it_was(self, tracked: bool):
@@ -63,8 +71,8 @@ class Call:
         """``request(hidden, weight, bias)`` inside a call of the head, where engines have its parameters ready."""
         now = self.head.own_parameters()
         with self.as_it_was(tracked):
+            self._check_parameters_unchanged()
             if all(a is b for a, b in zip(now, self.parameters, strict=True)):
-                self._check_unchanged()
                 return self.head.run(hidden, request)
             # `torch.func.functional_call` put them in the head's place, and took them away again.
             self.head.check_whole(*self.parameters)
@@ -103,7 +111,11 @@ class Call:
         of = dict(zip(map(id, trained), torch.autograd.grad(found, trained, grad), strict=True))
         return [of[id(hidden)], *(of.get(id(parameter)) for parameter in parameters)]
 
-    def _check_unchanged(self) -> None:
+    def check_hidden_unchanged(self) -> None:
+        if version(self.hidden) != self.hidden_version:
+            raise RuntimeError("the hidden states were changed in place after the head was called with them")
+
+    def _check_parameters_unchanged(self) -> None:
         if any(version(t) != then for t, then in zip(self.parameters, self.versions, strict=True)):
             raise RuntimeError(
                 "the head's parameters were changed in place, by an optimizer's step perhaps, after these logits were "
@@ -120,38 +132,54 @@ class Call:
         )
 
 
+class Operation(NamedTuple):
+    """What was done to logits: to all their dimensions, or to each row of them."""
+
+    of_logits: Callable[[Tensor], Tensor]
+    # The same for a tensor with one number, or a hidden state, in place of each row; None: rows stay where they are.
+    of_tokens: Callable[[Tensor], Tensor] | None = None
+    # The same for rows (n, V); None: their values stay what they are.
+    of_rows: Callable[[Tensor], Tensor] | None = None
+
+
 class Root:
     """The hidden states of lazy tensors, and the tensors computed for them."""
 
     def __init__(
         self,
         call: Call,
-        hidden: Tensor,  # the shape of the logits, D in place of V
+        product: Product,
+        numbers: Tensor,  # of the product's rows, on the CPU; the shape of the logits, 1 in place of V
+        hidden: Tensor,  # with a graph; D in place of V
         vocab_dim: int,
-        logits: Logits,
-        dtype: torch.dtype,
+        of_rows: tuple[Callable[[Tensor], Tensor], ...],  # what makes the logits of the product's rows
+        stand_in: Tensor,  # the shape, memory and dtype of the logits
         has_graph: bool,
     ) -> None:
-        self.call, self.hidden, self.vocab_dim, self.logits, self.dtype = call, hidden, vocab_dim, logits, dtype
-        self.has_graph = has_graph
-        self.version = version(hidden)
+        self.call, self.product, self.numbers, self.hidden = call, product, numbers, hidden
+        self.vocab_dim, self.of_rows, self.stand_in, self.has_graph = vocab_dim, of_rows, stand_in, has_graph
         self.values: dict[tuple[Operation, ...], Tensor] = {}
         self.tracked_twin: Callable[[], Root | None] = lambda: None
         self._detached: Root | None = None
+
+    @classmethod
+    def of_call(cls, call: Call, hidden: Tensor, logits: Logits, stand_in: Tensor, has_graph: bool) -> Root:
+        """The root of what ``call`` with ``hidden`` (..., D) returns."""
+        product = Product(call.hidden, call.rows_per_block, call.dtype if call.autocast else None)
+        numbers = torch.arange(product.num_rows).view(*hidden.shape[:-1], 1)
+        of_rows = (logits, lambda x: x.to(stand_in.dtype))
+        return cls(call, product, numbers, hidden, hidden.dim() - 1, of_rows, stand_in, has_graph)
 
     def detached(self) -> Root:
         """The same without a graph, so that what is detached does not keep one alive."""
         if not self.has_graph:
             return self
         if self._detached is None:
-            twin = Root(self.call, self.hidden.detach(), self.vocab_dim, self.logits, self.dtype, has_graph=False)
-            twin.version, twin.tracked_twin = self.version, weakref.ref(self)
+            parts = (self.vocab_dim, self.of_rows, self.stand_in)
+            twin = Root(self.call, self.product, self.numbers, self.hidden.detach(), *parts, has_graph=False)
+            twin.tracked_twin = weakref.ref(self)
             self._detached = twin
         return self._detached
-
-    def check_unchanged(self) -> None:
-        if version(self.hidden) != self.version:
-            raise RuntimeError("the hidden states were changed in place after the head was called with them")
 
     def value(self, operations: tuple[Operation, ...], tracked: bool) -> Tensor:
         """The logits themselves after ``operations``."""
@@ -166,17 +194,34 @@ class Root:
         if operations:
             *first, last = operations
             before = self.value(tuple(first), tracked)
-            with torch.inference_mode(False), torch.set_grad_enabled(tracked):
-                return last(before)
-        self.check_unchanged()
-
-        def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            found = self.call.head.logits_of(hidden, weight, bias, self.logits).to(self.dtype)
-            return found if self.vocab_dim == self.hidden.dim() - 1 else found.movedim(-1, self.vocab_dim)
-
-        with torch.inference_mode(False) if tracked else contextlib.nullcontext(), torch.set_grad_enabled(tracked):
+            with self._for_values(tracked):
+                return last.of_logits(before)
+        self.call.check_hidden_unchanged()
+        with self._for_values(tracked):
             hidden = self.hidden.movedim(self.vocab_dim, -1)
-        return self.call.run(hidden, logits, tracked)
+        return self.call.run(hidden, functools.partial(self._logits, tracked), tracked)
+
+    def _logits(self, tracked: bool, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        tokens = hidden.shape[:-1]
+        numbers = self.numbers.movedim(self.vocab_dim, -1).flatten()
+        values = functools.partial(self.product.whole, numbers, weight, bias, hidden.dtype)
+        with self._for_values(tracked):
+            factors = map(self.product.factor, (hidden.reshape(tokens.numel(), hidden.shape[-1]), weight, bias))
+            found = with_gradient(values, *factors) if tracked else values()  # (n, V)
+            for operation in self.of_rows:
+                found = operation(found)
+            found = unsafe_view(found, (*tokens, found.shape[-1])).movedim(-1, self.vocab_dim)
+            return with_layout(found, self.stand_in)
+
+    @contextlib.contextmanager
+    def _for_values(self, tracked: bool):
+        """Operations give what they gave to the stand-in, whatever precision is asked for where values are needed."""
+        with (
+            torch.inference_mode(False) if tracked else contextlib.nullcontext(),
+            torch.set_grad_enabled(tracked),
+            torch.autocast(self.call.device.type, enabled=False),
+        ):
+            yield
 
 
 def version(tensor: Tensor | None) -> int | None:

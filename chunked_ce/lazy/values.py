@@ -2,46 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from chunked_ce import plan
 from chunked_ce.functional import linear_logprobs
+from chunked_ce.lazy.product import Rows
 from chunked_ce.objective import Logits
 from chunked_ce.options import ChunkOptions
 
-__all__ = ["logits_of", "logsumexp", "selected", "topk"]
+__all__ = ["check_index", "logsumexp", "logsumexp_and_best", "of_rows", "selected", "with_gradient_of"]
 
 _GATHERED_ELEMENTS = 2**22  # elements of head rows gathered at a time
 
 
-def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, logits: Logits) -> Tensor:
-    """The logits (..., V) themselves."""
-    return logits(F.linear(hidden, weight, bias))
-
-
 @torch.no_grad()
-def topk(
-    hidden: Tensor,  # (N, D)
-    weight: Tensor,  # (V, D)
-    bias: Tensor | None,
-    logits: Logits,
-    options: ChunkOptions | None,
-    k: int,
-    largest: bool = True,
-) -> Tensor:
-    """The indices (N, k) of the largest logits, sorted; the first of equals for k = 1."""
-    found = torch.empty(len(hidden), k, dtype=torch.long, device=hidden.device)
-    for rows in _blocks(hidden, weight, options):
-        block = logits_of(hidden[rows], weight, bias, logits)
-        if k == 1:
-            found[rows] = (block.argmax if largest else block.argmin)(-1, keepdim=True)
-        else:
-            found[rows] = block.topk(k, largest=largest, sorted=True).indices
+def of_rows(
+    pieces: Iterator[tuple[Rows, Tensor]],  # places, and rows of logits (m, V)
+    read: Callable[[Tensor, Rows], tuple[Tensor, ...]],
+    num_rows: int,
+) -> tuple[Tensor, ...]:
+    """What ``read`` finds in each piece, put together: (N, ...)."""
+    found: tuple[Tensor, ...] = ()
+    for places, rows in pieces:
+        parts = read(rows, places)
+        found = found or tuple(part.new_empty(num_rows, *part.shape[1:]) for part in parts)
+        for whole, part in zip(found, parts, strict=True):
+            whole[places] = part
     return found
+
+
+class _WithGradientOf(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, differentiable: Tensor, values: Tensor) -> Tensor:
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def with_gradient_of(differentiable: Tensor, values: Tensor) -> Tensor:
+    """``values``, of which ``differentiable`` is another computation, equal but for its rounding."""
+    return _WithGradientOf.apply(differentiable.to(values.dtype), values)
+
+
+def check_index(index: Tensor, vocab_size: int) -> None:
+    if index.device.type != "cpu" or not index.numel():  # a device asserts by itself, and the host need not wait
+        return
+    least, most = (int(bound) for bound in index.aminmax())
+    if least < 0 or most >= vocab_size:
+        raise IndexError(f"index must be in [0, {vocab_size}), held {least} to {most}")
 
 
 def selected(
@@ -52,9 +64,6 @@ def selected(
     index: Tensor,  # (N, k)
 ) -> Tensor:
     """The logits (N, k) of some words for each token, differentiable, in the products' dtype."""
-    on_cpu = index.device.type == "cpu"  # a device asserts by itself, and the host need not wait
-    if on_cpu and index.numel() and not (int(index.amin()) >= 0 and int(index.amax()) < len(weight)):
-        raise IndexError(f"index must be in [0, {len(weight)}), held {int(index.amin())} to {int(index.amax())}")
     dtype = hidden.dtype
     if dtype != torch.float64 and torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -100,31 +109,25 @@ class _Selected(torch.autograd.Function):
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), grad_bias, None
 
 
+def logsumexp_and_best(rows: Tensor, places: Rows) -> tuple[Tensor, Tensor]:
+    """The log-sum-exp (m,) of rows (m, V) in float32 (float64), and their largest logits' words (m, 1)."""
+    best = rows.argmax(-1, keepdim=True)
+    return rows.to(torch.promote_types(rows.dtype, torch.float32)).logsumexp(-1), best
+
+
 def logsumexp(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
     bias: Tensor | None,
     logits: Logits,
     options: ChunkOptions | None,
+    best: Tensor,  # (N, 1) the words of the largest logits
 ) -> Tensor:
     """The log-sum-exp (N,) of each token's logits, differentiable, in float32 (float64)."""
     # log_prob = z - lse of any word gives it; the largest logit is close to it, so that little cancels.
-    best = topk(hidden, weight, bias, logits, options, 1)
     keywords = {"linear_bias": bias, "softcap": logits.softcap, "logit_scale": logits.scale, "options": options}
     logprob = linear_logprobs(hidden, weight, best.squeeze(-1), **keywords)
     return selected(hidden, weight, bias, logits, best).squeeze(-1).to(logprob.dtype) - logprob
-
-
-def _blocks(hidden: Tensor, weight: Tensor, options: ChunkOptions | None) -> Iterator[slice]:
-    options = options or ChunkOptions()
-    size = plan.tokens_per_chunk(
-        len(hidden),
-        *weight.shape,
-        compute_dtype=hidden.dtype,
-        chunk_size=None if options.chunk_size == "auto" else options.chunk_size,
-        memory_budget=options.memory_budget,
-    )
-    return (slice(start, start + size) for start in range(0, len(hidden), size))
 
 
 def _gathers(index: Tensor, weight: Tensor) -> Iterator[slice]:

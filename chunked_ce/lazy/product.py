@@ -1,0 +1,138 @@
+"""The product of hidden states and head behind lazy logits, with the same bits whatever is asked of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from chunked_ce import plan
+from chunked_ce.options import ChunkOptions
+
+__all__ = ["Product", "Rows", "fits_a_chunk", "rows_per_block", "unsafe_view", "with_gradient", "with_layout"]
+
+Rows = slice | Tensor
+unsafe_view = torch.ops.aten._unsafe_view.default  # no view to autograd, so that it can be changed in place
+
+
+class Product:
+    """``hidden @ weight.T + bias`` of one call of a head, formed anew whenever rows of it are needed.
+
+    A matrix product may round a row differently when other rows stand beside it. Every row is therefore formed in the
+    same block of rows each time: the largest logits of a chunk are then among the logits that are computed later.
+    """
+
+    def __init__(self, hidden: Tensor, rows_per_block: int, autocast: torch.dtype | None) -> None:
+        self.hidden = hidden.detach()  # (..., D)
+        self.num_rows = hidden.shape[:-1].numel()
+        self.rows_per_block, self.autocast = rows_per_block, autocast
+
+    def factor(self, tensor: Tensor | None) -> Tensor | None:
+        """``tensor`` in the dtype of the product."""
+        return tensor if tensor is None or self.autocast is None else tensor.to(self.autocast)
+
+    @torch.no_grad()
+    def rows(
+        self, numbers: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> Iterator[tuple[Rows, Tensor]]:
+        """The rows with these ``numbers``, (n,) on the CPU, as pieces: places among the n, and values (m, V) there.
+
+        ``dtype`` is that of the hidden states as they reach the head, which engines change.
+        """
+        hidden = self.factor(self.hidden.to(dtype))
+        weight, bias = self.factor(weight), self.factor(bias)  # not detached: torch chooses its product by that
+        in_order = torch.equal(numbers, torch.arange(self.num_rows))
+        numbers, places = (numbers, None) if in_order else numbers.sort(stable=True)
+        if not len(numbers):
+            yield slice(0, 0), weight.new_empty(0, len(weight), dtype=hidden.dtype)
+        starts = range(0, self.num_rows, max(1, self.rows_per_block))
+        ends = torch.searchsorted(numbers, torch.tensor([*starts, self.num_rows])).tolist()
+        for start, first, last in zip(starts, ends, ends[1:], strict=False):
+            if first == last:
+                continue
+            block = self._block(hidden, start, weight, bias)
+            if in_order:
+                yield slice(first, last), block
+            else:
+                kept = (numbers[first:last] - start).to(block.device)
+                yield places[first:last].to(block.device), block.index_select(0, kept)
+
+    def whole(self, numbers: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """These rows in one tensor, (n, V)."""
+        found = None
+        for places, block in self.rows(numbers, weight, bias, dtype):
+            if len(block) == len(numbers) and isinstance(places, slice):
+                return block
+            found = block.new_empty(len(numbers), len(weight)) if found is None else found
+            found[places] = block
+        return found
+
+    def _block(self, hidden: Tensor, start: int, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if self.num_rows <= self.rows_per_block:  # in the shape of the call, with the bits of the layer itself
+            return unsafe_view(F.linear(hidden, weight, bias), (self.num_rows, len(weight)))
+        rows = slice(start, start + self.rows_per_block)
+        return F.linear(hidden.reshape(self.num_rows, hidden.shape[-1])[rows], weight, bias)
+
+
+def rows_per_block(
+    num_rows: int, vocab_size: int, hidden_size: int, dtype: torch.dtype, options: ChunkOptions | None
+) -> int:
+    """Rows of logits at a time."""
+    options = options or ChunkOptions()
+    chunk_size = None if options.chunk_size == "auto" else options.chunk_size
+    limits = {"chunk_size": chunk_size, "memory_budget": options.memory_budget}
+    return plan.tokens_per_chunk(num_rows, vocab_size, hidden_size, compute_dtype=dtype, **limits)
+
+
+def fits_a_chunk(
+    num_rows: int, vocab_size: int, hidden_size: int, dtype: torch.dtype, options: ChunkOptions | None
+) -> bool:
+    """Whether all logits are no more than the budget for a chunk of them."""
+    budget = None if options is None else options.memory_budget
+    return rows_per_block(num_rows, vocab_size, hidden_size, dtype, ChunkOptions(memory_budget=budget)) >= num_rows
+
+
+class _WithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values: Callable[[], Tensor], hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        return values()
+
+    @staticmethod
+    def backward(ctx, grad):  # (n, V)
+        hidden, weight = ctx.saved_tensors
+        _, needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            None,
+            grad @ weight if needs_hidden else None,
+            grad.T @ hidden if needs_weight else None,
+            grad.sum(0) if needs_bias else None,
+        )
+
+
+def with_gradient(values: Callable[[], Tensor], hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The ``values()`` (n, V) of a product of ``hidden`` (n, D) and the head, with the product's gradient."""
+    return _WithGradient.apply(values, hidden, weight, bias)
+
+
+class _WithLayout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values: Tensor, strides: tuple[int, ...], offset: int) -> Tensor:
+        last = sum((size - 1) * stride for size, stride in zip(values.shape, strides, strict=True))
+        memory = values.new_empty(offset + last + 1 if values.numel() else 0)
+        # Not `as_strided`: a view could not be changed in place.
+        out = memory.new_empty(0).set_(memory.untyped_storage(), offset, values.shape, strides)
+        return out.copy_(values)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None, None
+
+
+def with_layout(values: Tensor, like: Tensor) -> Tensor:
+    """``values`` with the strides and the offset of ``like``, copied where they are others."""
+    if values.stride() == like.stride() and values.storage_offset() == like.storage_offset():
+        return values
+    return _WithLayout.apply(values, like.stride(), like.storage_offset())
