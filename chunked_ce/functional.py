@@ -17,8 +17,9 @@ from chunked_ce.checks import (
     check_options,
     check_tensors,
 )
+from chunked_ce.distributed.checksum import checksum
 from chunked_ce.distributed.dtensors import local_arguments
-from chunked_ce.distributed.vocab import WHOLE_WEIGHT, VocabShard
+from chunked_ce.distributed.vocab import WEIGHT_VALUES, WHOLE_WEIGHT, VocabShard
 from chunked_ce.engine import logits_ops, ops, plain
 from chunked_ce.engine.device_memory import free_bytes
 from chunked_ce.engine.linear import Head, Settings
@@ -346,8 +347,7 @@ def _shared(
     input, linear_weight, target, linear_bias, weight, token_weight = tensors
     facts = {"target": tuple(target.shape), "input dtype": input.dtype}
     if target.device.type != "meta":
-        places = torch.arange(1, target.numel() + 1, device=target.device)
-        facts["target's values (a checksum)"] = int((target.reshape(-1).long() * places).sum())
+        facts["target's values (a checksum)"] = checksum(target)
     if linear_weight is not None:
         facts |= {
             "input's last dimension": input.shape[-1],
@@ -368,7 +368,22 @@ def _shared(
         "reduce_dtype": vocab.reduce_dtype,
     }
     number = maths.get("num_tokens")
-    return facts | maths | {"num_tokens": float(number) if number is not None else None}
+    facts |= maths | {"num_tokens": float(number) if number is not None else None}
+    return facts | _shared_values(input, linear_weight, weight, token_weight, vocab)
+
+
+def _shared_values(
+    input: Tensor, linear_weight: Tensor | None, weight: Tensor | None, token_weight: Tensor | None, vocab: VocabShard
+) -> dict[str, int]:
+    """Checksums of the values that every rank of a vocabulary group must have alike."""
+    values = {}
+    if linear_weight is not None and vocab.input_grad != "sequence":
+        values["input's values (a checksum): dropout with a seed of each rank's own makes them differ"] = input
+    if token_weight is not None:
+        values["token_weight's values (a checksum)"] = token_weight.double()
+    if weight is not None and weight.numel() == vocab.total:
+        values[WEIGHT_VALUES] = weight.double()
+    return {name: checksum(tensor) for name, tensor in values.items() if tensor.device.type != "meta"}
 
 
 def _head(

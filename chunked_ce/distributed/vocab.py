@@ -14,9 +14,10 @@ from chunked_ce.distributed.fsdp import fsdp_refusal, is_fsdp_shard
 from chunked_ce.distributed.groups import checked_group, group_of_ranks
 from chunked_ce.engine.sharded import Shard
 
-__all__ = ["WHOLE_WEIGHT", "VocabShard"]
+__all__ = ["WEIGHT_VALUES", "WHOLE_WEIGHT", "VocabShard"]
 
 WHOLE_WEIGHT = "weight, of the whole vocabulary or not"
+WEIGHT_VALUES = "weight's values (a checksum)"
 _INPUT_GRADS = ("complete", "partial", "sequence")
 
 
@@ -198,7 +199,8 @@ class VocabShard:
         bounds = [(other["start"], other["stop"]) for other in everyone]
         calls = [other["call"] for other in everyone]
         if (0, self.total) in bounds:  # then the same class weights are those of the shard and of the whole
-            calls = [{name: value for name, value in call.items() if name != WHOLE_WEIGHT} for call in calls]
+            of_weight = (WHOLE_WEIGHT, WEIGHT_VALUES)
+            calls = [{name: value for name, value in call.items() if name not in of_weight} for call in calls]
         _check_calls(calls)
         _check_cover(bounds, self.total)
         object.__setattr__(self, "_bounds", bounds)
@@ -241,7 +243,7 @@ def _exchange(value: Any, group: dist.ProcessGroup) -> list[Any]:
 def _check_calls(calls: list[dict[str, Any]]) -> None:
     for name in dict.fromkeys(name for call in calls for name in call):
         found = [call.get(name) for call in calls]
-        if any(value != found[0] for value in found):
+        if any(value != found[0] and (value == value or found[0] == found[0]) for value in found):  # NaNs are alike
             said = ", ".join(f"rank {rank} has {other!r}" for rank, other in enumerate(found))
             raise ValueError(f"ranks of the vocabulary group disagree on {name}: {said}")
 

@@ -65,6 +65,13 @@ def call(rank: int, function, input, linear_weight, target, vocab: dict, context
         return function(input, linear_weight, target, vocab=vocab, **keywords)
 
 
+def changed(values: torch.Tensor) -> torch.Tensor:
+    """In the last bit of one value."""
+    found = values.detach().clone()
+    found.view(-1)[-1] = torch.nextafter(found.view(-1)[-1], torch.tensor(9.0))
+    return found.requires_grad_(values.requires_grad)
+
+
 # What the odd one does otherwise, by the argument that the error must name.
 DISAGREEMENTS = {
     "target: rank 0 has (6,), rank 1 has (5,), rank 2 has (6,)": lambda a: {
@@ -103,6 +110,10 @@ DISAGREEMENTS = {
     "input_grad": lambda a: {"vocab": {"input_grad": "partial"}},
     "reduce_dtype": lambda a: {"vocab": {"reduce_dtype": torch.bfloat16}},
     "check": lambda a: {"vocab": {"check": "first"}},
+    "input's values (a checksum): dropout with a seed of each rank's own": lambda a: {"input": changed(a["input"])},
+    "input's values (a checksum)": lambda a: {"input": a["input"].detach().flip(0).requires_grad_()},
+    "token_weight's values (a checksum)": lambda a: {"token_weight": changed(a["token_weight"])},
+    "weight's values (a checksum)": lambda a: {"weight": changed(a["weight"])},
     "total: rank 0 has 9, rank 1 has 10": lambda a: {"vocab": {"total": 10}, "weight": torch.ones(10)},
 }
 BOUNDS = {
@@ -210,6 +221,7 @@ def lose_a_rank(rank: int, world_size: int, folder: str, scenes: list[Scene], pa
     seen = Path(folder, f"{how} {collective}")
     input_grad = "sequence" if "hidden states" in collective else "complete"
     vocab = VocabShard(group, 4 * (rank % 2), 4 * (rank % 2) + 4, 8, input_grad=input_grad, check="first")
+    torch.manual_seed(0)
     hidden = torch.randn(8 // (2 if input_grad == "sequence" else 1), HIDDEN, requires_grad=True)
     head = torch.randn(4, HIDDEN, requires_grad=True)
 
@@ -219,14 +231,16 @@ def lose_a_rank(rank: int, world_size: int, folder: str, scenes: list[Scene], pa
         )
 
     def lose() -> None:
-        while how == "stops" and not seen.exists():
-            time.sleep(0.01)
+        _wait_until(lambda: len(list(Path(folder).glob("ready*"))) == world_size)  # nobody needs this rank any more
+        if how == "stops":
+            _wait_until(seen.exists)
         os._exit(0)  # as if nothing had failed, or the others would be ended before they have seen it
 
     if "comparison" not in collective:
         loss()
     dist.barrier()  # or a rank is lost while others still form their groups and connections
     _set_pg_timeout(timedelta(seconds=patience), group)
+    Path(folder, f"ready{rank}").touch()
     if "comparison" in collective and rank % 2:
         lose()
     if rank % 2:
@@ -237,6 +251,11 @@ def lose_a_rank(rank: int, world_size: int, folder: str, scenes: list[Scene], pa
     partial.write_text("\n".join([str(time.monotonic() - start), *map(str, found or ())]))
     partial.rename(seen)
     os._exit(0)
+
+
+def _wait_until(happened: Callable[[], bool]) -> None:
+    while not happened():
+        time.sleep(0.01)
 
 
 def _lose_at(collective: str, time_of_it: int, lose: Callable) -> None:
