@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -23,6 +25,13 @@ __all__ = ["LMHead"]
 
 # Hooks that gather and release a module's parameters, and so belong around the loss as well as around logits.
 _ENGINES = ("deepspeed", "torch.distributed.fsdp")
+
+_AUTOTP = (
+    "What works: AutoTP leaves the head alone (a partition_config that has no spec for it, or one that skips it), and "
+    "LMHead.wrap(model) comes before or after it; or DeepSpeed's configuration sets vocab_parallel_lm_head of "
+    "tensor_parallel, and linear_cross_entropy(hidden, layer.weight, target, vocab=VocabShard.from_deepspeed(layer)) "
+    "takes the loss of the VocabParallelLinear that is the head then"
+)
 
 
 class LMHead(nn.Linear):
@@ -114,6 +123,16 @@ class LMHead(nn.Linear):
             head.__class__ = head._unwrapped
             del head._unwrapped, head._settings
         return len(found)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "replaced" and value and not _skipped_by_autotp(sys._getframe(1)):
+            warnings.warn(
+                "DeepSpeed's AutoTP puts a layer of its own in the place of this LMHead, and losses of its logits are "
+                f"no longer taken in chunks. {_AUTOTP}",
+                UserWarning,
+                stacklevel=2,
+            )
+        super().__setattr__(name, value)
 
     # ---- calls ----
 
@@ -296,6 +315,7 @@ def _output_embeddings(model: nn.Module, name: str | None) -> list[nn.Linear]:
             f"no output embedding found: the model has no get_output_embeddings(), and {len(fitting)} of its linear "
             f"layers have the {words} outputs of its largest embedding ({', '.join(fitting) or 'none'}): name it, "
             "LMHead.wrap(model, 'lm_head')"
+            + (f". DeepSpeed's AutoTP has replaced layers of this model. {_AUTOTP}" if _has_autotp(model) else "")
         )
     return list(fitting.values())
 
@@ -309,7 +329,24 @@ def _linears_of(module: nn.Module) -> list[nn.Linear]:
         return [linear for copy in (*copies.values(), module.original_module) for linear in _linears_of(copy)]
     if callable(getattr(module, "get_base_layer", None)):
         return _linears_of(module.get_base_layer())
-    raise ValueError(f"the output embedding must be an nn.Linear, was {type(module).__name__}")
+    pointer = f" of DeepSpeed's AutoTP. {_AUTOTP}" if _is_autotp(module) else ""
+    raise ValueError(f"the output embedding must be an nn.Linear, was {type(module).__name__}{pointer}")
+
+
+def _has_autotp(model: nn.Module) -> bool:
+    return any(map(_is_autotp, model.modules()))
+
+
+def _is_autotp(module: nn.Module) -> bool:
+    # None of its layers exist while its module, which is slow to import, is not imported.
+    layers = sys.modules.get("deepspeed.module_inject.layers")
+    return layers is not None and isinstance(module, layers.TensorParallel_Layer)
+
+
+def _skipped_by_autotp(caller: FrameType) -> bool:
+    """Whether AutoTP marks a layer as replaced because it is told to leave it as it is."""
+    kind = getattr(caller.f_locals.get("spec"), "partition_type", None)
+    return getattr(kind, "name", None) == "SKIP"
 
 
 def _check_wrappable(linear: nn.Linear) -> None:
