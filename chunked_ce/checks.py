@@ -18,9 +18,11 @@ from chunked_ce.arguments import (
     is_one_of,
     number,
 )
+from chunked_ce.distributed.fsdp import is_flattened
 from chunked_ce.distributed.vocab import VocabShard
 from chunked_ce.engine.accumulation import has_own_dispatch, main_grad_mismatch
 from chunked_ce.engine.kernels import why_not_triton
+from chunked_ce.engine.presence import is_released, where_it_is_whole
 from chunked_ce.engine.tracing import is_readable
 from chunked_ce.options import ChunkOptions
 
@@ -224,11 +226,14 @@ def check_backend(options: ChunkOptions, device: torch.device, dtype: torch.dtyp
 
 def _rows(linear_weight: Tensor, input: Tensor, vocab: VocabShard | None) -> int:
     if linear_weight.numel() == 0 and (vocab is None or vocab.rows > 0):
-        partitioned = " (this one is partitioned by DeepSpeed)" if hasattr(linear_weight, "ds_id") else ""
         raise ValueError(
-            f"linear_weight must be (V, D) with at least one row, had shape {_shape(linear_weight)}. Under ZeRO-3 "
-            f"a parameter holds no elements outside the engine's forward{partitioned}: call the loss inside it, or "
-            "gather the head with deepspeed.zero.GatheredParameters"
+            f"linear_weight must be (V, D) with at least one row, had shape {_shape(linear_weight)}. "
+            f"{where_it_is_whole(linear_weight)}"
+        )
+    if is_released(linear_weight) or (is_flattened(linear_weight) and linear_weight.dim() != 2):
+        raise ValueError(
+            f"linear_weight must be (V, D) with values, had shape {_shape(linear_weight)} and "
+            f"{linear_weight.untyped_storage().nbytes()} bytes of memory. {where_it_is_whole(linear_weight)}"
         )
     if linear_weight.dim() != 2 or linear_weight.shape[1] != input.shape[-1]:
         raise ValueError(

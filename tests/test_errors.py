@@ -194,6 +194,63 @@ def test_wrong_logits(logits):
     refused(logits_call, "logits", {"logits": logits}, "")
 
 
+def put_away(head: torch.nn.Parameter, how: str) -> None:
+    if how == "ds_id":  # as ZeRO-3 does at the end of a block that gathers a parameter
+        head.ds_id, head.data = 0, torch.empty(0)
+    elif how == "_fsdp_flattened":
+        head._fsdp_flattened, head.data = True, torch.empty(3)
+    else:
+        head.untyped_storage().resize_(0)
+
+
+ENGINES = {"ds_id": "ZeRO-3.*partitioned by DeepSpeed.*GatheredParameters", "_fsdp_flattened": "FSDP", "memory": "FSDP"}
+
+
+@pytest.mark.parametrize("how", ENGINES)
+@pytest.mark.parametrize(("reduction", "way"), REDUCTIONS_AND_WAYS)
+def test_head_that_is_put_away_before_the_backward(reduction, way, how):
+    """The backward says where the head went, and names no target."""
+    head = torch.nn.Parameter(torch.randn(V, D))
+    hidden = torch.randn(N, D, requires_grad=True)
+    target = torch.randint(V, (N,))
+    options = ChunkOptions(gradients=way)
+    loss = linear_cross_entropy(hidden, head, target, reduction=reduction, options=options).sum()
+    put_away(head, how)
+    if way == "forward" and how == "memory":
+        return loss.backward()  # reads nothing of the head
+    with pytest.raises(RuntimeError, match=rf"(?s)linear_weight had shape \({V}, {D}\) in the forward.*{ENGINES[how]}"):
+        loss.backward()
+
+
+def test_head_that_is_frozen_and_put_away_is_not_missed_where_nothing_reads_it():
+    head, hidden = torch.nn.Parameter(torch.randn(V, D), requires_grad=False), torch.randn(N, D, requires_grad=True)
+    target = torch.randint(V, (N,))
+    expected = torch.nn.functional.cross_entropy(hidden @ head.t(), target)
+    (exact,) = torch.autograd.grad(expected, hidden)
+    for way in ("forward", "backward"):
+        loss = linear_cross_entropy(hidden, head, target, options=ChunkOptions(gradients=way))
+        values = head.data
+        put_away(head, "ds_id")
+        if way == "backward":
+            with pytest.raises(RuntimeError, match="ZeRO-3"):
+                loss.backward()
+        else:
+            torch.testing.assert_close(torch.autograd.grad(loss, hidden)[0], exact)
+        del head.ds_id
+        head.data = values
+
+
+@pytest.mark.parametrize("how", ENGINES)
+@pytest.mark.parametrize("function", [call, logprobs_call])
+def test_head_that_is_put_away_before_the_loss(function, how):
+    head = torch.nn.Parameter(torch.randn(V, D))
+    put_away(head, how)
+    other = "FSDP" if how == "ds_id" else "ZeRO-3"
+    with pytest.raises(ValueError, match=f"(?s)linear_weight must be .*{ENGINES[how]}") as error:
+        function(linear_weight=head)
+    assert other not in str(error.value)
+
+
 @pytest.mark.parametrize("head", [torch.empty(0), torch.empty(0, D), torch.nn.Parameter(torch.empty(0))])
 def test_partitioned_head(head):
     """peers 12: a ZeRO-3 parameter outside its module's forward has size 0: say so."""

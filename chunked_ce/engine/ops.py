@@ -31,6 +31,7 @@ from chunked_ce.engine.flat import (
 )
 from chunked_ce.engine.kernels import row_kernels
 from chunked_ce.engine.linear import Head, Settings
+from chunked_ce.engine.presence import check_still_there
 from chunked_ce.engine.rows import Slopes, Wanted
 from chunked_ce.engine.sharded import Shard
 from chunked_ce.engine.tracing import is_recorded
@@ -106,6 +107,14 @@ def linear_loss(
         *flat_shard(shard),
     )
     return loss, RowStatistics(*found[:3], *only_wanted(found[3:], wanted))
+
+
+def _check_head(
+    weight: Tensor | None, bias: Tensor | None, shapes: Sequence[torch.Size | None], *, is_read: bool
+) -> None:
+    """Whether the backward finds the tensors of a head as the forward left them."""
+    for name, tensor, shape in zip(("linear_weight", "linear_bias"), (weight, bias), shapes, strict=True):
+        check_still_there(name, tensor, shape, is_read=is_read)
 
 
 # ---- the backward way: statistics now, gradients from logits formed again ----
@@ -239,6 +248,7 @@ def _save_linear_statistics(ctx, inputs, output):
     _, settings, _ = _apart(inputs)
     ctx.leaf = leaf_to_keep(weight, settings.accumulate_into)
     ctx.inputs = len(inputs)
+    ctx.head_shapes = [None if tensor is None else tensor.shape for tensor in inputs[1:3]]
     maximum, log_sum, _, _, mean, correct = output
     ctx.save_for_backward(hidden, weight, bias, target, class_weight, maximum, log_sum, mean)
     ctx.mark_non_differentiable(maximum, correct)
@@ -250,6 +260,7 @@ def _backward_of_linear_statistics(ctx, _maximum, *upstream):
     (scale, softcap, ignore_index, wanted), settings, shard = _apart(ctx.numbers)
     upstream = upstream_of_wanted(upstream, wanted)
     needed = list(ctx.needs_input_grad[:3])
+    _check_head(weight, bias, ctx.head_shapes, is_read=True)
     needed[1], weight_sum = destination(ctx.leaf, weight, settings.accumulate_into, needed[1])
     if torch.is_grad_enabled():
         refuse_shard(shard)
@@ -380,6 +391,7 @@ def _save_linear_loss(ctx, inputs, output):
     ctx.maths = Logits(scale, softcap), objective, ignore_index
     ctx.settings = settings
     ctx.inputs = len(inputs)
+    ctx.head_shapes = [None if tensor is None else tensor.shape for tensor in inputs[1:3]]
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*tensors, *output[1:4])
     ctx.set_materialize_grads(False)
@@ -392,6 +404,7 @@ def _backward_of_linear_loss(ctx, grad, *_):
     *tensors, hidden_grad, weight_grad, bias_grad = ctx.saved_tensors
     hidden, weight, bias, target, class_weight, token_weight, upstream = tensors
     needed = list(ctx.needs_input_grad[:3])
+    _check_head(weight if needed[1] else None, bias if needed[2] else None, ctx.head_shapes, is_read=False)
     if torch.is_grad_enabled():
         refuse_shard(ctx.shard)
         logits_of, objective, ignore_index = ctx.maths

@@ -44,3 +44,12 @@ def test_heads_that_fsdp_shards_are_refused_by_name(failures):
             assert of_rank[case] is not None, case
             assert of_rank[case].type == ("Unsupported" if what == "compiled, full graph" else "ValueError"), case
             assert f"{name} is sharded by FSDP over data ranks" in of_rank[case].message, case
+
+
+def test_a_head_that_fsdp_flattened_is_told_about_fsdp(failures):
+    for case in cases(failures, "fsdp1"):
+        for of_rank in failures:
+            assert of_rank[case].type == "ValueError" and of_rank[case].message.startswith(
+                "linear_weight must be (V, D)"
+            )
+            assert "FSDP shards this one" in of_rank[case].message and "ZeRO" not in of_rank[case].message

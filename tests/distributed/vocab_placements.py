@@ -7,7 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
@@ -287,6 +287,12 @@ def inside_forward(meshes, *, tensor_parallel: bool) -> None:
     torch.testing.assert_close(loss, expected)
 
 
+def by_fsdp_of_old(*, use_orig_params: bool) -> None:
+    """A head that `FullyShardedDataParallel` has put away."""
+    model = FullyShardedDataParallel(Model(), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+    loss_of_head(model.module.head.weight)
+
+
 def run_all(rank: int, world_size: int) -> dict:
     meshes = {
         FLAT: init_device_mesh("cpu", FLAT, mesh_dim_names=("tensor",)),
@@ -330,4 +336,6 @@ def run_all(rank: int, world_size: int) -> dict:
     found["beside fsdp"] = failure(lambda: beside_fsdp(meshes))
     for tensor_parallel in (False, True):
         found["inside", tensor_parallel] = failure(lambda t=tensor_parallel: inside_forward(meshes, tensor_parallel=t))
+    for use_orig_params in (True, False):
+        found["fsdp1", use_orig_params] = failure(lambda u=use_orig_params: by_fsdp_of_old(use_orig_params=u))
     return found

@@ -232,11 +232,28 @@ def use_head_outside(rank: int):
         end(engine)
 
 
+def backward_outside_of_the_gather(rank: int, gradients: str):
+    import deepspeed
+
+    engine = new_engine(Case(3))
+    try:
+        tokens, target = window("uneven", rank, 1)[0]
+        head = engine.module.head.weight
+        options = chunked_ce.ChunkOptions(gradients=gradients)
+        with deepspeed.zero.GatheredParameters([head]):
+            hidden = torch.randn(*tokens.shape, head.ds_shape[1], requires_grad=True)
+            loss = chunked_ce.linear_cross_entropy(hidden, head, target, options=options)
+        loss.backward()
+    finally:
+        end(engine)
+
+
 def two_ranks(rank, world_size):
     quiet_deepspeed()
     results = {case: attempt(one_step, case, rank) for case in (*DATA_PARALLEL, *NOTHING, *MEAN_OF_MEANS)}
     results.update({gradients: attempt(use_head_inside, rank, gradients) for gradients in GRADIENTS})
     results["outside"] = attempt(use_head_outside, rank)
+    results.update({("gathered", way): attempt(backward_outside_of_the_gather, rank, way) for way in GRADIENTS})
     # AutoTP changes DeepSpeed for good: its cases come last.
     results.update({case: attempt(one_step, case, rank) for case in (*REFUSED, *OTHER_PARALLEL)})
     return results
@@ -317,6 +334,15 @@ def test_partitioned_head_inside_the_engine(results, gradients):
 def test_partitioned_head_outside_the_engine_is_a_clear_error(results):
     for result in results:
         assert "ValueError" in result["outside"] and "ZeRO-3" in result["outside"]
+
+
+@pytest.mark.parametrize("gradients", GRADIENTS)
+def test_backward_outside_of_the_gather_says_that_the_head_is_gone(results, gradients):
+    for result in results:
+        said = result["gathered", gradients]
+        assert "RuntimeError: linear_weight had shape" in said and "in the forward and has shape (0,)" in said
+        assert "partitioned by DeepSpeed" in said and "loss and backward both into one block" in said
+        assert "allowed are" not in said
 
 
 # Without an engine
