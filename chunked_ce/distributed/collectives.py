@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-__all__ = ["Collectives", "Pending", "all_gather_single"]
+__all__ = ["Collectives", "Issued", "Pending", "all_gather_single", "exchange"]
 
 # Torch 2.13 warns of the names that older ones have.
 _HAS_SINGLE = hasattr(dist, "all_gather_single")
@@ -22,6 +29,17 @@ def _reduce_scatter_single(mine: Tensor, parts: Tensor, **keywords) -> dist.Work
     return scatter(mine, parts, **keywords)
 
 
+@dataclasses.dataclass
+class Issued:
+    """What a thread has started since it began to count."""
+
+    number: int = 0
+    broken: bool = False  # one of them failed: there are ranks that no collective reaches
+
+
+_counting = threading.local()
+
+
 class Pending:
     """A collective under way; `wait` gives its result."""
 
@@ -33,7 +51,7 @@ class Pending:
             try:
                 self._work.wait()
             except RuntimeError as error:
-                raise RuntimeError(f"{self._what} over the vocabulary group failed: {error}") from error
+                raise _broken(self._what, error) from error
         return self._result
 
 
@@ -58,11 +76,54 @@ class Collectives:
         mine = parts.new_empty(len(parts) // self.size, *parts.shape[1:])
         return self._start(what, _reduce_scatter_single, mine, parts, result=mine)
 
+    def any_failed(self, failed: bool) -> bool:
+        """Whether any rank says that it ``failed``; on the CPU."""
+        flag = torch.tensor([int(failed)])
+        try:
+            self._group.allreduce([flag]).wait()
+        except RuntimeError as error:
+            raise _broken("chunked_ce: the end of a call", error) from error
+        return bool(flag)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's value."""
+        return exchange(value, self._group)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def counted() -> Iterator[Issued]:
+        """Count what this thread starts."""
+        before, _counting.issued = getattr(_counting, "issued", None), Issued()
+        try:
+            yield _counting.issued
+        finally:
+            _counting.issued = before
+
     def _start(self, what: str, collective, *tensors: Tensor, result: Tensor) -> Pending:
+        issued = getattr(_counting, "issued", None)
+        if issued is not None:
+            issued.number += 1
         if result.numel() == 0 and all(tensor.numel() == 0 for tensor in tensors):
             return Pending(result, None, what)  # on every rank: sizes are the same
         try:
             work = collective(*tensors, group=self._group, async_op=True)
         except RuntimeError as error:
-            raise RuntimeError(f"{what} over the vocabulary group failed: {error}") from error
+            raise _broken(what, error) from error
         return Pending(result, work, what)
+
+
+def exchange(value: Any, group: dist.ProcessGroup, what: str = "chunked_ce: the comparison of calls") -> list[Any]:
+    """Every rank's value."""
+    values = [None] * dist.get_world_size(group)
+    try:
+        dist.all_gather_object(values, value, group=group)
+    except RuntimeError as error:
+        raise _broken(what, error) from error
+    return values
+
+
+def _broken(what: str, error: RuntimeError) -> RuntimeError:
+    issued = getattr(_counting, "issued", None)
+    if issued is not None:
+        issued.broken = True
+    return RuntimeError(f"{what} over the vocabulary group failed: {error}")

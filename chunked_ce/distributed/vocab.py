@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from chunked_ce.distributed.collectives import all_gather_single
+from chunked_ce.distributed.collectives import all_gather_single, exchange
 from chunked_ce.distributed.fsdp import fsdp_refusal, is_fsdp_shard
 from chunked_ce.distributed.groups import checked_group, group_of_ranks
 from chunked_ce.engine.sharded import Shard
@@ -108,7 +108,7 @@ class VocabShard:
     def from_local(cls, rows: int, group: dist.ProcessGroup | None = None, **keywords: Any):
         """From the rows that this rank holds; the ranks tell each other how many they have."""
         group = checked_group(group)
-        sizes = _exchange(rows, group)
+        sizes = exchange(rows, group)
         if not all(type(size) is int and size >= 0 for size in sizes):
             said = ", ".join(f"rank {rank} has {size!r}" for rank, size in enumerate(sizes))
             raise ValueError(f"rows must be an integer >= 0 on every rank: {said}")
@@ -190,7 +190,7 @@ class VocabShard:
                 raise error
             return
         mine = {"start": self.start, "stop": self.stop, "error": None if error is None else str(error)}
-        everyone = _exchange(mine | {"call": {"total": self.total, **call}}, self.group)
+        everyone = exchange(mine | {"call": {"total": self.total, **call}}, self.group)
         if error is not None:
             raise error
         for rank, other in enumerate(everyone):
@@ -211,7 +211,7 @@ class VocabShard:
             return values
         bounds = getattr(self, "_bounds", None)
         if bounds is None:
-            bounds = _exchange((self.start, self.stop), self.group)
+            bounds = exchange((self.start, self.stop), self.group)
             object.__setattr__(self, "_bounds", bounds)
         if len(values) == self.total and (0, self.total) not in bounds:
             return values
@@ -228,16 +228,6 @@ class VocabShard:
 
 def _unpickled(cls: type[VocabShard], ranks: list[int], group_name: str, values: dict[str, Any]) -> VocabShard:
     return cls(group_of_ranks(ranks, group_name), **values)
-
-
-def _exchange(value: Any, group: dist.ProcessGroup) -> list[Any]:
-    """Every rank's value."""
-    values = [None] * dist.get_world_size(group)
-    try:
-        dist.all_gather_object(values, value, group=group)
-    except RuntimeError as error:
-        raise RuntimeError(f"chunked_ce: the comparison of calls over the vocabulary group failed: {error}") from error
-    return values
 
 
 def _check_calls(calls: list[dict[str, Any]]) -> None:

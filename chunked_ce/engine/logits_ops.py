@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from chunked_ce.engine import logits, plain, sharded
+from chunked_ce.engine import in_step, logits, plain
 from chunked_ce.engine.flat import (
     differentiable,
     fake_statistics,
@@ -60,7 +60,7 @@ def _logits_statistics(
     shard = shard_of(group_name, start, total, input_grad, reduce_dtype)
     arguments = (products, target, class_weight, Logits(scale, softcap), ignore_index, Wanted(*wanted), backend)
     with no_autocast(products.device):
-        found = logits.statistics(*arguments) if shard is None else sharded.logits_statistics(*arguments, shard)
+        found = logits.statistics(*arguments) if shard is None else in_step.logits_statistics(*arguments, shard)
     return filled(found, found.log_sum)
 
 

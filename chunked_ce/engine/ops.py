@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from chunked_ce import plan
-from chunked_ce.engine import linear, plain, sharded
+from chunked_ce.engine import in_step, linear, plain
 from chunked_ce.engine.accumulation import destination, leaf_to_keep
 from chunked_ce.engine.backprop import Gradients
 from chunked_ce.engine.device_memory import with_smaller_chunks
@@ -163,7 +163,7 @@ def _linear_statistics(
             run = functools.partial(linear.statistics, *arguments)
             found = with_smaller_chunks(run, settings, target, weight)
         else:
-            found = sharded.statistics(*arguments, settings, shard)
+            found = in_step.statistics(*arguments, settings, shard)
     return filled(found, found.log_sum)
 
 
@@ -234,7 +234,7 @@ def _gradients(hidden: Tensor, *arguments, shard: Shard | None, weight_sum: Tens
     with no_autocast(hidden.device):
         if shard is None:
             return linear.gradients(hidden, *arguments, weight_sum=weight_sum)
-        return sharded.gradients(hidden, *arguments, shard, weight_sum=weight_sum)
+        return in_step.gradients(hidden, *arguments, shard, weight_sum=weight_sum)
 
 
 @_linear_gradients.register_fake
@@ -361,7 +361,7 @@ def _linear_loss(
             sum_dtype = _head_sum_dtype(target, weight, needed, settings, shard)
             grads = Gradients(grads.hidden, *(None if part is None else part.to(sum_dtype) for part in grads[1:]))
         else:
-            loss, grads, found = sharded.loss_and_gradients(*arguments, settings, shard)
+            loss, grads, found = in_step.loss_and_gradients(*arguments, settings, shard)
     return loss, *filled(grads, hidden), *filled(found, found.log_sum)
 
 

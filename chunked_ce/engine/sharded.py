@@ -27,11 +27,21 @@ from chunked_ce.engine.rows import Slopes, Wanted, empty_statistics
 from chunked_ce.engine.scratch import logits_scratch
 from chunked_ce.objective import Logits, Objective, RowStatistics, combine_shards
 
-__all__ = ["Shard", "gradients", "logits_statistics", "loss_and_gradients", "statistics"]
+__all__ = [
+    "HIDDEN",
+    "HIDDEN_GRADIENT",
+    "STATISTICS",
+    "Shard",
+    "gradients",
+    "logits_statistics",
+    "loss_and_gradients",
+    "reduce_dtype",
+    "statistics",
+]
 
-_STATISTICS = "chunked_ce: the all-gather of row statistics"
-_HIDDEN = "chunked_ce: the all-gather of hidden states"
-_HIDDEN_GRADIENT = "chunked_ce: the reduction of hidden gradients"
+STATISTICS = "chunked_ce: the all-gather of row statistics"
+HIDDEN = "chunked_ce: the all-gather of hidden states"
+HIDDEN_GRADIENT = "chunked_ce: the reduction of hidden gradients"
 
 
 class Shard(NamedTuple):
@@ -148,12 +158,12 @@ def gradients(
         needed,
         settings,
         words=(shard.start, shard.total),
-        hidden_dtype=None if partial else _reduce_dtype(shard, settings),
+        hidden_dtype=None if partial else reduce_dtype(shard, settings),
         weight_sum=weight_sum,
     )
     if total.hidden is None or partial:
         return total
-    reduced = Collectives(shard.group_name).all_reduce_(total.hidden, _HIDDEN_GRADIENT).wait()
+    reduced = Collectives(shard.group_name).all_reduce_(total.hidden, HIDDEN_GRADIENT).wait()
     return total._replace(hidden=reduced.to(hidden.dtype))
 
 
@@ -217,7 +227,7 @@ def logits_statistics(
     ]
     found = empty_statistics(n, products.dtype, products.device, wanted)
     if parts:
-        gathered = Collectives(shard.group_name).all_gather(torch.cat(parts), _STATISTICS).wait()
+        gathered = Collectives(shard.group_name).all_gather(torch.cat(parts), STATISTICS).wait()
         tokens.put_statistics(found, slice(None), combine_shards(gathered, tokens.target, **wanted._asdict()))
     return found
 
@@ -238,7 +248,7 @@ def _pipeline(
         finish(*previous)
 
 
-def _reduce_dtype(shard: Shard, settings: Settings) -> torch.dtype:
+def reduce_dtype(shard: Shard, settings: Settings) -> torch.dtype:
     return shard.reduce_dtype or torch.promote_types(settings.accumulate_dtype, settings.compute_dtype)
 
 
@@ -314,7 +324,7 @@ class _Run:
         windows = [slice(at, at + self._chunk) for at in range(0, len(self._hidden), self._chunk)]
 
         def gather(window: slice) -> Pending:
-            return self._collectives.all_gather(self._hidden[window].to(self.head.weight.dtype), _HIDDEN)
+            return self._collectives.all_gather(self._hidden[window].to(self.head.weight.dtype), HIDDEN)
 
         pending = gather(windows[0]) if windows else None
         for window, following in itertools.zip_longest(windows, windows[1:]):
@@ -340,7 +350,7 @@ class _Run:
             self._wanted,
             self._shard.start,
         )
-        return self._collectives.all_gather(part, _STATISTICS)
+        return self._collectives.all_gather(part, STATISTICS)
 
     def combine(self, rows: slice, pending: Pending) -> RowStatistics:
         return combine_shards(pending.wait(), self.tokens.target[rows], **self._wanted._asdict())
@@ -379,14 +389,14 @@ class _Run:
     def _start_hidden_gradient(self, chunk: _Chunk, part: Tensor) -> Pending:
         """Start to reduce this rank's part (C, D)."""
         if self._shard.input_grad == "partial":
-            return Pending(part, None, _HIDDEN_GRADIENT)
-        part = part.to(_reduce_dtype(self._shard, self._settings))
+            return Pending(part, None, HIDDEN_GRADIENT)
+        part = part.to(reduce_dtype(self._shard, self._settings))
         if not self._sequence:
-            return self._collectives.all_reduce_(part, _HIDDEN_GRADIENT)
+            return self._collectives.all_reduce_(part, HIDDEN_GRADIENT)
         ranks = self._collectives.size
         whole = part
         if not self.tokens.all_kept:
             places = len(self._hidden[chunk.window]) * ranks
             whole = part.new_zeros(places, part.shape[1])
             self.tokens.put_into(whole, chunk.window.start * ranks, chunk.rows, part)
-        return self._collectives.reduce_scatter(whole, _HIDDEN_GRADIENT)
+        return self._collectives.reduce_scatter(whole, HIDDEN_GRADIENT)

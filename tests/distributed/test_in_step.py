@@ -1,0 +1,82 @@
+"""A rank that fails alone in a call: all ranks fail, by name, and are in step afterwards."""
+
+import collections
+
+import pytest
+import torch
+
+from chunked_ce.distributed.collectives import Collectives
+from chunked_ce.engine import in_step
+from tests.distributed.launch import run
+from tests.distributed.threads import run_threads
+from tests.distributed.vocab_failures import ODD_ONE, RANKS, Call, Scene, run_all, scenes
+
+
+@pytest.fixture(scope="module")
+def failures():
+    return run(run_all, RANKS)
+
+
+@pytest.mark.parametrize("scene", scenes(), ids=str)
+def test_out_of_memory_on_one_rank(failures, scene):
+    for rank, of_rank in enumerate(failures):
+        found = of_rank[scene]
+        assert found is not None
+        if rank == ODD_ONE:
+            assert found == ("OutOfMemoryError", "a simulated one")
+        else:
+            assert found == (
+                "RuntimeError",
+                f"vocab: rank {ODD_ONE} of the group failed in this call, and all ranks with it: "
+                "OutOfMemoryError: a simulated one",
+            )
+
+
+@pytest.mark.parametrize("function", ["forward", "backward", "logprobs", "logits"])
+def test_a_bad_target_on_one_rank(failures, function):
+    for rank, of_rank in enumerate(failures):
+        found = of_rank["bad target", function]
+        assert found.type == ("IndexError" if rank == ODD_ONE else "RuntimeError")
+        assert "is 1000000, allowed are [0, 11)" in found.message
+        assert rank == ODD_ONE or f"rank {ODD_ONE} of the group failed in this call" in found.message
+
+
+FUNCTIONS = ("forward", "backward", "logprobs", "logits")
+SCENES = [Scene(function, at, "") for function in FUNCTIONS for at in ("complete", "partial", "sequence")]
+
+
+def test_steps_are_the_collectives_of_a_call(monkeypatch):
+    """Those that a rank goes through once it has failed are those that the others issue, in their order."""
+    found, expected = (collections.defaultdict(list) for _ in range(2))
+    start, together, any_failed = Collectives._start, in_step._together, Collectives.any_failed
+    ends = collections.Counter()
+
+    def recording(self, what, collective, *tensors, result):
+        part = tensors[-1]
+        found[torch.distributed.get_rank()].append((what, tuple(part.shape), part.dtype))
+        return start(self, what, collective, *tensors, result=result)
+
+    def listing(steps, *arguments):
+        expected[torch.distributed.get_rank()] += [(step.what, tuple(step.shape), step.dtype) for step in steps()]
+        return together(steps, *arguments)
+
+    def ending(self, failed):
+        ends[torch.distributed.get_rank()] += 1
+        return any_failed(self, failed)
+
+    def calls(rank: int, world_size: int) -> None:
+        for scene in SCENES:
+            before = ends[rank]
+            Call.of(scene, rank).run()
+            reduces = scene.input_grad == "sequence" or (scene.input_grad == "complete" and scene.function != "forward")
+            backward = reduces and scene.function in ("backward", "logprobs")
+            assert ends[rank] - before == 1 + backward
+
+    monkeypatch.setattr(Collectives, "_start", recording)
+    monkeypatch.setattr(Collectives, "any_failed", ending)
+    monkeypatch.setattr(in_step, "_together", listing)
+    run_threads(calls, RANKS)
+    assert sorted(found) == list(range(RANKS))
+    for rank in range(RANKS):
+        assert len(found[rank]) > 50
+        assert found[rank] == expected[rank]
