@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.utils.parametrize import is_parametrized
 
 from chunked_ce.checks import check_keywords, check_options
 from chunked_ce.distributed.vocab import VocabShard
 from chunked_ce.lazy import consume, shapes  # noqa: F401  what lazy tensors follow
+from chunked_ce.lazy.classes import TokenAdapter, in_front, joined, without
 from chunked_ce.lazy.logits import LazyLogits
 from chunked_ce.lazy.source import Call
 from chunked_ce.objective import Logits
@@ -110,18 +112,27 @@ class LMHead(nn.Linear):
                 raise ValueError(
                     f"vocab must hold as many words as the head, {linear.out_features}, held {settings.vocab.rows}"
                 )
-            linear._settings = settings
-            linear._unwrapped = type(linear)
-            linear.__class__ = cls if type(linear) is nn.Linear else _subclass(cls, type(linear))
+            cls._take(linear, settings)
+        for module in model.modules():
+            if getattr(module, "base_layer", None) in heads:
+                _follow_token_adapter(module)
         return heads[0]
+
+    @classmethod
+    def _take(cls, linear: nn.Linear, settings: _Settings) -> None:
+        linear._settings, linear._head_class = settings, cls
+        linear.__class__ = in_front(cls, type(linear), nn.Linear, is_parametrized(linear))
 
     @staticmethod
     def unwrap(model: nn.Module) -> int:
         """Undo `wrap`; the number of heads that were turned back."""
-        found = [module for module in model.modules() if "_unwrapped" in vars(module)]
+        found = [module for module in model.modules() if "_head_class" in vars(module)]
         for head in found:
-            head.__class__ = head._unwrapped
-            del head._unwrapped, head._settings
+            head.__class__ = without(type(head), head._head_class, nn.Linear)
+            del head._head_class, head._settings
+        for module in model.modules():
+            if isinstance(module, TokenAdapter):
+                module.__class__ = without(type(module), TokenAdapter, nn.Module)
         return len(found)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -327,6 +338,8 @@ def _linears_of(module: nn.Module) -> list[nn.Linear]:
     copies = getattr(module, "modules_to_save", None)
     if isinstance(copies, nn.ModuleDict):
         return [linear for copy in (*copies.values(), module.original_module) for linear in _linears_of(copy)]
+    if isinstance(getattr(module, "token_adapter", None), nn.Module):  # PEFT's trainable tokens
+        module = module.token_adapter
     if callable(getattr(module, "get_base_layer", None)):
         return _linears_of(module.get_base_layer())
     pointer = f" of DeepSpeed's AutoTP. {_AUTOTP}" if _is_autotp(module) else ""
@@ -359,9 +372,37 @@ def _check_wrappable(linear: nn.Linear) -> None:
         )
 
 
-def _subclass(cls: type, linear: type) -> type:
-    """A class that is `LMHead` and what the layer was made into, such as a unit of FSDP2."""
-    return type(f"{cls.__name__}{linear.__name__}", (cls, linear), {})
+def _follow_token_adapter(module: nn.Module) -> None:
+    """PEFT's trainable tokens, in front of a head, leave it lazy."""
+    peft = sys.modules.get("peft.tuners.trainable_tokens.layer")
+    if peft is not None and isinstance(module, peft.TrainableTokensLayer) and not isinstance(module, TokenAdapter):
+        module.__class__ = joined(TokenAdapter, type(module))
+
+
+def _new_place(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+    """Called when a module is put into another: what comes in place of a head is one too, or a warning says it is not.
+
+    Resizing the embeddings of a model is one way to replace its head.
+    """
+    if isinstance(module, LMHead):
+        _follow_token_adapter(parent)
+        return
+    before = vars(parent)["_modules"].get(name)
+    if module is None or not isinstance(before, LMHead) or vars(before).get("replaced"):  # AutoTP's mark
+        return
+    if type(module) is nn.Linear and module.in_features == before.in_features and before.vocab is None:
+        vars(before).get("_head_class", LMHead)._take(module, before._settings)
+        module.train(before.training)
+    elif not isinstance(module, nn.Identity) and before not in module.modules():  # as it is inside of an adapter
+        warnings.warn(
+            f"{type(module).__name__} takes the place of the LMHead {name!r}, and its logits are not lazy: call "
+            "LMHead.wrap(model) once more, with the keywords of the first time",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+nn.modules.module.register_module_module_registration_hook(_new_place)
 
 
 def _whole_shape(weight: Tensor) -> torch.Size:

@@ -276,15 +276,20 @@ def _found(lazy: LazyLogits, read: Read) -> tuple[Tensor, Tensor]:
     """``read(rows, places)``, a logit or several (m, k) of each row (m, V) and their words, for all rows: (..., k)."""
 
     def found(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        tokens = hidden.shape[:-1]
-        hidden = hidden.reshape(tokens.numel(), hidden.shape[-1])
+        hidden = _flat(hidden)
         logits, words = values.of_rows(lazy.rows(hidden, weight, bias), read, len(hidden))
         if torch.is_grad_enabled():
             same = values.selected(hidden, weight, bias, lazy._logits, words)
             logits = values.with_gradient_of(same, logits)
-        return tuple(found.view(*tokens, found.shape[-1]) for found in (logits, words))
+        return logits, words
 
-    return lazy.request(found)
+    tokens = lazy._stand_in.select(lazy._vocab_dim, 0).shape
+    return tuple(part.view(*tokens, part.shape[-1]) for part in lazy.request(found))
+
+
+def _flat(hidden: Tensor) -> Tensor:
+    """Hidden states (..., D) as (N, D)."""
+    return hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1])
 
 
 def _best(lazy: Lazy, dim: Any, name: str, find: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Any:
@@ -341,13 +346,13 @@ def _logsumexp(lazy: Lazy, dim: Any, keepdim: bool = False) -> Tensor:
     lazy.head.check_can_compute("logsumexp")
 
     def total(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        tokens = hidden.shape[:-1]
-        hidden = hidden.reshape(tokens.numel(), hidden.shape[-1])
+        hidden = _flat(hidden)
         found, best = values.of_rows(lazy.rows(hidden, weight, bias), values.logsumexp_and_best, len(hidden))
         if torch.is_grad_enabled():
             same = values.logsumexp(hidden, weight, bias, lazy._logits, lazy.head.options, best)
             found = values.with_gradient_of(same, found)
-        return found.view(tokens)
+        return found
 
-    found = lazy.request(total)
+    # Engines hang hooks on what a request returns, which a view would lose when it is changed in place.
+    found = lazy.request(total).view(lazy._stand_in.select(lazy._vocab_dim, 0).shape)
     return found.unsqueeze(dim) if keepdim else found

@@ -199,7 +199,10 @@ class Root:
         self.call.check_hidden_unchanged()
         with self._for_values(tracked):
             hidden = self.hidden.movedim(self.vocab_dim, -1)
-        return self.call.run(hidden, functools.partial(self._logits, tracked), tracked)
+        found = self.call.run(hidden, functools.partial(self._logits, tracked), tracked)
+        with self._for_values(tracked):
+            found = found if self.vocab_dim == found.dim() - 1 else found.movedim(-1, self.vocab_dim)
+            return with_layout(found, self.stand_in)
 
     def _logits(self, tracked: bool, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         tokens = hidden.shape[:-1]
@@ -210,8 +213,7 @@ class Root:
             found = with_gradient(values, *factors) if tracked else values()  # (n, V)
             for operation in self.of_rows:
                 found = operation(found)
-            found = unsafe_view(found, (*tokens, found.shape[-1])).movedim(-1, self.vocab_dim)
-            return with_layout(found, self.stand_in)
+            return unsafe_view(found, (*tokens, found.shape[-1]))
 
     @contextlib.contextmanager
     def _for_values(self, tracked: bool):

@@ -1,5 +1,6 @@
 """PEFT: adapters beside the head leave it lazy, an adapter on the head is never bypassed, a frozen head costs no dW."""
 
+import copy
 import warnings
 
 import pytest
@@ -58,6 +59,39 @@ def test_merged_and_disabled_adapters():
     ours.merge_adapter()
     assert type(ours(**batch()).logits) is LazyLogits
     torch.testing.assert_close(ours(**batch()).loss, plain(**batch()).loss)
+
+
+def with_tokens(model):
+    """Adapters, and some words that are trained in the embedding and the head, which are tied."""
+    torch.manual_seed(0)
+    words = {"init_lora_weights": False, "trainable_token_indices": [3, 9, 700]}
+    return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj"], **words)).train()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("order", ["wrap first", "adapt first"])
+def test_trainable_tokens_of_a_tied_head(order):
+    plain, ours = with_tokens(new_model("llama", True)), new_model("llama", True)
+    if order == "wrap first":
+        LMHead.wrap(ours)
+    ours = with_tokens(ours)
+    if order == "adapt first":
+        LMHead.wrap(ours)
+    ours.load_state_dict(plain.state_dict())
+    with torch.no_grad():
+        for model in (plain, ours):
+            next(p for name, p in model.named_parameters() if "tokens_delta" in name).mul_(-2)
+    for model in (ours, copy.deepcopy(ours)):
+        assert type(model(**batch()).logits) is LazyLogits
+        step = training_step(model, loss_of())
+        assert any("tokens_delta" in name for name in step.gradients)
+        assert_same_step(step, training_step(plain, loss_of()), exact_step(plain, loss_of()))
+    with plain.disable_adapter(), ours.disable_adapter():
+        torch.testing.assert_close(ours(**batch()).loss, plain(**batch()).loss)
+    assert torch.equal(ours.eval()(**batch()).logits, plain.eval()(**batch()).logits)
+    adapter = peft.tuners.trainable_tokens.layer.TrainableTokensLayer
+    assert LMHead.unwrap(ours) == 1 and type(ours.get_output_embeddings().token_adapter) is adapter
+    assert torch.equal(ours.train()(**batch()).logits, plain.train()(**batch()).logits)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -151,6 +151,48 @@ def test_evaluation_and_generation_see_tensors():
     assert torch.equal(wrapped.generate(ids[:, :8], **settings), plain.generate(ids[:, :8], **settings))
 
 
+@pytest.mark.filterwarnings("error:LazyLogits")
+@pytest.mark.parametrize("settings", [{"top_k": 1}, {"top_k": 7, "temperature": 0.7}, {"top_p": 0.9}], ids=str)
+def test_sampling_while_training(settings):
+    model = new_model("llama", tied=True)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(40)
+    ids = batch()["input_ids"][:, :8]
+    LMHead.wrap(model, options=ChunkOptions(chunk_size=1))
+    for length in (8, 1):
+        found = []
+        for training in (True, False):
+            torch.manual_seed(5)
+            settings |= {"max_new_tokens": 12, "do_sample": True, "eos_token_id": None}
+            found.append(model.train(training).generate(ids[:, :length], **settings))
+        assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("words", [VOCAB + 10, VOCAB - 10])
+def test_resized_embeddings(tied, words):
+    plain = new_model("llama", tied)
+    wrapped = copy.deepcopy(plain)
+    LMHead.wrap(wrapped, options=CHUNKS)
+    for model in (plain, wrapped):
+        torch.manual_seed(3)
+        model.resize_token_embeddings(words)
+    ids = batch()["input_ids"].clamp(max=words - 1)
+    logits = wrapped(ids).logits
+    assert type(logits) is LazyLogits and logits.shape[-1] == words
+    assert wrapped.lm_head.options is CHUNKS
+    assert (wrapped.lm_head.weight is wrapped.get_input_embeddings().weight) == tied
+    torch.testing.assert_close(logits.log_softmax(-1).sum(-1), plain(ids).logits.log_softmax(-1).sum(-1))
+
+    def loss(model):
+        return model(input_ids=ids, labels=ids).loss
+
+    assert_same_step(training_step(wrapped, loss), training_step(plain, loss), exact_step(plain, loss))
+    assert type(wrapped.eval()(ids).logits) is torch.Tensor
+    LMHead.unwrap(wrapped)
+    assert type(wrapped.lm_head) is torch.nn.Linear
+
+
 def test_generation_while_training():
     model = new_model("llama", tied=True)
     ids = batch()["input_ids"][:, :8]

@@ -1,0 +1,72 @@
+"""Classes of modules that change in place, as `LMHead.wrap` and engines change them."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch.func import functional_call
+
+__all__ = ["TokenAdapter", "in_front", "joined", "without"]
+
+
+@functools.cache
+def joined(front: type, back: type) -> type:
+    """A class that is both, ``front`` first."""
+    return type(f"{front.__name__}{back.__name__}", (front, back), {"__reduce_ex__": _reduce, "_joined": (front, back)})
+
+
+def _reduce(module: Any, protocol: int) -> tuple:
+    """For copies and pickles: no module has the class under its name."""
+    reduced = object.__reduce_ex__(module, max(protocol, 2))
+    pair = vars(type(module)).get("_joined")
+    return reduced if pair is None else (_blank, pair, *reduced[2:])
+
+
+def _blank(front: type, back: type) -> Any:
+    cls = joined(front, back)
+    return cls.__new__(cls)
+
+
+def without(cls: type, front: type, plain: type) -> type:
+    """``cls`` as if no module had been made a ``front``, with all that was made of it since; ``plain`` of itself."""
+    if cls is front:
+        return plain
+    if not issubclass(cls, front):
+        return cls
+    if "_joined" in vars(cls):
+        return without(cls._joined[1], front, plain)
+    bases = tuple(without(base, front, plain) for base in cls.__bases__)
+    return _rebuilt(cls, bases)
+
+
+def in_front(front: type, cls: type, plain: type, is_parametrized: bool) -> type:
+    """``cls`` with ``front`` before it; in place of ``plain``."""
+    if cls is plain:
+        return front
+    if is_parametrized:  # torch undoes that with the first base of the class
+        return _rebuilt(cls, tuple(in_front(front, base, plain, False) for base in cls.__bases__))
+    return joined(front, cls)
+
+
+def _rebuilt(cls: type, bases: tuple[type, ...]) -> type:
+    name = cls.__name__
+    for before, after in zip(cls.__bases__, bases, strict=True):
+        name = name.replace(before.__name__, after.__name__)
+    return type(cls)(name, bases, {key: v for key, v in vars(cls).items() if key not in ("__dict__", "__weakref__")})
+
+
+class TokenAdapter:
+    """What PEFT's ``TrainableTokensLayer`` becomes in front of an `LMHead`: it calls the head, with the merged weight.
+
+    PEFT's own code multiplies by the weight itself, which would form the logits.
+    """
+
+    base_layer: Any
+
+    def forward_adapters(self, x: Any, active_adapters: list[str], *args: Any, **kwargs: Any) -> Any:
+        merged = self.disable_adapters or self.merged or not active_adapters
+        if merged or self.base_layer.bias is not None:  # PEFT leaves a bias out
+            return super().forward_adapters(x, active_adapters, *args, **kwargs)
+        self._check_overlapping_tokens(active_adapters)
+        return functional_call(self.base_layer, {"weight": self.get_merged_weights(active_adapters)}, (x,))
