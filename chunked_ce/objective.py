@@ -23,7 +23,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Logits", "Objective", "RowStatistics", "combine_shards", "row_statistics"]
+__all__ = [
+    "Logits",
+    "Objective",
+    "RowStatistics",
+    "combine_shards",
+    "merge_shards",
+    "row_statistics",
+    "statistics_of",
+]
 
 
 class Logits(NamedTuple):
@@ -129,9 +137,21 @@ def combine_shards(
     mean: bool = False,
     correct: bool = False,
 ) -> RowStatistics:
-    """The statistics of rows whose columns lie in R shards, from each shard's own.
+    """The statistics of rows whose columns lie in R shards, from each shard's own part (see `merge_shards`)."""
+    wanted = {"weighted": weighted, "mean": mean, "correct": correct}
+    return statistics_of(merge_shards(parts, **wanted), target, **wanted)
 
-    The columns of ``parts``, relative to the shard's own maximum: that maximum, the sum of exponentials, the target's
+
+def merge_shards(
+    parts: Tensor,  # (R, N, columns)
+    *,
+    weighted: bool = False,
+    mean: bool = False,
+    correct: bool = False,
+) -> Tensor:
+    """The part (N, columns) of a shard that holds the columns of all R shards.
+
+    The columns of a part, relative to the shard's own maximum: that maximum, the sum of exponentials, the target's
     logit (-inf where the target is in another shard); if wanted ``weighted`` and the sum of the class weights; if
     wanted the sum of ``exp(z) * z``; if wanted the index of the largest logit. A shard without rows has a maximum of
     -inf and sums of 0.
@@ -139,20 +159,41 @@ def combine_shards(
     columns = iter(parts.unbind(-1))  # (R, N) each
     maxima, sums, targets = next(columns), next(columns), next(columns)
     maximum = maxima.amax(0)
-    # Of a shard without rows only what a factor of 0 leaves finite.
-    shift = (maxima - maximum).clamp(min=torch.finfo(parts.dtype).min)
+    # Clamped so that a shard without rows contributes 0, not NaN, also where no shard has a finite logit yet.
+    lowest = torch.finfo(parts.dtype).min
+    shift = (maxima - maximum.clamp(min=lowest)).clamp(min=lowest)
     share = shift.exp()
-    sum_exp = (sums * share).sum(0)
-    found = RowStatistics(maximum, sum_exp.log(), (targets + shift).amax(0))
+    merged = [maximum, (sums * share).sum(0), (targets + shift).amax(0)]
     if weighted:
         at_maxima, weight_sums = next(columns), next(columns)
-        found = found._replace(weighted=(at_maxima + weight_sums * shift).sum(0))
+        merged += [(at_maxima + weight_sums * shift).sum(0), weight_sums.sum(0)]
     if mean:
-        moment = (share * next(columns) + share * shift.clamp(min=-1000.0) * sums).sum(0)
-        found = found._replace(mean=moment / sum_exp)
+        merged.append((share * next(columns) + share * shift.clamp(min=-1000.0) * sums).sum(0))
     if correct:
-        first_best = next(columns).where(maxima == maximum, torch.inf).amin(0)
-        found = found._replace(correct=(first_best == target).to(parts.dtype))
+        merged.append(next(columns).where(maxima == maximum, torch.inf).amin(0))
+    return torch.stack(merged, -1)
+
+
+def statistics_of(
+    part: Tensor,  # (N, columns)
+    target: Tensor,  # (N,)
+    *,
+    weighted: bool = False,
+    mean: bool = False,
+    correct: bool = False,
+) -> RowStatistics:
+    """The statistics of rows whose columns are all in the shard that ``part`` is of (see `merge_shards`)."""
+    columns = iter(part.unbind(-1))  # (N,) each
+    maximum, sum_exp, at_target = next(columns), next(columns), next(columns)
+    sum_exp = sum_exp.where(maximum != -torch.inf, torch.nan)  # every word of the row is masked
+    found = RowStatistics(maximum, sum_exp.log(), at_target)
+    if weighted:
+        found = found._replace(weighted=next(columns))
+        next(columns)
+    if mean:
+        found = found._replace(mean=next(columns) / sum_exp)
+    if correct:
+        found = found._replace(correct=(next(columns) == target).to(part.dtype))
     return found
 
 

@@ -66,12 +66,11 @@ class Backprop:
         self,
         gradients: Tensor,  # (C, V)
         columns: ColumnSums | None,
-        target: Tensor,  # (C,) a column
-        here: Tensor | None,  # (C,) whether the target is one of the columns; None is always
+        target: Tensor,  # (C,) a column, -1 where it is none of these
         slopes: Slopes,  # (C,) each
     ) -> Kept | None:
         """Which columns the products run over; None is all."""
-        return None if columns is None else self._filter.keep(gradients, columns, target, here, slopes)
+        return None if columns is None else self._filter.keep(gradients, columns, target, slopes)
 
     def hidden(
         self,

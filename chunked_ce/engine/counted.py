@@ -61,6 +61,11 @@ class CountedTokens:
         for start in range(0, len(self), size):
             yield slice(start, min(start + size, len(self)))
 
+    def columns(self, first_word: int, words: int) -> Tensor:
+        """The targets (n,) counted from ``first_word`` on, -1 where they are none of the ``words`` that follow it."""
+        column = self.target - first_word
+        return column.where((column >= 0) & (column < words), -1)
+
     def within(self, start: int, stop: int) -> slice:
         """The counted tokens among the tokens ``start`` to ``stop``."""
         if self._index is None:

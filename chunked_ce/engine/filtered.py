@@ -65,8 +65,7 @@ class Filter:
         self,
         gradients: Tensor,  # (C, V) without label smoothing
         columns: ColumnSums,
-        target: Tensor,  # (C,) a column
-        here: Tensor | None,  # (C,) whether the target is one of the columns
+        target: Tensor,  # (C,) a column, -1 where it is none of these
         slopes: Slopes,  # (C,) each
     ) -> Kept | None:
         """What the products run over. None is all columns and no tail, as of a model that is not trained yet."""
@@ -76,7 +75,7 @@ class Filter:
         dense = None if smoothing is None else Kept(None, gradients, *smoothing)
         size = slopes.log_sum.abs()
         kept = columns.largest > self._eps * size.amax()
-        kept[target if here is None else target[here]] = True
+        kept[target[target >= 0]] = True
         index = kept.nonzero().squeeze(1)
         tail = columns.total.masked_fill(kept, 0)
         # In this form a tail that is not finite is dense too, and says so in the gradients.

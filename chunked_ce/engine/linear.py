@@ -23,7 +23,7 @@ from chunked_ce.engine.kernels import row_kernels as choose_row_kernels
 from chunked_ce.engine.products import add_product_, project
 from chunked_ce.engine.rows import Slopes, Wanted, empty_statistics, work_dtype
 from chunked_ce.engine.scratch import logits_scratch
-from chunked_ce.objective import Logits, Objective, RowStatistics
+from chunked_ce.objective import Logits, Objective, RowStatistics, merge_shards, statistics_of
 
 __all__ = [
     "Head",
@@ -32,6 +32,7 @@ __all__ = [
     "gradients",
     "loss_and_gradients",
     "new_filter",
+    "shard_statistics",
     "statistics",
 ]
 
@@ -46,6 +47,11 @@ class Head(NamedTuple):
     bias: Tensor | None  # (V,)
     logits: Logits
     class_weight: Tensor | None  # (V,) in the work dtype
+
+    def part(self, words: slice) -> Head:
+        """The rows ``words``."""
+        bias, classes = (None if of is None else of[words] for of in (self.bias, self.class_weight))
+        return self._replace(weight=self.weight[words], bias=bias, class_weight=classes)
 
     def to(self, dtype: torch.dtype) -> Head:
         return self._replace(weight=self.weight.to(dtype), bias=None if self.bias is None else self.bias.to(dtype))
@@ -87,15 +93,40 @@ def statistics(
     """The statistics of every token's row, (N,) each and 0 for tokens that do not count."""
     tokens = CountedTokens(target, ignore_index, len(head.weight))
     found = empty_statistics(len(target), settings.compute_dtype, hidden.device, wanted)
-    chunk = plan.tokens_per_chunk(len(tokens), *head.weight.shape, **settings.planned)
-    head = head.to(settings.compute_dtype)
-    row_kernels = settings.row_kernels(hidden.device)
-    for rows, _, products in _chunks(hidden, head, tokens, chunk):
-        part = row_kernels.statistics(
-            products, tokens.target[rows], head.class_weight, head.logits, wanted, overwrite=True
-        )
-        tokens.put_statistics(found, rows, part)
+    if len(tokens) > 0:
+        part = shard_statistics(hidden, head, tokens, 0, wanted, settings)
+        tokens.put_statistics(found, slice(None), statistics_of(part, tokens.target, **wanted._asdict()))
     return found
+
+
+def shard_statistics(
+    hidden: Tensor,  # (N, D)
+    head: Head,  # V_r rows
+    tokens: CountedTokens,
+    first_word: int,
+    wanted: Wanted,
+    settings: Settings,
+) -> Tensor:
+    """This shard's part of the statistics of the counted tokens, (n, columns): see `chunked_ce.objective.merge_shards`.
+
+    From the same blocks of logits as `gradients`, formed by the same products, so that the two do not differ in their
+    rounding: beside ``1 - p`` of a confident token that is much.
+    """
+    row_kernels = settings.row_kernels(hidden.device)
+    merged = None
+    for block in _vocab_blocks(hidden, head, tokens, first_word, settings):
+        part = row_kernels.shard_statistics(
+            block.products,
+            block.column.clamp(min=0),
+            block.column >= 0,
+            block.head.class_weight,
+            head.logits,
+            wanted,
+            first_word + block.words.start,
+            overwrite=True,
+        ).double()
+        merged = part if merged is None else merge_shards(torch.stack([merged, part]), **wanted._asdict())
+    return merged.to(work_dtype(settings.compute_dtype))
 
 
 def loss_and_gradients(
@@ -134,7 +165,7 @@ def loss_and_gradients(
             columns=columns,
         )
         sums.add_losses(rows, part)
-        kept = backprop.keep(products, columns, tokens.target[rows], None, sums.slopes(rows, part))
+        kept = backprop.keep(products, columns, tokens.target[rows], sums.slopes(rows, part))
         backprop.put_hidden(tokens, rows, products, kept)
         backprop.add_head(x, products, kept)
     backprop.finish()
@@ -230,44 +261,17 @@ def gradients(
     total = new_gradients(hidden, head.weight, head.bias, tokens, needed, hidden_dtype=hidden_dtype)
     if len(tokens) == 0:
         return total
-    x = tokens.select(hidden).to(settings.compute_dtype)  # (n, D)
-    block_size = plan.vocab_per_block(
-        len(tokens),
-        len(head.weight),
-        compute_dtype=settings.compute_dtype,
-        chunk_size=settings.chunk_size,
-        memory_budget=settings.memory_budget,
-    )
-    one_block = block_size >= len(head.weight)
     total_dtype = torch.promote_types(settings.accumulate_dtype, settings.compute_dtype)
     hidden_total = None
-    if total.hidden is not None:
-        make = x.new_empty if len(head.weight) else x.new_zeros
-        hidden_total = make(x.shape, dtype=settings.compute_dtype if one_block else total_dtype)
     row_kernels = settings.row_kernels(hidden.device)
-    buffer = logits_scratch(len(tokens), block_size, dtype=x.dtype, device=x.device)
-    for start in range(0, len(head.weight), block_size):
-        words = slice(start, min(start + block_size, len(head.weight)))
-        part = Head(
-            head.weight[words],
-            None if head.bias is None else head.bias[words],
-            head.logits,
-            None if head.class_weight is None else head.class_weight[words],
-        ).to(settings.compute_dtype)
-        products = project(x, part.weight, part.bias, out=buffer[:, : len(part.weight)])
-        column = tokens.target - (first_word + start)
-        here = (column >= 0) & (column < len(part.weight))
-        row_kernels.logit_gradients(
-            products,
-            column.where(here, 0),
-            part.class_weight,
-            part.logits,
-            slopes._replace(target=slopes.target.where(here, 0)),
-            known,
-            out=products,
-        )
-        if hidden_total is not None:
-            add_product_(hidden_total, products, part.weight, first=start == 0)
+    for words, part, x, column, products in _vocab_blocks(hidden, head, tokens, first_word, settings):
+        row_kernels.logit_gradients(products, column, part.class_weight, part.logits, slopes, known, out=products)
+        if total.hidden is not None:
+            first = hidden_total is None
+            if first:
+                one_block = len(part.weight) == len(head.weight)
+                hidden_total = x.new_empty(x.shape, dtype=x.dtype if one_block else total_dtype)
+            add_product_(hidden_total, products, part.weight, first=first)
         if total.weight is not None:
             add_product_(total.weight[words], products.t(), x, first=True)
         elif weight_sum is not None:
@@ -277,6 +281,42 @@ def gradients(
     if hidden_total is not None:
         tokens.put(total.hidden, slice(None), hidden_total)
     return total
+
+
+class _VocabBlock(NamedTuple):
+    """Some words of the head, and all counted tokens."""
+
+    words: slice
+    head: Head  # (B, D) in the products' dtype
+    x: Tensor  # (n, D)
+    column: Tensor  # (n,) of the target, -1 where it is none of these words
+    products: Tensor  # (n, B)
+
+
+def _vocab_blocks(
+    hidden: Tensor,  # (N, D)
+    head: Head,
+    tokens: CountedTokens,
+    first_word: int,
+    settings: Settings,
+) -> Iterator[_VocabBlock]:
+    """The products of all counted tokens with the head, one block of the vocabulary at a time; one without words
+    where the head has none."""
+    x = tokens.select(hidden).to(settings.compute_dtype)
+    vocab_size = len(head.weight)
+    block_size = plan.vocab_per_block(
+        len(tokens),
+        vocab_size,
+        compute_dtype=settings.compute_dtype,
+        chunk_size=settings.chunk_size,
+        memory_budget=settings.memory_budget,
+    )
+    buffer = logits_scratch(len(tokens), min(block_size, vocab_size), dtype=x.dtype, device=x.device)
+    for start in range(0, max(1, vocab_size), block_size):
+        words = slice(start, min(start + block_size, vocab_size))
+        part = head.part(words).to(settings.compute_dtype)
+        products = project(x, part.weight, part.bias, out=buffer[:, : len(part.weight)])
+        yield _VocabBlock(words, part, x, tokens.columns(first_word + start, len(part.weight)), products)
 
 
 def _filtered_gradients(
@@ -301,10 +341,7 @@ def _filtered_gradients(
     total = new_gradients(hidden, like.weight, like.bias, tokens, needed, sum_dtype, hidden_dtype, zero_head=True)
     backprop = Backprop(total, head.weight, filter, weight_sum)
     row_kernels = settings.row_kernels(hidden.device)
-    column = tokens.target - first_word
-    here = (column >= 0) & (column < len(head.weight))
-    column = column.where(here, 0)
-    slopes = slopes._replace(target=slopes.target.where(here, 0))
+    column = tokens.columns(first_word, len(head.weight))
     for rows, x, products in _chunks(hidden, head, tokens, chunk):
         columns = backprop.new_columns()
         row_kernels.logit_gradients(
@@ -317,7 +354,7 @@ def _filtered_gradients(
             out=products,
             columns=columns,
         )
-        kept = backprop.keep(products, columns, column[rows], here[rows], slopes.at(rows))
+        kept = backprop.keep(products, columns, column[rows], slopes.at(rows))
         backprop.put_hidden(tokens, rows, products, kept)
         backprop.add_head(x, products, kept)
     return backprop.finish().as_dtype_of(like.weight, like.bias)

@@ -51,11 +51,8 @@ def gradients(
     """
     first_word, vocab_size = words or (0, products.shape[-1])
     tokens = CountedTokens(target, ignore_index, vocab_size)
-    column = tokens.target - first_word
-    here = (column >= 0) & (column < products.shape[-1])
-    column = column.where(here, 0)
+    column = tokens.columns(first_word, products.shape[-1])
     slopes = slopes.map(lambda slope: tokens.mask(tokens.select(slope)) * logits.scale)
-    slopes = slopes._replace(target=slopes.target.where(here, 0))
     known = known.map(tokens.select)
     row_kernels = choose_row_kernels(backend, products.device, products.dtype)
     total = torch.empty_like(products) if tokens.all_kept else torch.zeros_like(products)

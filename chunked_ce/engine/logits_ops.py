@@ -76,6 +76,7 @@ def _logits_gradients(
     class_weight: Tensor | None,
     maximum: Tensor,
     log_sum: Tensor,
+    at_target: Tensor,
     mean: Tensor,
     log_sum_slope: Tensor,
     target_slope: Tensor,
@@ -88,7 +89,7 @@ def _logits_gradients(
     start: int,
     total: int,
 ) -> Tensor:
-    known = RowStatistics(maximum, log_sum, log_sum, mean=None if mean_slope is None else mean)
+    known = RowStatistics(maximum, log_sum, at_target, mean=None if mean_slope is None else mean)
     slopes = Slopes(log_sum_slope, target_slope, weighted_slope, mean_slope)
     with no_autocast(products.device):
         return logits.gradients(
@@ -104,14 +105,14 @@ def _(products, *_):
 def _save_logits_statistics(ctx, inputs, output):
     products, target, class_weight, *ctx.settings = inputs
     ctx.inputs = len(inputs)
-    maximum, log_sum, _, _, mean, correct = output
-    ctx.save_for_backward(products, target, class_weight, maximum, log_sum, mean)
+    maximum, log_sum, at_target, _, mean, correct = output
+    ctx.save_for_backward(products, target, class_weight, maximum, log_sum, at_target, mean)
     ctx.mark_non_differentiable(maximum, correct)
     ctx.set_materialize_grads(False)
 
 
 def _backward_of_logits_statistics(ctx, _maximum, *upstream):
-    products, target, class_weight, maximum, log_sum, mean = ctx.saved_tensors
+    products, target, class_weight, maximum, log_sum, at_target, mean = ctx.saved_tensors
     scale, softcap, ignore_index, wanted, backend = ctx.settings[:5]
     shard = shard_of(*ctx.settings[5:])
     upstream = upstream_of_wanted(upstream, wanted)
@@ -129,6 +130,7 @@ def _backward_of_logits_statistics(ctx, _maximum, *upstream):
             class_weight if shard is None else shard.classes(class_weight, vocab_size),
             maximum,
             log_sum,
+            at_target,
             mean,
             *slopes_or_zero(upstream, log_sum),
             scale,

@@ -161,7 +161,7 @@ def _linear_statistics(
     with no_autocast(hidden.device):
         if shard is None:
             run = functools.partial(linear.statistics, *arguments)
-            found = with_smaller_chunks(run, settings, target, weight)
+            found = with_smaller_chunks(run, settings, target, weight, unit="words")
         else:
             found = in_step.statistics(*arguments, settings, shard)
     return filled(found, found.log_sum)
@@ -181,6 +181,7 @@ def _linear_gradients(
     class_weight: Tensor | None,
     maximum: Tensor,
     log_sum: Tensor,
+    at_target: Tensor,
     mean: Tensor,
     log_sum_slope: Tensor,
     target_slope: Tensor,
@@ -205,7 +206,7 @@ def _linear_gradients(
     reduce_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     head = Head(weight, bias, Logits(scale, softcap), class_weight)
-    known = RowStatistics(maximum, log_sum, log_sum, mean=mean if mean_slope is not None else None)
+    known = RowStatistics(maximum, log_sum, at_target, mean=mean if mean_slope is not None else None)
     slopes = Slopes(log_sum_slope, target_slope, weighted_slope, mean_slope)
     settings = Settings(
         compute_dtype,
@@ -249,14 +250,14 @@ def _save_linear_statistics(ctx, inputs, output):
     ctx.leaf = leaf_to_keep(weight, settings.accumulate_into)
     ctx.inputs = len(inputs)
     ctx.head_shapes = [None if tensor is None else tensor.shape for tensor in inputs[1:3]]
-    maximum, log_sum, _, _, mean, correct = output
-    ctx.save_for_backward(hidden, weight, bias, target, class_weight, maximum, log_sum, mean)
+    maximum, log_sum, at_target, _, mean, correct = output
+    ctx.save_for_backward(hidden, weight, bias, target, class_weight, maximum, log_sum, at_target, mean)
     ctx.mark_non_differentiable(maximum, correct)
     ctx.set_materialize_grads(False)
 
 
 def _backward_of_linear_statistics(ctx, _maximum, *upstream):
-    hidden, weight, bias, target, class_weight, maximum, log_sum, mean = ctx.saved_tensors
+    hidden, weight, bias, target, class_weight, maximum, log_sum, at_target, mean = ctx.saved_tensors
     (scale, softcap, ignore_index, wanted), settings, shard = _apart(ctx.numbers)
     upstream = upstream_of_wanted(upstream, wanted)
     needed = list(ctx.needs_input_grad[:3])
@@ -270,7 +271,7 @@ def _backward_of_linear_statistics(ctx, _maximum, *upstream):
     elif weight_sum is not None:
         # Not an operator: it changes what is no argument of it.
         slopes = Slopes(*slopes_or_zero(upstream, log_sum))
-        known = RowStatistics(maximum, log_sum, log_sum, mean=mean if slopes.mean is not None else None)
+        known = RowStatistics(maximum, log_sum, at_target, mean=mean if slopes.mean is not None else None)
         head = Head(weight, bias, Logits(scale, softcap), class_weight)
         arguments = (hidden, head, target, known, slopes, ignore_index, tuple(needed), settings)
         grads = _gradients(*arguments, shard=shard, weight_sum=weight_sum)
@@ -283,6 +284,7 @@ def _backward_of_linear_statistics(ctx, _maximum, *upstream):
             class_weight,
             maximum,
             log_sum,
+            at_target,
             mean,
             *slopes_or_zero(upstream, log_sum),
             scale,

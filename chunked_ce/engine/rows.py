@@ -34,6 +34,7 @@ _CACHED_ELEMENTS = 2**19  # fp32 numbers in flight: about the second-level cache
 # How much of a gradient is scaled at a time: small beside the gradient, large beside a cache.
 _SCALED_ROWS = 4096
 _DEVICE_ELEMENTS = 2**24  # on an accelerator a kernel must be worth its launch
+_LOG_HALF = -0.6931
 _EXP_IS_ZERO = -1000.0  # exp of it is 0 in fp32 and fp64, and 0 times it is 0, unlike 0 times -inf
 
 
@@ -97,15 +98,20 @@ def statistics(
 
 
 def shard_statistics(
-    products: Tensor,  # (n, V_r), kept
+    products: Tensor,  # (n, V_r)
     target: Tensor,  # (n,) column of the target, of any column where it is in another shard
     here: Tensor,  # (n,) whether the target is in this shard
     class_weight: Tensor | None,  # (V_r,)
     logits: Logits,
     wanted: Wanted,
     start: int,  # index of the first column in the whole vocabulary
+    *,
+    overwrite: bool = False,
 ) -> Tensor:
-    """This shard's part of the statistics of each row, (n, columns): see `chunked_ce.objective.combine_shards`."""
+    """This shard's part of the statistics of each row, (n, columns): see `chunked_ce.objective.merge_shards`.
+
+    With ``overwrite`` the products are scratch afterwards.
+    """
     dtype = work_dtype(products.dtype)
     n, vocab_size = products.shape
     parts = torch.zeros(n, 3 + 2 * wanted.weighted + wanted.mean + wanted.correct, dtype=dtype, device=products.device)
@@ -113,7 +119,7 @@ def shard_statistics(
         parts[:, 0] = parts[:, 2] = -torch.inf
         return parts
     weight_sum = float(vocab_size) if class_weight is None else class_weight.sum()
-    for rows, z in _visit(products, logits, overwrite=False):
+    for rows, z in _visit(products, logits, overwrite):
         part = iter(parts[rows].unbind(-1))
         best = z.argmax(-1) if wanted.correct else None
         found, sum_exp = _exponentiate_(z, target[rows], class_weight, wanted._replace(correct=False))
@@ -159,7 +165,7 @@ def statistics_and_gradients_(
 
 def logit_gradients(
     products: Tensor,  # (n, V), or (n, B) for a block of the vocabulary
-    target: Tensor,  # (n,) column of the target; of any column where ``slopes.target`` is 0
+    target: Tensor,  # (n,) column of the target, -1 where it is none of these
     class_weight: Tensor | None,  # (V,) or (B,)
     logits: Logits,
     slopes: Slopes,
@@ -169,7 +175,9 @@ def logit_gradients(
 ) -> None:
     """The gradients of the products, from statistics that are known.
 
-    Where tokens that do not count are kept, rows whose slopes are all 0 get 0, whatever their logits hold.
+    The target's probability is that of the statistics: products formed again may differ from the first ones in their
+    last bit, which is much beside ``1 - p`` of a confident token. Where tokens that do not count are kept, rows whose
+    slopes are all 0 get 0, whatever their logits hold.
     """
     if products.shape[1] == 0:
         return
@@ -257,7 +265,7 @@ def _exponentiate_(
 def _gradients_(
     exponentials: Tensor,  # (r, V) exp(z - maximum); the gradients when it returns
     sum_exp: Tensor,  # (r,)
-    target: Tensor,  # (r,)
+    target: Tensor,  # (r,) -1 where it is none of these columns
     class_weight: Tensor | None,  # (V,)
     slopes: Slopes,
     logits: Logits,
@@ -280,13 +288,26 @@ def _gradients_(
     if columns is not None:
         part = gradients if logits.softcap is None else gradients * _chain(z, logits)
         columns.add(part if dead is None else part.masked_fill(dead, 0), slopes.log_sum)
-    gradients.scatter_add_(-1, target.unsqueeze(-1), slopes.target.unsqueeze(-1))
+    column = target.clamp(min=0).unsqueeze(-1)
+    at_target = _at_target(slopes, rows).unsqueeze(-1)
+    gradients.scatter_(-1, column, at_target.where(target.unsqueeze(-1) >= 0, gradients.gather(-1, column)))
     if slopes.weighted is not None and columns is None:
         weighted = slopes.weighted.unsqueeze(-1)
         gradients.add_(weighted if class_weight is None else weighted * class_weight)
     if logits.softcap is not None:
         gradients.mul_(_chain(z, logits))
     return gradients
+
+
+def _at_target(slopes: Slopes, rows: RowStatistics) -> Tensor:
+    """The gradients (r,) of the targets' logits, without what label smoothing adds."""
+    factor = slopes.log_sum
+    if slopes.mean is not None:
+        factor = factor + slopes.mean * ((1 - rows.mean) + rows.target.clamp(min=_EXP_IS_ZERO))
+    logprob = rows.target - rows.log_sum
+    # Of a confident token p - 1 is what counts, and is expm1(log p).
+    confident = torch.expm1(logprob) * factor + (factor + slopes.target)
+    return confident.where(logprob > _LOG_HALF, logprob.exp() * factor + slopes.target)
 
 
 def _chain(z: Tensor, logits: Logits) -> Tensor:

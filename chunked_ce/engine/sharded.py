@@ -22,6 +22,7 @@ from chunked_ce.engine.filtered import Kept
 from chunked_ce.engine.kernels import row_kernels as choose_row_kernels
 from chunked_ce.engine.linear import Head, Settings, Sums, new_filter
 from chunked_ce.engine.linear import gradients as local_gradients
+from chunked_ce.engine.linear import shard_statistics as local_statistics
 from chunked_ce.engine.products import project
 from chunked_ce.engine.rows import Slopes, Wanted, empty_statistics
 from chunked_ce.engine.scratch import logits_scratch
@@ -53,12 +54,6 @@ class Shard(NamedTuple):
     input_grad: str
     reduce_dtype: torch.dtype | None
 
-    def here(self, target: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-        """The column of each target, any where it is in another shard, and whether it is in this one."""
-        column = target - self.start
-        here = (column >= 0) & (column < rows)
-        return column.where(here, 0), here
-
     def classes(self, class_weight: Tensor | None, rows: int) -> Tensor | None:
         """This shard's part of the class weights (V,)."""
         return None if class_weight is None else class_weight[self.start : self.start + rows]
@@ -86,14 +81,31 @@ def statistics(
     shard: Shard,
 ) -> RowStatistics:
     """The statistics of every row over the whole vocabulary, (N,) each and 0 for tokens that do not count."""
-    run = _Run(hidden, head, target, ignore_index, wanted, settings, shard, sums_head=False)
     found = empty_statistics(len(target), settings.compute_dtype, hidden.device, wanted)
+    if shard.input_grad == "sequence":
+        run = _Run(hidden, head, target, ignore_index, wanted, settings, shard, sums_head=True)
 
-    def finish(chunk: _Chunk, pending: Pending) -> None:
-        run.tokens.put_statistics(found, chunk.rows, run.combine(chunk.rows, pending))
+        def finish_chunk(chunk: _Chunk, pending: Pending) -> None:
+            run.tokens.put_statistics(found, chunk.rows, run.combine(chunk.rows, pending))
 
-    _pipeline(run.chunks(), run.start_statistics, finish)
-    return run.in_order(found)
+        _pipeline(run.chunks(), run.start_statistics, finish_chunk)
+        return run.in_order(found)
+
+    tokens = CountedTokens(target, ignore_index, shard.total)
+    if len(tokens) == 0:
+        return found
+    local = head._replace(class_weight=shard.classes(head.class_weight, len(head.weight)))
+    part = local_statistics(hidden, local, tokens, shard.start, wanted, settings)
+    collectives = Collectives(shard.group_name)
+
+    def finish(rows: slice, pending: Pending) -> None:
+        combined = combine_shards(pending.wait(), tokens.target[rows], **wanted._asdict())
+        tokens.put_statistics(found, rows, combined)
+
+    planned = {"in_flight": 2, **settings.planned}
+    chunk = plan.tokens_per_chunk(len(target), *shard.planned_shape(head.weight), **planned)
+    _pipeline(tokens.blocks(chunk), lambda rows: collectives.all_gather(part[rows], _STATISTICS), finish)
+    return found
 
 
 def loss_and_gradients(
@@ -180,7 +192,7 @@ def _sequence_gradients(
     weight_sum: Tensor | None,
 ) -> Gradients:
     """`gradients` chunk by chunk, so that no rank ever holds the hidden states of all."""
-    run = _Run(hidden, head, target, ignore_index, Wanted(), settings, shard, sums_head=needed[1])
+    run = _Run(hidden, head, target, ignore_index, Wanted(), settings, shard, sums_head=True)  # chunks of `statistics`
     needed = (needed[0], needed[1] and not adds_directly(weight_sum, run.head_sum_dtype), needed[2])
     known = known.map(run.chunk_order).map(run.tokens.select)
     slopes = slopes.map(run.chunk_order).map(run.tokens.select)
@@ -217,11 +229,17 @@ def logits_statistics(
     n, vocab_size = products.shape
     row_kernels = choose_row_kernels(backend, products.device, products.dtype)
     tokens = CountedTokens(target, ignore_index, shard.total)
-    column, here = shard.here(tokens.target, vocab_size)
+    column = tokens.columns(shard.start, vocab_size)
     class_weight = shard.classes(class_weight, vocab_size)
     parts = [
         row_kernels.shard_statistics(
-            tokens.unmasked(products, rows), column[rows], here[rows], class_weight, logits, wanted, shard.start
+            tokens.unmasked(products, rows),
+            column[rows].clamp(min=0),
+            column[rows] >= 0,
+            class_weight,
+            logits,
+            wanted,
+            shard.start,
         )
         for rows in tokens.blocks(row_kernels.rows_in_flight(vocab_size, products.device.type))
     ]
@@ -292,7 +310,7 @@ class _Run:
             places = torch.arange(len(target), device=target.device).view(ranks, -1)
             self._order = torch.cat([part.flatten() for part in places.split(self._chunk, dim=1)])
         self.tokens = CountedTokens(self.chunk_order(target), ignore_index, shard.total)
-        self._column, self._here = shard.here(self.tokens.target, len(head.weight))
+        self._column = self.tokens.columns(shard.start, len(head.weight))
         self.head = head.to(settings.compute_dtype)
 
     def chunk_order(self, values: Tensor) -> Tensor:
@@ -343,8 +361,8 @@ class _Run:
     def start_statistics(self, chunk: _Chunk) -> Pending:
         part = self._row_kernels.shard_statistics(
             chunk.products,
-            self._column[chunk.rows],
-            self._here[chunk.rows],
+            self._column[chunk.rows].clamp(min=0),
+            self._column[chunk.rows] >= 0,
             self.class_weight,
             self.head.logits,
             self._wanted,
@@ -358,18 +376,17 @@ class _Run:
     def differentiate(self, chunk: _Chunk, slopes: Slopes, known: RowStatistics, backprop: Backprop) -> Kept | None:
         """Write the gradients of a chunk's products over them, and choose which columns to keep: None is all."""
         columns = backprop.new_columns()
-        here = self._here[chunk.rows]
         self._row_kernels.logit_gradients(
             chunk.products,
             self._column[chunk.rows],
             self.class_weight,
             self.head.logits,
-            slopes._replace(target=slopes.target.where(here, 0)),
+            slopes,
             known,
             out=chunk.products,
             columns=columns,
         )
-        return backprop.keep(chunk.products, columns, self._column[chunk.rows], here, slopes)
+        return backprop.keep(chunk.products, columns, self._column[chunk.rows], slopes)
 
     def spend(self, chunk: _Chunk, kept: Kept | None, backprop: Backprop) -> None:
         """Add what a chunk's logit gradients give to the gradients of this rank's tensors."""

@@ -18,6 +18,7 @@ _VARYING = {
         "found",
         "row_maximum",
         "row_log_sum",
+        "row_target",
         "row_mean",
         "log_sum_slope",
         "target_slope",
@@ -149,6 +150,15 @@ def _of_softmax(z, maximum, log_sum, mean, by_log_sum, by_mean):
 
 
 @triton.jit
+def _at_target(relative, log_sum, mean, by_log_sum, by_target, by_mean):
+    """The gradients of the targets' logits, which statistics give as ``relative`` to the maximum."""
+    factor = by_log_sum
+    if by_mean is not None:
+        factor = by_log_sum + by_mean * (tl.maximum(relative, _NO_EXP) + (1.0 - mean))
+    return tl.exp(relative - log_sum) * factor + by_target
+
+
+@triton.jit
 def _through_softcap(gradients, z, softcap):
     if softcap is not None:
         capped = z / softcap
@@ -164,10 +174,11 @@ def gradients_kernel(
     out,  # (n, V), may be products
     out_row_stride,
     out_column_stride,
-    target,  # (n,) a column
+    target,  # (n,) a column, or -1
     class_weight,  # (V,) or None
     row_maximum,  # (n,)
     row_log_sum,  # (n,)
+    row_target,  # (n,) the target's logit, relative to the maximum
     row_mean,  # (n,) or None
     log_sum_slope,  # (n,)
     target_slope,  # (n,)
@@ -204,7 +215,8 @@ def gradients_kernel(
     z = _logits(block, scale, softcap)
     maximum, log_sum = tl.load(row_maximum + row), tl.load(row_log_sum + row)
     gradients = _of_softmax(z, maximum, log_sum, mean, by_log_sum, by_mean)
-    gradients += tl.where(columns == tl.load(target + row), by_target, 0.0)
+    at_target = _at_target(tl.load(row_target + row), log_sum, mean, by_log_sum, by_target, by_mean)
+    gradients = tl.where(columns == tl.load(target + row), at_target, gradients)
     if weighted_slope is not None:
         if class_weight is not None:
             by_weighted = by_weighted * tl.load(class_weight + columns, mask=inside, other=0.0)
@@ -221,10 +233,11 @@ def gradients_and_columns_kernel(
     out,  # (n, V), may be products
     out_row_stride,
     out_column_stride,
-    target,  # (n,) a column
+    target,  # (n,) a column, or -1
     class_weight,  # (V,) or None
     row_maximum,  # (n,)
     row_log_sum,  # (n,)
+    row_target,  # (n,) the target's logit, relative to the maximum
     row_mean,  # (n,) or None
     log_sum_slope,  # (n,)
     target_slope,  # (n,)
@@ -279,7 +292,9 @@ def gradients_and_columns_kernel(
         sign = tl.where(by_log_sum > 0.0, 1.0, tl.where(by_log_sum < 0.0, -1.0, 0.0))
         total += tl.sum(sign[:, None] * seen, 0)
         column_of_target = tl.load(target + rows, mask=there, other=-1)[:, None]
-        gradients += tl.where(columns[None, :] == column_of_target, by_target[:, None], 0.0)
+        at_target = tl.load(row_target + rows, mask=there, other=0.0)[:, None]
+        at_target = _at_target(at_target, log_sum, mean, by_log_sum[:, None], by_target[:, None], by_mean)
+        gradients = tl.where(columns[None, :] == column_of_target, at_target, gradients)
         if weighted_slope is not None:
             if class_weight is not None:
                 by_weighted = by_weighted * weight

@@ -53,15 +53,20 @@ def statistics(
 
 
 def shard_statistics(
-    products: Tensor,  # (n, V_r), kept
+    products: Tensor,  # (n, V_r)
     target: Tensor,  # (n,) column of the target, of any column where it is in another shard
     here: Tensor,  # (n,) whether the target is in this shard
     class_weight: Tensor | None,  # (V_r,)
     logits: Logits,
     wanted: Wanted,
     start: int,  # index of the first column in the whole vocabulary
+    *,
+    overwrite: bool = False,
 ) -> Tensor:
-    """This shard's part of the statistics of each row, (n, columns): see `chunked_ce.objective.combine_shards`."""
+    """This shard's part of the statistics of each row, (n, columns): see `chunked_ce.objective.merge_shards`.
+
+    The products are kept, with ``overwrite`` too.
+    """
     columns = 3 + 2 * wanted.weighted + wanted.mean + wanted.correct
     parts = torch.empty(len(products), columns, dtype=torch.float32, device=products.device)
     if products.shape[1] == 0:
@@ -90,7 +95,7 @@ def statistics_and_gradients_(
 
 def logit_gradients(
     products: Tensor,  # (n, V), or (n, B) for a block of the vocabulary
-    target: Tensor,  # (n,) column of the target; of any column where ``slopes.target`` is 0
+    target: Tensor,  # (n,) column of the target, -1 where it is none of these
     class_weight: Tensor | None,  # (V,) or (B,)
     logits: Logits,
     slopes: Slopes,
@@ -113,6 +118,7 @@ def logit_gradients(
         _contiguous(class_weight),
         known.maximum.contiguous(),
         known.log_sum.contiguous(),
+        known.target.contiguous(),
         _contiguous(known.mean if slopes.mean is not None else None),
         *map(_contiguous, slopes),
     )
