@@ -150,17 +150,14 @@ def linear_cross_entropy(
     wanted = Wanted(label_smoothing > 0, mean=return_stats, correct=return_stats)
     needed = _needed(input, linear_weight, linear_bias)
     hidden = input.reshape(-1, input.shape[-1])
-    upstream = weights.upstream(reduction, num_tokens)
+    coefficient = weights.coefficient(reduction, num_tokens)
 
     if reduction != "none" and not options.in_backward and any(needed) and not _transformed(vocab):
-        prepared = upstream if settings.compute_dtype != torch.float16 else torch.frexp(upstream).mantissa
-        prepared = prepared.where(prepared != 0, 1)
-        loss_sum, rows = ops.linear_loss(
+        loss, rows = ops.linear_loss(
             hidden,
             head,
             weights.target,
-            weights.tokens,
-            prepared,
+            coefficient,
             objective,
             ignore_index,
             wanted,
@@ -168,13 +165,12 @@ def linear_cross_entropy(
             settings,
             None if vocab is None else vocab.plain(),
         )
-        loss = loss_sum * upstream
     else:
         rows = _linear_statistics(hidden, head, weights.target, ignore_index, wanted, settings, vocab)
-        losses = weights.losses(objective, rows)
-        loss_sum = losses.sum()
-        loss = losses.view(target.shape) if reduction == "none" else loss_sum * upstream
-    return (loss, weights.stats(loss_sum, rows, vocab)) if return_stats else loss
+        losses = weights.losses(objective, rows, coefficient)
+        loss = losses.view(target.shape) if reduction == "none" else losses.sum()
+        loss = loss.to(weights.dtype)
+    return (loss, weights.stats(objective, rows, vocab)) if return_stats else loss
 
 
 def cross_entropy(
@@ -237,10 +233,9 @@ def cross_entropy(
         rows = plain.logits_statistics(*arguments)
     else:
         rows = logits_ops.logits_statistics(*arguments, options.backend, None if vocab is None else vocab.plain())
-    losses = weights.losses(objective, rows)
-    loss_sum = losses.sum()
-    loss = losses.view(target.shape) if reduction == "none" else loss_sum * weights.upstream(reduction, num_tokens)
-    return (loss, weights.stats(loss_sum, rows, vocab)) if return_stats else loss
+    losses = weights.losses(objective, rows, weights.coefficient(reduction, num_tokens))
+    loss = (losses.view(target.shape) if reduction == "none" else losses.sum()).to(weights.dtype)
+    return (loss, weights.stats(objective, rows, vocab)) if return_stats else loss
 
 
 def linear_logprobs(
@@ -452,28 +447,38 @@ class _Weights(NamedTuple):
             dtype,
         )
 
-    def losses(self, objective: Objective, rows: RowStatistics) -> Tensor:
-        return objective.token_losses(rows, self.target, self.ignore_index, self.classes, self.tokens)
+    def losses(self, objective: Objective, rows: RowStatistics, coefficient: Tensor) -> Tensor:
+        """The losses of all tokens times ``coefficient``, (N,) float64, which has the range for a weight's inverse."""
+        rows = rows.map(Tensor.double)
+        return objective.token_losses(rows, self.target, self.ignore_index, self.classes, coefficient)
+
+    def shares(self) -> Tensor:
+        """The weight of every token, (N,) float64, that of ignored ones too."""
+        if self.tokens is None:
+            return torch.ones_like(self.target, dtype=torch.float64)
+        return self.tokens.double()
 
     def count(self) -> Tensor:
-        """The sum of ``token_weight * weight[target]`` over the tokens that count, ()."""
+        """The sum of ``token_weight * weight[target]`` over the tokens that count, () float64."""
         counted = self.target != self.ignore_index
-        share = counted.to(self.dtype) if self.tokens is None else self.tokens.where(counted, 0)
+        share = self.shares().where(counted, 0)
         if self.classes is not None:
             # A target out of range is reported by the chunks; here it only must not be read.
             here = counted & (self.target >= 0) & (self.target < self.classes.shape[0])
             share = share * self.classes[self.target.where(here, 0)]
         return share.sum()
 
-    def upstream(self, reduction: str, num_tokens: float | Tensor | None) -> Tensor:
-        """What the reduction multiplies the sum of the losses by, ()."""
+    def coefficient(self, reduction: str, num_tokens: float | Tensor | None) -> Tensor:
+        """What the value that ``reduction`` asks for multiplies each token's loss by, (N,) float64."""
         if reduction != "mean":
-            return torch.ones((), dtype=self.dtype, device=self.target.device)
-        denominator = self.count() if num_tokens is None else _on_device(num_tokens, self.dtype, self.target.device)
-        return torch.where(denominator == 0, 0.0, 1 / denominator)
+            return self.shares()
+        denominator = self.count() if num_tokens is None else _on_device(num_tokens, torch.float64, self.target.device)
+        return torch.where(denominator == 0, 0.0, self.shares() / denominator)
 
-    def stats(self, loss_sum: Tensor, rows: RowStatistics, vocab: VocabShard | None) -> LossStats:
+    def stats(self, objective: Objective, rows: RowStatistics, vocab: VocabShard | None) -> LossStats:
+        rows = rows.map(Tensor.detach)
         counted = self.target != self.ignore_index
+        loss_sum = self.losses(objective, rows, self.shares()).sum()
         stats_of = plain_loss_stats if _transformed(vocab) else loss_stats
         return LossStats(*stats_of(loss_sum, self.count(), rows.lse, rows.correct, rows.entropy, counted))
 

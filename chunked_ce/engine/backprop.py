@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -10,11 +11,26 @@ from torch import Tensor
 from chunked_ce.engine.columns import ColumnSums
 from chunked_ce.engine.counted import CountedTokens
 from chunked_ce.engine.filtered import Filter, Kept
-from chunked_ce.engine.products import add_product_
+from chunked_ce.engine.products import add_product_, wide_product
 from chunked_ce.engine.rows import Slopes
 from chunked_ce.engine.scratch import scratch
 
-__all__ = ["Backprop", "Gradients", "adds_directly", "new_gradients"]
+__all__ = ["Backprop", "Gradients", "adds_directly", "hidden_sum_dtype", "new_gradients", "power_of_two"]
+
+_LARGEST = 2.0**14  # of fp16's 65,504: a row's gradients may add up to twice the largest
+_LARGEST_EXPONENT = 96  # with which sums in fp32 stay in its range
+_SCALE_STEP = 8  # powers of two: chunks that are about alike are scaled alike
+
+
+def hidden_sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the gradient of hidden states in ``dtype`` is kept in until the upstream gradient is known: rounded once."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def power_of_two(most: Tensor) -> Tensor:
+    """A power of two of at most ``most`` (), no less than 2**-8 of it; 1 where that is none."""
+    exponent = (torch.log2(most) / _SCALE_STEP).floor() * _SCALE_STEP
+    return torch.exp2(exponent.where(exponent.isfinite(), 0).clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT))
 
 
 class Gradients(NamedTuple):
@@ -50,13 +66,33 @@ class Backprop:
         total: Gradients,
         weight: Tensor,  # (V, D) in the products' dtype
         filter: Filter | None,
+        row_kernels: ModuleType,
         weight_sum: Tensor | None = None,  # (V, D)
     ) -> None:
         self.total = total if weight_sum is None or total.weight is not None else total._replace(weight=weight_sum)
         self._weight_sum = weight_sum
         self._weight = weight
         self._filter = filter
+        self._row_kernels = row_kernels
+        self._scale: Tensor | None = None  # () of the gradients at hand, and of the head's sums
         self._first = filter is None and total.weight is not None
+
+    @property
+    def largest_gradient(self) -> float:
+        """What gradients of logits may be as large as, where they are scaled: products with fp16 results that the
+        filter forms must stay in its range."""
+        return _LARGEST if self._filter is None else 1.0
+
+    def set_scale(self, scale: Tensor | None) -> None:
+        """The logit gradients to come are ``scale`` (), a power of two, times the gradients. None is 1 for good."""
+        if scale is None:
+            return
+        if self._scale is not None and not self._first:
+            ratio = (scale / self._scale).float()
+            for total in self.total[1:]:
+                if total is not None:
+                    self._row_kernels.scale_into(total, ratio, total)
+        self._scale = scale
 
     def new_columns(self) -> ColumnSums | None:
         """What the row kernels have to fill for `keep`."""
@@ -76,20 +112,23 @@ class Backprop:
         self,
         gradients: Tensor,  # (C, V)
         kept: Kept | None,
-        out: Tensor | None = None,  # (C, D)
+        out: Tensor | None = None,  # (C, D) in the products' dtype
     ) -> Tensor:
-        """The gradient of the chunk's hidden states, (C, D)."""
-        if kept is None:
+        """The gradient of the chunk's hidden states, (C, D), in the products' dtype or in a wider one."""
+        if kept is not None:
+            found = self._filter.hidden_gradient(kept)
+        elif out is not None:
             return torch.mm(gradients, self._weight, out=out)
-        found = self._filter.hidden_gradient(kept)
-        return found if out is None else out.copy_(found)
+        else:
+            found = wide_product(gradients, self._weight)
+        return found if self._scale is None else found.to(torch.float32) / self._scale.to(torch.float32)
 
     def put_hidden(self, tokens: CountedTokens, rows: slice, gradients: Tensor, kept: Kept | None) -> None:
         """Write the gradient of the hidden states of the tokens ``rows``."""
         total = self.total.hidden
         if total is None:
             return
-        if tokens.all_kept and total.dtype == gradients.dtype:
+        if kept is None and tokens.all_kept and total.dtype == gradients.dtype:
             self.hidden(gradients, kept, out=total[rows])
         else:
             tokens.put(total, rows, self.hidden(gradients, kept))
@@ -103,10 +142,10 @@ class Backprop:
         """Add the chunk's share of the gradients of weight and bias."""
         weight, bias = self.total.weight, self.total.bias
         if kept is not None:
-            self._filter.add_head_gradients(weight, bias, x, kept)
+            self._filter.add_head_gradients(weight, bias, x, kept, self._scale)
             return
         if weight is not None:
-            add_product_(weight, gradients.t(), x, first=self._first)
+            add_product_(weight, gradients.t(), x, first=self._first, apart=weight is self._weight_sum)
             self._first = False
         if bias is not None:
             bias.add_(gradients.sum(0, dtype=bias.dtype))
@@ -114,6 +153,8 @@ class Backprop:
     def finish(self) -> Gradients:
         """Add to weight and bias what was left for the end. The gradients, without one that is in ``weight_sum``."""
         weight = self.total.weight
+        if self._scale is not None:
+            self.set_scale(torch.ones_like(self._scale))
         if self._filter is not None:
             self._filter.finish(weight, self.total.bias)
         if self._weight_sum is None:

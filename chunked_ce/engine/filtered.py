@@ -118,10 +118,13 @@ class Filter:
         bias: Tensor | None,  # (V,)
         x: Tensor,  # (C, D)
         kept: Kept,
+        scale: Tensor | None = None,  # () of what is added; the tails are without it
     ) -> None:
         """Add a chunk's kept columns to the gradients of weight and bias, and remember its tail."""
         if weight is None and bias is None:
             return
+        if scale is not None:
+            kept = kept._replace(left=kept.left / scale.to(kept.left.dtype))
         self._rights.append(kept.right)
         self._lefts.append(torch.cat([kept.left.t() @ x.to(kept.left.dtype), kept.left.sum(0).unsqueeze(1)], 1))
         if weight is not None:

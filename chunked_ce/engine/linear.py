@@ -16,7 +16,14 @@ import torch
 from torch import Tensor
 
 from chunked_ce import plan
-from chunked_ce.engine.backprop import Backprop, Gradients, adds_directly, new_gradients
+from chunked_ce.engine.backprop import (
+    Backprop,
+    Gradients,
+    adds_directly,
+    hidden_sum_dtype,
+    new_gradients,
+    power_of_two,
+)
 from chunked_ce.engine.counted import CountedTokens
 from chunked_ce.engine.filtered import Filter
 from chunked_ce.engine.kernels import row_kernels as choose_row_kernels
@@ -78,6 +85,11 @@ class Settings(NamedTuple):
         """The dtype that the plan sums the head's gradients for."""
         return self.head_sum_dtype or weight.dtype
 
+    @property
+    def scales_chunks(self) -> bool:
+        """Whether the gradients of a chunk's logits are multiplied by what brings them into the range of the dtype."""
+        return self.compute_dtype == torch.float16
+
     def row_kernels(self, device: torch.device) -> ModuleType:
         return choose_row_kernels(self.backend, device, self.compute_dtype)
 
@@ -133,39 +145,40 @@ def loss_and_gradients(
     hidden: Tensor,  # (N, D)
     head: Head,
     target: Tensor,  # (N,)
-    token_weight: Tensor | None,  # (N,)
-    upstream: Tensor,  # () the gradient expected for the loss
+    coefficient: Tensor,  # (N,) float64, what each token's loss is multiplied by
     objective: Objective,
     ignore_index: int,
     wanted: Wanted,
     needed: tuple[bool, bool, bool],  # hidden, weight, bias
     settings: Settings,
 ) -> tuple[Tensor, Gradients, RowStatistics]:
-    """The sum of the losses (), its gradients times ``upstream``, and the statistics of every row.
+    """The sum of the losses (), its gradients, and the statistics of every row.
 
-    The head's gradients come in the dtype of their sum over the chunks.
+    The gradients come in the dtypes that they are summed in.
     """
     tokens = CountedTokens(target, ignore_index, len(head.weight))
     planned = {"head_dtype": settings.planned_head_dtype(head.weight) if needed[1] else None, **settings.planned}
     chunk = plan.tokens_per_chunk(len(tokens), *head.weight.shape, **planned)
     head_sum_dtype = plan.head_sum_dtype(len(target), *head.weight.shape, **planned)
-    sums = Sums(hidden, head, tokens, token_weight, upstream, objective, wanted, needed, settings, head_sum_dtype)
+    sums = Sums(hidden, head, tokens, coefficient, objective, wanted, needed, settings, head_sum_dtype)
     head = head.to(settings.compute_dtype)
     row_kernels = settings.row_kernels(hidden.device)
-    backprop = Backprop(sums.gradients, head.weight, new_filter(head, settings, smoothed=wanted.weighted))
+    backprop = Backprop(sums.gradients, head.weight, new_filter(head, settings, smoothed=wanted.weighted), row_kernels)
     for rows, x, products in _chunks(hidden, head, tokens, chunk):
         columns = backprop.new_columns()
-        part = row_kernels.statistics_and_gradients_(
-            products,
-            tokens.target[rows],
-            head.class_weight,
-            head.logits,
-            wanted,
-            functools.partial(sums.slopes, rows),
-            columns=columns,
-        )
+        arguments = products, tokens.target[rows], head.class_weight, head.logits
+        scale = None
+        if settings.scales_chunks:
+            part = row_kernels.statistics(*arguments, wanted, overwrite=False)
+            slopes, scale = sums.scaled_slopes(rows, part, largest=backprop.largest_gradient)
+            row_kernels.logit_gradients(*arguments, slopes, part, out=products, columns=columns)
+        else:
+            slopes_of = functools.partial(sums.slopes, rows)
+            part = row_kernels.statistics_and_gradients_(*arguments, wanted, slopes_of, columns=columns)
+            slopes = sums.slopes(rows, part)
         sums.add_losses(rows, part)
-        kept = backprop.keep(products, columns, tokens.target[rows], sums.slopes(rows, part))
+        backprop.set_scale(scale)
+        kept = backprop.keep(products, columns, tokens.target[rows], slopes)
         backprop.put_hidden(tokens, rows, products, kept)
         backprop.add_head(x, products, kept)
     backprop.finish()
@@ -180,17 +193,14 @@ class Sums:
         hidden: Tensor,  # (N, D)
         head: Head,
         tokens: CountedTokens,
-        token_weight: Tensor | None,  # (N,)
-        upstream: Tensor,  # ()
+        coefficient: Tensor,  # (N,) float64
         objective: Objective,
         wanted: Wanted,
         needed: tuple[bool, bool, bool],
         settings: Settings,
         head_sum_dtype: torch.dtype,
     ) -> None:
-        dtype = work_dtype(settings.compute_dtype)
-        num_tokens = tokens.num_tokens
-        self.loss = torch.zeros((), dtype=dtype, device=hidden.device)
+        self._dtype = work_dtype(settings.compute_dtype)
         self.gradients = new_gradients(
             hidden,
             head.weight,
@@ -198,32 +208,54 @@ class Sums:
             tokens,
             needed,
             head_sum_dtype,
+            hidden_sum_dtype(hidden.dtype),
             zero_head=settings.gradient_filter is not None,
         )
-        self.statistics = empty_statistics(num_tokens, dtype, hidden.device, wanted)
+        self.statistics = empty_statistics(tokens.num_tokens, self._dtype, hidden.device, wanted)
         self._tokens = tokens
         self._objective = objective
-        weights = torch.ones_like(tokens.target, dtype=dtype)
-        self._token_weight = tokens.mask(
-            weights if token_weight is None else tokens.select(token_weight).to(dtype)
-        )  # (n,)
-        self._factor = self._token_weight * upstream * head.logits.scale  # (n,)
+        self._losses = torch.zeros_like(tokens.target, dtype=coefficient.dtype)  # (n,)
+        self._coefficient = tokens.mask(tokens.select(coefficient))  # (n,)
+        self._scale = head.logits.scale
         classes = head.class_weight
         self._class_weight = None if classes is None else classes[tokens.target]  # (n,)
         self._weight_sum = float(objective.vocab_size) if classes is None else classes.sum()
+        self._largest_weight = 1.0 if classes is None else classes.abs().amax()
+
+    @property
+    def loss(self) -> Tensor:
+        """The sum of the losses, ()."""
+        return self._losses.sum().to(self._dtype)
 
     def slopes(self, rows: slice, block: RowStatistics, part: slice = slice(None)) -> Slopes:
         """The slopes of the rows ``part`` of the tokens ``rows``, whose statistics are ``block``."""
+        return self._slopes(rows, block, part).map(lambda slope: slope.to(self._dtype))
+
+    def scaled_slopes(self, rows: slice, block: RowStatistics, *, largest: float) -> tuple[Slopes, Tensor]:
+        """The slopes of the tokens ``rows`` times a power of two (), with which no gradient of their logits exceeds
+        ``largest`` and the largest is not far from it; and that power of two."""
+        slopes = self._slopes(rows, block)
+        scale = power_of_two(largest / self._bound(slopes, block).amax())
+        return slopes.map(lambda slope: (slope * scale).to(self._dtype)), scale
+
+    def _slopes(self, rows: slice, block: RowStatistics, part: slice = slice(None)) -> Slopes:
+        """In the coefficients' dtype, which a weight and its reciprocal are in the range of."""
         weight = None if self._class_weight is None else self._class_weight[rows][part]
         log_sum, target, weighted = self._objective.slopes(block, weight, self._weight_sum)
-        factor = self._factor[rows][part]
+        factor = self._coefficient[rows][part] * self._scale
         return Slopes(log_sum * factor, target * factor, weighted * factor if weighted else None)
 
+    def _bound(self, slopes: Slopes, block: RowStatistics) -> Tensor:
+        """What no gradient of a row's logits exceeds, (n,): those of the words besides the target have its sign and
+        share 1 - p of it."""
+        rest = -torch.expm1(block.target - block.log_sum)  # 1 - p of the target
+        bound = slopes.log_sum.abs() * rest + (slopes.log_sum + slopes.target).abs()
+        return bound if slopes.weighted is None else bound + slopes.weighted.abs() * self._largest_weight
+
     def add_losses(self, rows: slice, part: RowStatistics) -> None:
-        """Add the losses of the tokens ``rows``, and keep their statistics."""
+        """Put the losses of the tokens ``rows`` and their statistics into place."""
         weight = None if self._class_weight is None else self._class_weight[rows]
-        losses = self._objective.loss(part, weight, self._weight_sum) * self._token_weight[rows]
-        self.loss += losses.sum()
+        self._losses[rows] = self._objective.loss(part, weight, self._weight_sum) * self._coefficient[rows]
         self._tokens.put_statistics(self.statistics, rows, part)
 
 
@@ -275,7 +307,7 @@ def gradients(
         if total.weight is not None:
             add_product_(total.weight[words], products.t(), x, first=True)
         elif weight_sum is not None:
-            add_product_(weight_sum[words], products.t(), x, first=False)
+            add_product_(weight_sum[words], products.t(), x, first=False, apart=True)
         if total.bias is not None:
             total.bias[words] = products.sum(0, dtype=known.log_sum.dtype)
     if hidden_total is not None:
@@ -339,7 +371,7 @@ def _filtered_gradients(
     sum_dtype = plan.head_sum_dtype(len(tokens), *head.weight.shape, **planned)
     needed = (needed[0], needed[1] and not adds_directly(weight_sum, sum_dtype), needed[2])
     total = new_gradients(hidden, like.weight, like.bias, tokens, needed, sum_dtype, hidden_dtype, zero_head=True)
-    backprop = Backprop(total, head.weight, filter, weight_sum)
+    backprop = Backprop(total, head.weight, filter, settings.row_kernels(hidden.device), weight_sum)
     row_kernels = settings.row_kernels(hidden.device)
     column = tokens.columns(first_word, len(head.weight))
     for rows, x, products in _chunks(hidden, head, tokens, chunk):

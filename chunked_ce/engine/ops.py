@@ -13,7 +13,7 @@ from torch import Tensor
 from chunked_ce import plan
 from chunked_ce.engine import in_step, linear, plain
 from chunked_ce.engine.accumulation import destination, leaf_to_keep
-from chunked_ce.engine.backprop import Gradients
+from chunked_ce.engine.backprop import Gradients, hidden_sum_dtype
 from chunked_ce.engine.device_memory import with_smaller_chunks
 from chunked_ce.engine.flat import (
     differentiable,
@@ -79,8 +79,7 @@ def linear_loss(
     hidden: Tensor,  # (N, D)
     head: Head,
     target: Tensor,  # (N,)
-    token_weight: Tensor | None,  # (N,)
-    upstream: Tensor,  # () the gradient to prepare for
+    coefficient: Tensor,  # (N,) float64
     objective: Objective,
     ignore_index: int,
     wanted: Wanted,
@@ -95,8 +94,7 @@ def linear_loss(
         head.bias,
         target,
         head.class_weight,
-        token_weight,
-        upstream,
+        coefficient,
         *head.logits,
         objective.label_smoothing,
         objective.z_loss,
@@ -310,8 +308,7 @@ def _linear_loss(
     bias: Tensor | None,
     target: Tensor,
     class_weight: Tensor | None,
-    token_weight: Tensor | None,
-    upstream: Tensor,
+    coefficient: Tensor,
     scale: float,
     softcap: float | None,
     label_smoothing: float,
@@ -338,8 +335,7 @@ def _linear_loss(
         hidden,
         Head(weight, bias, Logits(scale, softcap), class_weight),
         target,
-        token_weight,
-        upstream,
+        coefficient,
         Objective(label_smoothing, z_loss, weight.shape[0] if shard is None else total),
         ignore_index,
         Wanted(*wanted),
@@ -372,7 +368,7 @@ def _(hidden, weight, bias, target, *rest):
     (*_, wanted, needed), settings, shard = _apart(rest)
     found = fake_statistics(target.shape[0], settings.compute_dtype, hidden.device, wanted)
     total_dtype = _head_sum_dtype(target, weight, needed, settings, shard)
-    grads = fake_gradients((hidden, weight, bias), (None, total_dtype, total_dtype), needed)
+    grads = fake_gradients((hidden, weight, bias), (hidden_sum_dtype(hidden.dtype), total_dtype, total_dtype), needed)
     return found[0].new_empty(()), *grads, *found
 
 
@@ -404,7 +400,7 @@ def _backward_of_linear_loss(ctx, grad, *_):
     if grad is None:
         return (None, None, None, *none)
     *tensors, hidden_grad, weight_grad, bias_grad = ctx.saved_tensors
-    hidden, weight, bias, target, class_weight, token_weight, upstream = tensors
+    hidden, weight, bias, target, class_weight, coefficient = tensors
     needed = list(ctx.needs_input_grad[:3])
     _check_head(weight if needed[1] else None, bias if needed[2] else None, ctx.head_shapes, is_read=False)
     if torch.is_grad_enabled():
@@ -412,14 +408,13 @@ def _backward_of_linear_loss(ctx, grad, *_):
         logits_of, objective, ignore_index = ctx.maths
         head = Head(weight, bias, logits_of, class_weight)
         dtype = ctx.settings.compute_dtype
-        loss = plain.linear_loss(hidden, head, target, token_weight, objective, ignore_index, dtype)
+        loss = plain.linear_loss(hidden, head, target, coefficient, objective, ignore_index, dtype)
         return (*plain_gradients([loss], [grad], (hidden, weight, bias), needed), *none)
     if any(need and not had for need, had in zip(needed, ctx.prepared, strict=True)):
         return (*_unprepared_gradients(ctx, tensors, grad, needed), *none)
     saved = Gradients(hidden_grad, weight_grad, bias_grad)
-    ratio = grad / upstream
     grads = [
-        _rescaled(total, ratio, like.dtype, ctx.settings.backend) if need else None
+        _rescaled(total, grad, like.dtype, ctx.settings.backend) if need else None
         for total, like, need in zip(saved, (hidden, weight, bias), needed, strict=True)
     ]
     return (*grads, *none)
@@ -429,16 +424,17 @@ def _unprepared_gradients(
     ctx, tensors: Sequence[Tensor | None], grad: Tensor, needed: Sequence[bool]
 ) -> list[Tensor | None]:
     """Gradients by the backward way: an exported graph is run with tensors that need others than when it was traced."""
-    *leaves, target, class_weight, token_weight, _ = tensors
+    *leaves, target, class_weight, coefficient = tensors
     logits_of, objective, ignore_index = ctx.maths
     with torch.enable_grad():
         leaves = [x if x is None else x.detach().requires_grad_(need) for x, need in zip(leaves, needed, strict=True)]
         head = Head(*leaves[1:], logits_of, class_weight)
         wanted = Wanted(weighted=objective.label_smoothing > 0)
         found = linear_statistics(leaves[0], head, target, ignore_index, wanted, ctx.settings, ctx.shard)
-        loss = objective.token_losses(found, target, ignore_index, class_weight, token_weight).sum()
+        found = found.map(Tensor.double)
+        loss = objective.token_losses(found, target, ignore_index, class_weight, coefficient).sum()
     wanted_leaves = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
-    found_grads = iter(torch.autograd.grad(loss, wanted_leaves, grad))
+    found_grads = iter(torch.autograd.grad(loss, wanted_leaves, grad.to(loss.dtype)))
     return [next(found_grads) if need else None for need in needed]
 
 
@@ -447,13 +443,13 @@ _linear_loss.register_autograd(_backward_of_linear_loss, setup_context=_save_lin
 
 def _rescaled(
     total: Tensor,
-    ratio: Tensor,  # ()
+    factor: Tensor,  # ()
     dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
-    """``ratio * total`` in ``dtype``: in the memory of ``total`` if the graph ends with this backward."""
+    """``factor * total`` in ``dtype``: in the memory of ``total`` if the graph ends with this backward."""
     if type(total) is not Tensor or is_recorded():
-        return (total * ratio).to(dtype)  # traced by a compiler, which places memory itself
+        return (total * factor).to(dtype)  # traced by a compiler, which places memory itself
     last = not torch._C._autograd._get_current_graph_task_keep_graph()
     out = total if last and total.dtype == dtype else torch.empty_like(total, dtype=dtype)
-    return row_kernels(backend, total.device, total.dtype).scale_into(total, ratio, out)
+    return row_kernels(backend, total.device, total.dtype).scale_into(total, factor, out)

@@ -20,7 +20,7 @@ def linear_loss(
     hidden: Tensor,  # (N, D)
     head: Head,
     target: Tensor,  # (N,)
-    token_weight: Tensor | None,  # (N,)
+    coefficient: Tensor,  # (N,)
     objective: Objective,
     ignore_index: int,
     compute_dtype: torch.dtype,
@@ -28,7 +28,8 @@ def linear_loss(
     """The sum of the losses, ()."""
     wanted = Wanted(weighted=objective.label_smoothing > 0)
     rows = linear_statistics(hidden, head, target, ignore_index, wanted, compute_dtype)
-    return objective.token_losses(rows, target, ignore_index, head.class_weight, token_weight).sum()
+    losses = objective.token_losses(rows, target, ignore_index, head.class_weight, coefficient)
+    return losses.sum().to(rows.log_sum.dtype)
 
 
 def linear_statistics(

@@ -112,8 +112,7 @@ def loss_and_gradients(
     hidden: Tensor,  # (N, D), or (N / R, D) of a sequence shard
     head: Head,  # V_r rows; the class weights of the whole vocabulary
     target: Tensor,  # (N,)
-    token_weight: Tensor | None,  # (N,)
-    upstream: Tensor,  # ()
+    coefficient: Tensor,  # (N,) float64
     objective: Objective,  # of the whole vocabulary
     ignore_index: int,
     wanted: Wanted,
@@ -123,16 +122,19 @@ def loss_and_gradients(
 ) -> tuple[Tensor, Gradients, RowStatistics]:
     """The loss over the whole vocabulary, the gradients of this rank's tensors, and the statistics of every row."""
     run = _Run(hidden, head, target, ignore_index, wanted, settings, shard, sums_head=needed[1])
-    token_weight = None if token_weight is None else run.chunk_order(token_weight)
-    sums = Sums(
-        hidden, head, run.tokens, token_weight, upstream, objective, wanted, needed, settings, run.head_sum_dtype
-    )
-
+    coefficient = run.chunk_order(coefficient)
+    sums = Sums(hidden, head, run.tokens, coefficient, objective, wanted, needed, settings, run.head_sum_dtype)
     backprop = run.backprop(sums.gradients, smoothed=wanted.weighted)
 
     def finish(chunk: _Chunk, pending: Pending) -> None:
         part = run.combine(chunk.rows, pending)
-        kept = run.differentiate(chunk, sums.slopes(chunk.rows, part), part, backprop)
+        scale = None
+        if settings.scales_chunks:
+            slopes, scale = sums.scaled_slopes(chunk.rows, part, largest=backprop.largest_gradient)
+        else:
+            slopes = sums.slopes(chunk.rows, part)
+        backprop.set_scale(scale)
+        kept = run.differentiate(chunk, slopes, part, backprop)
         sums.add_losses(chunk.rows, part)
         run.spend(chunk, kept, backprop)
 
@@ -354,9 +356,8 @@ class _Run:
 
     def backprop(self, total: Gradients, weight_sum: Tensor | None = None, **slopes: bool) -> Backprop:
         head = self.head._replace(class_weight=self.class_weight)
-        return Backprop(
-            total, head.weight, new_filter(head, self._settings, vocab_size=self._shard.total, **slopes), weight_sum
-        )
+        filter = new_filter(head, self._settings, vocab_size=self._shard.total, **slopes)
+        return Backprop(total, head.weight, filter, self._row_kernels, weight_sum)
 
     def start_statistics(self, chunk: _Chunk) -> Pending:
         part = self._row_kernels.shard_statistics(

@@ -123,11 +123,11 @@ def test_the_chunk_loops(dtype, backend, launches):
     head = Head(weight, bias, Logits(0.5, 3.0), torch.empty(V, device="meta"))
     settings = Settings(dtype, torch.float32, 5, None, backend)
     wanted = Wanted(True, True, True)
-    token_weight, upstream = torch.empty(N, device="meta"), torch.empty((), device="meta")
+    coefficient = torch.empty(N, dtype=torch.float64, device="meta")
     loss, grads, _ = linear.loss_and_gradients(
-        hidden, head, target, token_weight, upstream, Objective(0.1, 0.1, V), -100, wanted, (True,) * 3, settings
+        hidden, head, target, coefficient, Objective(0.1, 0.1, V), -100, wanted, (True,) * 3, settings
     )
-    assert loss.shape == () and [g.dtype for g in grads] == [dtype, torch.float32, torch.float32]
+    assert loss.shape == () and [g.dtype for g in grads] == [torch.float32] * 3
     known = linear.statistics(hidden, head, target, -100, wanted, settings)
     slopes = Slopes(*(torch.empty(N, device="meta") for _ in range(4)))
     grads = linear.gradients(hidden, head, target, known, slopes, -100, (True,) * 3, settings)
@@ -136,7 +136,7 @@ def test_the_chunk_loops(dtype, backend, launches):
     arguments = scores, target, head.class_weight, head.logits
     known = logits.statistics(*arguments, -100, wanted, backend)
     assert logits.gradients(*arguments, known, slopes, -100, backend).shape == scores.shape
-    assert (set(launches) == {"statistics_kernel", "gradients_kernel"}) == (backend == "triton")
+    assert (set(launches) >= {"statistics_kernel", "gradients_kernel"}) == (backend == "triton")
 
 
 def test_saved_gradients(launches):
