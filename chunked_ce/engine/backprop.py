@@ -8,14 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from chunked_ce.engine import rows as torch_rows
 from chunked_ce.engine.columns import ColumnSums
 from chunked_ce.engine.counted import CountedTokens
 from chunked_ce.engine.filtered import Filter, Kept
-from chunked_ce.engine.products import add_product_, wide_product
+from chunked_ce.engine.products import add_product_, rounds_products, wide_product
 from chunked_ce.engine.rows import Slopes
 from chunked_ce.engine.scratch import scratch
 
-__all__ = ["Backprop", "Gradients", "adds_directly", "hidden_sum_dtype", "new_gradients", "power_of_two"]
+__all__ = ["Backprop", "Gradients", "adds_directly", "hidden_sum_dtype", "new_gradients", "new_targets", "power_of_two"]
 
 _LARGEST = 2.0**14  # of fp16's 65,504: a row's gradients may add up to twice the largest
 _LARGEST_EXPONENT = 96  # with which sums in fp32 stay in its range
@@ -47,6 +48,55 @@ class Gradients(NamedTuple):
             None if self.weight is None else self.weight.to(weight.dtype),
             None if self.bias is None else self.bias.to(bias.dtype),
         )
+
+
+class Targets(NamedTuple):
+    """The gradients of the targets' logits, for products without them.
+
+    A target's gradient is the largest of its row, alone as large as the others together, and of tokens that the model
+    knows little of it is the same for all. Rounded to bf16, as all others are, it decides the error.
+    """
+
+    column: Tensor  # (C,) -1 where it is none of these
+    gradient: Tensor  # (C,) fp32, 0 there
+
+    def add_hidden(self, found: Tensor, weight: Tensor) -> Tensor:
+        """What products without the targets gave to the hidden states (C, D), with them, in fp32."""
+        rows = weight.index_select(0, self.column.clamp(min=0)) if len(weight) else torch.zeros_like(found)
+        return found.to(self.gradient.dtype).addcmul_(self.gradient.unsqueeze(1), rows)
+
+    def put_back_(self, gradients: Tensor) -> None:
+        """Write the gradients of the targets among the others, (C, V)."""
+        if gradients.shape[1] > 0:
+            gradients.scatter_add_(
+                1, self.column.clamp(min=0).unsqueeze(1), self.gradient.to(gradients.dtype).unsqueeze(1)
+            )
+
+    def add_head_(self, weight: Tensor | None, bias: Tensor | None, x: Tensor) -> None:
+        """Add to the gradients of weight (V, D) and bias (V,) what the targets of ``x`` (C, D) give."""
+        here = (self.column >= 0).nonzero().squeeze(1)
+        column, gradient = self.column[here], self.gradient[here]
+        if bias is not None:
+            bias.index_add_(0, column, gradient.to(bias.dtype))
+        if weight is None:
+            return
+        parts = gradient.unsqueeze(1) * x[here]
+        if weight.dtype == parts.dtype:
+            weight.index_add_(0, column, parts)
+            return
+        words, place = column.unique(return_inverse=True)  # each is rounded once
+        weight[words] = weight[words].to(parts.dtype).index_add_(0, place, parts).to(weight.dtype)
+
+
+def new_targets(
+    column: Tensor,  # (C,) -1 where the target is none of these
+    dtype: torch.dtype,  # of the products
+    row_kernels: ModuleType,
+) -> Targets | None:
+    """Where the row kernels put the gradients of the targets' logits, where products should go without them."""
+    if row_kernels is not torch_rows or not rounds_products(column.device.type, dtype):
+        return None
+    return Targets(column, torch.empty_like(column, dtype=torch.float32))
 
 
 def adds_directly(weight_sum: Tensor | None, sum_dtype: torch.dtype) -> bool:
@@ -98,6 +148,10 @@ class Backprop:
         """What the row kernels have to fill for `keep`."""
         return None if self._filter is None else self._filter.new_columns()
 
+    def new_targets(self, column: Tensor) -> Targets | None:
+        """`new_targets` for a chunk whose targets are the columns ``column`` (C,)."""
+        return None if self._filter is not None else new_targets(column, self._weight.dtype, self._row_kernels)
+
     def keep(
         self,
         gradients: Tensor,  # (C, V)
@@ -112,6 +166,7 @@ class Backprop:
         self,
         gradients: Tensor,  # (C, V)
         kept: Kept | None,
+        targets: Targets | None = None,
         out: Tensor | None = None,  # (C, D) in the products' dtype
     ) -> Tensor:
         """The gradient of the chunk's hidden states, (C, D), in the products' dtype or in a wider one."""
@@ -121,9 +176,18 @@ class Backprop:
             return torch.mm(gradients, self._weight, out=out)
         else:
             found = wide_product(gradients, self._weight)
+        if targets is not None:
+            found = targets.add_hidden(found, self._weight)
         return found if self._scale is None else found.to(torch.float32) / self._scale.to(torch.float32)
 
-    def put_hidden(self, tokens: CountedTokens, rows: slice, gradients: Tensor, kept: Kept | None) -> None:
+    def put_hidden(
+        self,
+        tokens: CountedTokens,
+        rows: slice,
+        gradients: Tensor,  # (C, V)
+        kept: Kept | None,
+        targets: Targets | None = None,
+    ) -> None:
         """Write the gradient of the hidden states of the tokens ``rows``."""
         total = self.total.hidden
         if total is None:
@@ -131,13 +195,14 @@ class Backprop:
         if kept is None and tokens.all_kept and total.dtype == gradients.dtype:
             self.hidden(gradients, kept, out=total[rows])
         else:
-            tokens.put(total, rows, self.hidden(gradients, kept))
+            tokens.put(total, rows, self.hidden(gradients, kept, targets))
 
     def add_head(
         self,
         x: Tensor,  # (C, D)
         gradients: Tensor,  # (C, V)
         kept: Kept | None,
+        targets: Targets | None = None,
     ) -> None:
         """Add the chunk's share of the gradients of weight and bias."""
         weight, bias = self.total.weight, self.total.bias
@@ -149,6 +214,8 @@ class Backprop:
             self._first = False
         if bias is not None:
             bias.add_(gradients.sum(0, dtype=bias.dtype))
+        if targets is not None:
+            targets.add_head_(weight, bias, x)
 
     def finish(self) -> Gradients:
         """Add to weight and bias what was left for the end. The gradients, without one that is in ``weight_sum``."""
@@ -186,8 +253,9 @@ def new_gradients(
         return make(*tensor.shape, dtype=dtype, device=tensor.device)
 
     some = len(tokens) > 0
+    bias_dtype = None if head_dtype is None else torch.promote_types(head_dtype, torch.float32)
     return Gradients(
         new(hidden, needed[0], hidden_dtype, some and tokens.all_kept),
         new(weight, needed[1], head_dtype, some and not zero_head),
-        new(bias, needed[2], head_dtype, False),
+        new(bias, needed[2], bias_dtype, False),
     )

@@ -22,6 +22,7 @@ from chunked_ce.engine.backprop import (
     adds_directly,
     hidden_sum_dtype,
     new_gradients,
+    new_targets,
     power_of_two,
 )
 from chunked_ce.engine.counted import CountedTokens
@@ -165,22 +166,24 @@ def loss_and_gradients(
     row_kernels = settings.row_kernels(hidden.device)
     backprop = Backprop(sums.gradients, head.weight, new_filter(head, settings, smoothed=wanted.weighted), row_kernels)
     for rows, x, products in _chunks(hidden, head, tokens, chunk):
-        columns = backprop.new_columns()
-        arguments = products, tokens.target[rows], head.class_weight, head.logits
+        column = tokens.target[rows]
+        arguments = products, column, head.class_weight, head.logits
+        columns, targets = backprop.new_columns(), backprop.new_targets(column)
+        outputs = {"columns": columns} | ({} if targets is None else {"apart": targets.gradient})
         scale = None
         if settings.scales_chunks:
             part = row_kernels.statistics(*arguments, wanted, overwrite=False)
             slopes, scale = sums.scaled_slopes(rows, part, largest=backprop.largest_gradient)
-            row_kernels.logit_gradients(*arguments, slopes, part, out=products, columns=columns)
+            row_kernels.logit_gradients(*arguments, slopes, part, out=products, **outputs)
         else:
             slopes_of = functools.partial(sums.slopes, rows)
-            part = row_kernels.statistics_and_gradients_(*arguments, wanted, slopes_of, columns=columns)
+            part = row_kernels.statistics_and_gradients_(*arguments, wanted, slopes_of, **outputs)
             slopes = sums.slopes(rows, part)
         sums.add_losses(rows, part)
         backprop.set_scale(scale)
-        kept = backprop.keep(products, columns, tokens.target[rows], slopes)
-        backprop.put_hidden(tokens, rows, products, kept)
-        backprop.add_head(x, products, kept)
+        kept = backprop.keep(products, columns, column, slopes)
+        backprop.put_hidden(tokens, rows, products, kept, targets)
+        backprop.add_head(x, products, kept, targets)
     backprop.finish()
     return sums.loss, sums.gradients, sums.statistics
 
@@ -297,13 +300,18 @@ def gradients(
     hidden_total = None
     row_kernels = settings.row_kernels(hidden.device)
     for words, part, x, column, products in _vocab_blocks(hidden, head, tokens, first_word, settings):
-        row_kernels.logit_gradients(products, column, part.class_weight, part.logits, slopes, known, out=products)
+        several = len(part.weight) < len(head.weight)
+        apart = new_targets(column, x.dtype, row_kernels) if several and total.hidden is not None else None
+        arguments = products, column, part.class_weight, part.logits, slopes, known
+        row_kernels.logit_gradients(*arguments, out=products, **({} if apart is None else {"apart": apart.gradient}))
         if total.hidden is not None:
             first = hidden_total is None
             if first:
-                one_block = len(part.weight) == len(head.weight)
-                hidden_total = x.new_empty(x.shape, dtype=x.dtype if one_block else total_dtype)
+                hidden_total = x.new_empty(x.shape, dtype=total_dtype if several else x.dtype)
             add_product_(hidden_total, products, part.weight, first=first)
+        if apart is not None:
+            hidden_total = apart.add_hidden(hidden_total, part.weight)
+            apart.put_back_(products)
         if total.weight is not None:
             add_product_(total.weight[words], products.t(), x, first=True)
         elif weight_sum is not None:

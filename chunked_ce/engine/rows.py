@@ -149,8 +149,12 @@ def statistics_and_gradients_(
     wanted: Wanted,
     slopes_of: Callable[[RowStatistics, slice], Slopes],
     columns: ColumnSums | None = None,
+    apart: Tensor | None = None,  # (n,)
 ) -> RowStatistics:
-    """The statistics of each row, and the gradients that ``slopes_of`` makes of them written over the products."""
+    """The statistics of each row, and the gradients that ``slopes_of`` makes of them written over the products.
+
+    With ``apart`` those of the targets go there instead, without being rounded, and are 0 among the others.
+    """
     found = empty_statistics(len(products), products.dtype, products.device, wanted)
     for rows, z in _visit(products, logits, overwrite=True):
         kept = z.clone() if logits.softcap is not None else None
@@ -158,6 +162,8 @@ def statistics_and_gradients_(
         _store(found, rows, block)
         slopes = slopes_of(block, rows)
         gradients = _gradients_(z, sum_exp, target[rows], class_weight, slopes, logits, kept, block, columns)
+        if apart is not None:
+            apart[rows] = _take_targets_(gradients, target[rows])
         if products.dtype != gradients.dtype:
             products[rows] = gradients
     return found
@@ -172,6 +178,7 @@ def logit_gradients(
     known: RowStatistics,  # over the whole vocabulary
     out: Tensor,  # as products; may be products itself
     columns: ColumnSums | None = None,
+    apart: Tensor | None = None,  # (n,) as in `statistics_and_gradients_`
 ) -> None:
     """The gradients of the products, from statistics that are known.
 
@@ -195,6 +202,8 @@ def logit_gradients(
         )
         if dead_rows is not None:
             gradients.masked_fill_(dead_rows, 0)
+        if apart is not None:
+            apart[rows] = _take_targets_(gradients, target[rows])
         if not overwrite or out.dtype != gradients.dtype:
             out[rows] = gradients
 
@@ -297,6 +306,17 @@ def _gradients_(
     if logits.softcap is not None:
         gradients.mul_(_chain(z, logits))
     return gradients
+
+
+def _take_targets_(
+    gradients: Tensor,  # (r, V), 0 at the targets when it returns
+    target: Tensor,  # (r,) -1 where it is none of these columns
+) -> Tensor:
+    """The gradients (r,) of the targets, 0 where there is none."""
+    column, here = target.clamp(min=0).unsqueeze(-1), target.unsqueeze(-1) >= 0
+    found = gradients.gather(-1, column)
+    gradients.scatter_(-1, column, found.masked_fill(here, 0))
+    return found.where(here, 0).squeeze(-1)
 
 
 def _at_target(slopes: Slopes, rows: RowStatistics) -> Tensor:

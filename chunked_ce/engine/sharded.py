@@ -16,7 +16,7 @@ from torch import Tensor
 
 from chunked_ce import plan
 from chunked_ce.distributed.collectives import Collectives, Pending
-from chunked_ce.engine.backprop import Backprop, Gradients, adds_directly, new_gradients
+from chunked_ce.engine.backprop import Backprop, Gradients, Targets, adds_directly, new_gradients
 from chunked_ce.engine.counted import CountedTokens
 from chunked_ce.engine.filtered import Kept
 from chunked_ce.engine.kernels import row_kernels as choose_row_kernels
@@ -134,9 +134,9 @@ def loss_and_gradients(
         else:
             slopes = sums.slopes(chunk.rows, part)
         backprop.set_scale(scale)
-        kept = run.differentiate(chunk, slopes, part, backprop)
+        found = run.differentiate(chunk, slopes, part, backprop)
         sums.add_losses(chunk.rows, part)
-        run.spend(chunk, kept, backprop)
+        run.spend(chunk, *found, backprop)
 
     _pipeline(run.chunks(), run.start_statistics, finish)
     backprop.finish()
@@ -212,8 +212,8 @@ def _sequence_gradients(
         total, smoothed=slopes.weighted is not None, entropy=slopes.mean is not None, weight_sum=weight_sum
     )
     for chunk in run.chunks():
-        kept = run.differentiate(chunk, slopes.at(chunk.rows), known.at(chunk.rows), backprop)
-        run.spend(chunk, kept, backprop)
+        found = run.differentiate(chunk, slopes.at(chunk.rows), known.at(chunk.rows), backprop)
+        run.spend(chunk, *found, backprop)
     return backprop.finish().as_dtype_of(head.weight, head.bias)
 
 
@@ -374,28 +374,33 @@ class _Run:
     def combine(self, rows: slice, pending: Pending) -> RowStatistics:
         return combine_shards(pending.wait(), self.tokens.target[rows], **self._wanted._asdict())
 
-    def differentiate(self, chunk: _Chunk, slopes: Slopes, known: RowStatistics, backprop: Backprop) -> Kept | None:
-        """Write the gradients of a chunk's products over them, and choose which columns to keep: None is all."""
-        columns = backprop.new_columns()
+    def differentiate(
+        self, chunk: _Chunk, slopes: Slopes, known: RowStatistics, backprop: Backprop
+    ) -> tuple[Kept | None, Targets | None]:
+        """Write the gradients of a chunk's products over them, and choose which columns to keep: None is all. Those of
+        the targets where they are apart."""
+        column = self._column[chunk.rows]
+        columns, targets = backprop.new_columns(), backprop.new_targets(column)
         self._row_kernels.logit_gradients(
             chunk.products,
-            self._column[chunk.rows],
+            column,
             self.class_weight,
             self.head.logits,
             slopes,
             known,
             out=chunk.products,
             columns=columns,
+            **({} if targets is None else {"apart": targets.gradient}),
         )
-        return backprop.keep(chunk.products, columns, self._column[chunk.rows], slopes)
+        return backprop.keep(chunk.products, columns, column, slopes), targets
 
-    def spend(self, chunk: _Chunk, kept: Kept | None, backprop: Backprop) -> None:
+    def spend(self, chunk: _Chunk, kept: Kept | None, targets: Targets | None, backprop: Backprop) -> None:
         """Add what a chunk's logit gradients give to the gradients of this rank's tensors."""
         total = backprop.total
         reduction = None
         if total.hidden is not None:
-            reduction = self._start_hidden_gradient(chunk, backprop.hidden(chunk.products, kept))
-        backprop.add_head(chunk.x, chunk.products, kept)
+            reduction = self._start_hidden_gradient(chunk, backprop.hidden(chunk.products, kept, targets))
+        backprop.add_head(chunk.x, chunk.products, kept, targets)
         if reduction is None:
             return
         part = reduction.wait()
