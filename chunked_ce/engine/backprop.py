@@ -96,7 +96,7 @@ def new_targets(
     """Where the row kernels put the gradients of the targets' logits, where products should go without them."""
     if row_kernels is not torch_rows or not rounds_products(column.device.type, dtype):
         return None
-    return Targets(column, torch.empty_like(column, dtype=torch.float32))
+    return Targets(column, torch.zeros_like(column, dtype=torch.float32))
 
 
 def adds_directly(weight_sum: Tensor | None, sum_dtype: torch.dtype) -> bool:
