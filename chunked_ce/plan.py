@@ -20,7 +20,14 @@ import torch
 
 from chunked_ce.engine.filtered import GROUPS
 from chunked_ce.engine.kernels import triton_runs
-from chunked_ce.engine.products import PROJECTED_ROWS, adds_in_product, product_rows
+from chunked_ce.engine.products import (
+    PROJECTED_ROWS,
+    adds_in_product,
+    product_rows,
+    rounds_products,
+    rounds_within,
+    unrounded,
+)
 from chunked_ce.engine.rows import rows_in_flight, work_dtype
 from chunked_ce.options import ChunkOptions
 
@@ -251,19 +258,30 @@ def predict_memory(
             "rows": copies * min(tokens, rows_in_flight(words, device_type)) * words * work.itemsize,
         }
 
-    def product(total_rows: int, inner: int, wider: torch.dtype, adds: bool) -> int:
+    def product(total_rows: int, inner: int, wider: torch.dtype, adds: bool, apart: bool = False) -> int:
         step = product_rows(total_rows, device_type)
         part, widened = step * hidden_size * compute_dtype.itemsize, step * hidden_size * wider.itemsize
-        if wider == compute_dtype or adds_in_product(device_type, wider, compute_dtype):
+        if wider == compute_dtype:
+            return part if apart and rounds_within(device_type, wider) else 0
+        if adds_in_product(device_type, wider, compute_dtype):
             return 0
         if compute_dtype == torch.float16:  # formed from wider factors
             return widened + (step + hidden_size) * inner * wider.itemsize
         return part + adds * widened
 
-    common = {"statistics": 3 * num_tokens * work.itemsize}
-    forward = rows_and_logits(chunk, vocab_size, at_a_time, sharded) | common
-    if device_type == "cpu" and chunk >= _PACKED_FROM_TOKENS.get(compute_dtype, math.inf):
-        block = min(vocab_size, PROJECTED_ROWS) * min(hidden_size, _PACKED_COLUMNS[compute_dtype])
+    def products_of(input_product: int, head_product: int, tokens: int) -> int:
+        """Of the products for input and head, with the targets' terms where these are apart."""
+        terms = tokens * hidden_size * (compute_dtype.itemsize + 4) * rounds_products(device_type, compute_dtype)
+        return max(train_input * (input_product + terms), train_head * (head_product or terms))
+
+    common = {"statistics": num_tokens * (3 * work.itemsize + 16)}
+    if in_forward:
+        tokens, words = chunk, vocab_size
+    else:
+        tokens, words = counted, min(vocab_size, vocab_per_block(counted, vocab_size, **settings))
+    forward = rows_and_logits(tokens, words, at_a_time if in_forward else 1, sharded and in_forward) | common
+    if device_type == "cpu" and tokens >= _PACKED_FROM_TOKENS.get(compute_dtype, math.inf):
+        block = min(words, PROJECTED_ROWS) * min(hidden_size, _PACKED_COLUMNS[compute_dtype])
         common = common | {"packed": block * compute_dtype.itemsize}
         forward |= common
     if sharded:
@@ -271,9 +289,9 @@ def predict_memory(
         parts = compute_dtype.itemsize * (wide != compute_dtype) + wide.itemsize
         forward["collectives"] = gathered + in_forward * train_input * chunk * hidden_size * parts
     if head_dtype != compute_dtype:
-        forward["head_copy"] = head_elements * compute_dtype.itemsize
+        forward["head_copy"] = words * hidden_size * compute_dtype.itemsize
     if counted < num_tokens or dtype != compute_dtype:
-        forward["hidden_copy"] = chunk * hidden_size * compute_dtype.itemsize
+        forward["hidden_copy"] = tokens * hidden_size * compute_dtype.itemsize
 
     def filter_terms(total: torch.dtype) -> dict[str, int]:
         kept = math.ceil(kept_share * vocab_size)
@@ -285,17 +303,23 @@ def predict_memory(
             "tails": columns + train_head * 2 * chunks * vocab_size * GROUPS * work.itemsize,
         }
 
-    gradients = {"hidden_grad": train_input * num_tokens * hidden_size * dtype.itemsize}
+    hidden_elements = train_input * num_tokens * hidden_size
+    gradients = {"hidden_grad": hidden_elements * dtype.itemsize}
     if in_forward:
-        total_dtype = head_sum_of(in_flight=in_flight, **settings)
-        gradients["head_sum"] = train_head * head_elements * total_dtype.itemsize
-        forward |= gradients
+        total_dtype, hidden_total = head_sum_of(in_flight=in_flight, **settings), unrounded(dtype)
+        sums = {
+            "hidden_grad": hidden_elements * hidden_total.itemsize,
+            "head_sum": train_head * head_elements * total_dtype.itemsize,
+        }
+        forward |= sums
         if filtered:
             forward |= filter_terms(total_dtype)
         else:
-            forward["products"] = train_head * product(vocab_size, chunk, total_dtype, counted > chunk)
+            forward["products"] = products_of(0, product(vocab_size, chunk, total_dtype, counted > chunk), chunk)
         converted = train_head and total_dtype != head_dtype
-        backward = gradients | common | {"head_grad": converted * head_elements * head_dtype.itemsize}
+        backward = sums | common | {"head_grad": converted * head_elements * head_dtype.itemsize}
+        if hidden_total != dtype:
+            backward |= gradients | {"hidden_sum": sums["hidden_grad"]}
         return MemoryPrediction(forward, backward)
 
     main_dtype = torch.promote_types(head_dtype, torch.float32)
@@ -312,15 +336,14 @@ def predict_memory(
         backward |= {name: size for name, size in forward.items() if name in ("head_copy", "hidden_copy")}
         return MemoryPrediction(forward, backward)
 
-    words = vocab_per_block(counted, vocab_size, **settings)
-    words = min(words, vocab_size)
     hidden_total = compute_dtype if words == vocab_size else wide
     gradients["head_grad"] = (train_head and not added) * head_elements * head_dtype.itemsize
     backward = rows_and_logits(counted, words) | gradients | common
     backward["hidden_sum"] = train_input * counted * hidden_size * hidden_total.itemsize
-    backward["products"] = max(
-        train_input * product(counted, words, hidden_total, words < vocab_size),
-        train_head * product(words, counted, into if added else head_dtype, added),
+    backward["products"] = products_of(
+        product(counted, words, hidden_total, words < vocab_size),
+        product(words, counted, into if added else head_dtype, added, apart=added),
+        math.ceil(counted * words / vocab_size) * (words < vocab_size),
     )
     if sharded:
         backward["collectives"] = train_input * num_tokens * hidden_size * wide.itemsize

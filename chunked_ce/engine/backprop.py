@@ -12,20 +12,15 @@ from chunked_ce.engine import rows as torch_rows
 from chunked_ce.engine.columns import ColumnSums
 from chunked_ce.engine.counted import CountedTokens
 from chunked_ce.engine.filtered import Filter, Kept
-from chunked_ce.engine.products import add_product_, rounds_products, wide_product
+from chunked_ce.engine.products import add_product_, rounds_products, unrounded, wide_product
 from chunked_ce.engine.rows import Slopes
 from chunked_ce.engine.scratch import scratch
 
-__all__ = ["Backprop", "Gradients", "adds_directly", "hidden_sum_dtype", "new_gradients", "new_targets", "power_of_two"]
+__all__ = ["Backprop", "Gradients", "adds_directly", "new_gradients", "new_targets", "power_of_two"]
 
 _LARGEST = 2.0**14  # of fp16's 65,504: a row's gradients may add up to twice the largest
 _LARGEST_EXPONENT = 96  # with which sums in fp32 stay in its range
 _SCALE_STEP = 8  # powers of two: chunks that are about alike are scaled alike
-
-
-def hidden_sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What the gradient of hidden states in ``dtype`` is kept in until the upstream gradient is known: rounded once."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def power_of_two(most: Tensor) -> Tensor:
@@ -60,32 +55,37 @@ class Targets(NamedTuple):
     column: Tensor  # (C,) -1 where it is none of these
     gradient: Tensor  # (C,) fp32, 0 there
 
+    @property
+    def here(self) -> Tensor:
+        """The tokens whose target is one of these columns."""
+        return (self.column >= 0).nonzero().squeeze(1)
+
     def add_hidden(self, found: Tensor, weight: Tensor) -> Tensor:
         """What products without the targets gave to the hidden states (C, D), with them, in fp32."""
-        rows = weight.index_select(0, self.column.clamp(min=0)) if len(weight) else torch.zeros_like(found)
-        return found.to(self.gradient.dtype).addcmul_(self.gradient.unsqueeze(1), rows)
+        here = self.here
+        parts = self.gradient[here].unsqueeze(1) * weight.index_select(0, self.column[here])
+        return found.to(self.gradient.dtype).index_add_(0, here, parts)
 
     def put_back_(self, gradients: Tensor) -> None:
         """Write the gradients of the targets among the others, (C, V)."""
-        if gradients.shape[1] > 0:
-            gradients.scatter_add_(
-                1, self.column.clamp(min=0).unsqueeze(1), self.gradient.to(gradients.dtype).unsqueeze(1)
-            )
+        here = self.here
+        gradients[here, self.column[here]] = self.gradient[here].to(gradients.dtype)
 
     def add_head_(self, weight: Tensor | None, bias: Tensor | None, x: Tensor) -> None:
         """Add to the gradients of weight (V, D) and bias (V,) what the targets of ``x`` (C, D) give."""
-        here = (self.column >= 0).nonzero().squeeze(1)
+        here = self.here
         column, gradient = self.column[here], self.gradient[here]
         if bias is not None:
             bias.index_add_(0, column, gradient.to(bias.dtype))
         if weight is None:
             return
-        parts = gradient.unsqueeze(1) * x[here]
+        parts = gradient.unsqueeze(1) * x.index_select(0, here)
         if weight.dtype == parts.dtype:
             weight.index_add_(0, column, parts)
             return
         words, place = column.unique(return_inverse=True)  # each is rounded once
-        weight[words] = weight[words].to(parts.dtype).index_add_(0, place, parts).to(weight.dtype)
+        sums = weight.index_select(0, words).to(parts.dtype).index_add_(0, place, parts)
+        weight.index_copy_(0, words, sums.to(weight.dtype))
 
 
 def new_targets(
@@ -253,7 +253,7 @@ def new_gradients(
         return make(*tensor.shape, dtype=dtype, device=tensor.device)
 
     some = len(tokens) > 0
-    bias_dtype = None if head_dtype is None else torch.promote_types(head_dtype, torch.float32)
+    bias_dtype = None if head_dtype is None else unrounded(head_dtype)
     return Gradients(
         new(hidden, needed[0], hidden_dtype, some and tokens.all_kept),
         new(weight, needed[1], head_dtype, some and not zero_head),

@@ -56,7 +56,10 @@ def with_smaller_chunks(
         head_dtype = weight.dtype if sums_head else None
         tokens = plan.tokens_per_chunk(n, *weight.shape, head_dtype=head_dtype, **settings.planned)
         logits, size, total = tokens * vocab_size, tokens, n
-    budget = max(1, logits * settings.compute_dtype.itemsize // 4)
+    taken = logits * settings.compute_dtype.itemsize
+    if settings.memory_budget is not None and size < total:
+        taken = settings.memory_budget  # which the logits keep to
+    budget = max(1, taken // 4)
     warnings.warn(
         f"out of memory with {size} of {total} {unit} at a time, {4 * budget / 2**20:.1f} MiB of logits; "
         f"trying once more with {budget / 2**20:.1f} MiB: ChunkOptions(memory_budget={budget}) starts there",

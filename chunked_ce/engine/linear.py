@@ -20,7 +20,6 @@ from chunked_ce.engine.backprop import (
     Backprop,
     Gradients,
     adds_directly,
-    hidden_sum_dtype,
     new_gradients,
     new_targets,
     power_of_two,
@@ -28,7 +27,7 @@ from chunked_ce.engine.backprop import (
 from chunked_ce.engine.counted import CountedTokens
 from chunked_ce.engine.filtered import Filter
 from chunked_ce.engine.kernels import row_kernels as choose_row_kernels
-from chunked_ce.engine.products import add_product_, project
+from chunked_ce.engine.products import add_product_, project, unrounded
 from chunked_ce.engine.rows import Slopes, Wanted, empty_statistics, work_dtype
 from chunked_ce.engine.scratch import logits_scratch
 from chunked_ce.objective import Logits, Objective, RowStatistics, merge_shards, statistics_of
@@ -211,7 +210,7 @@ class Sums:
             tokens,
             needed,
             head_sum_dtype,
-            hidden_sum_dtype(hidden.dtype),
+            unrounded(hidden.dtype),
             zero_head=settings.gradient_filter is not None,
         )
         self.statistics = empty_statistics(tokens.num_tokens, self._dtype, hidden.device, wanted)

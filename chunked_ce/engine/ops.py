@@ -13,7 +13,7 @@ from torch import Tensor
 from chunked_ce import plan
 from chunked_ce.engine import in_step, linear, plain
 from chunked_ce.engine.accumulation import destination, leaf_to_keep
-from chunked_ce.engine.backprop import Gradients, hidden_sum_dtype
+from chunked_ce.engine.backprop import Gradients
 from chunked_ce.engine.device_memory import with_smaller_chunks
 from chunked_ce.engine.flat import (
     differentiable,
@@ -32,6 +32,7 @@ from chunked_ce.engine.flat import (
 from chunked_ce.engine.kernels import row_kernels
 from chunked_ce.engine.linear import Head, Settings
 from chunked_ce.engine.presence import check_still_there
+from chunked_ce.engine.products import unrounded
 from chunked_ce.engine.rows import Slopes, Wanted
 from chunked_ce.engine.sharded import Shard
 from chunked_ce.engine.tracing import is_recorded
@@ -357,7 +358,7 @@ def _linear_loss(
             loss, grads, found = with_smaller_chunks(run, settings, target, weight, sums_head=needed[1])
             # Smaller chunks may be summed in another dtype than was planned.
             sum_dtype = _head_sum_dtype(target, weight, needed, settings, shard)
-            grads = Gradients(grads.hidden, *(None if part is None else part.to(sum_dtype) for part in grads[1:]))
+            grads = grads if grads.weight is None else grads._replace(weight=grads.weight.to(sum_dtype))
         else:
             loss, grads, found = in_step.loss_and_gradients(*arguments, settings, shard)
     return loss, *filled(grads, hidden), *filled(found, found.log_sum)
@@ -368,7 +369,8 @@ def _(hidden, weight, bias, target, *rest):
     (*_, wanted, needed), settings, shard = _apart(rest)
     found = fake_statistics(target.shape[0], settings.compute_dtype, hidden.device, wanted)
     total_dtype = _head_sum_dtype(target, weight, needed, settings, shard)
-    grads = fake_gradients((hidden, weight, bias), (hidden_sum_dtype(hidden.dtype), total_dtype, total_dtype), needed)
+    dtypes = unrounded(hidden.dtype), total_dtype, unrounded(total_dtype)
+    grads = fake_gradients((hidden, weight, bias), dtypes, needed)
     return found[0].new_empty(()), *grads, *found
 
 

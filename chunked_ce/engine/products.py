@@ -12,6 +12,8 @@ __all__ = [
     "product_rows",
     "project",
     "rounds_products",
+    "rounds_within",
+    "unrounded",
     "wide_product",
 ]
 
@@ -33,9 +35,20 @@ def adds_in_product(device_type: str, total: torch.dtype, factor: torch.dtype) -
     return device_type == "cuda" and factor in (torch.bfloat16, torch.float16) and total == torch.float32
 
 
+def unrounded(dtype: torch.dtype) -> torch.dtype:
+    """What a gradient in ``dtype`` is kept in until the upstream gradient is known, so that it is rounded once."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def rounds_products(device_type: str, factor: torch.dtype) -> bool:
     """Whether the device rounds products of such factors to the factors' own, narrow dtype."""
     return device_type == "cpu" and factor in (torch.bfloat16, torch.float16)
+
+
+def rounds_within(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether the device rounds to the precision of a total in ``dtype`` with every few terms that a product adds to
+    it. Narrow totals are added to a sum of all terms."""
+    return device_type == "cpu" and dtype.itemsize >= 4
 
 
 def project(
@@ -85,13 +98,13 @@ def add_product_(
 ) -> None:
     """``total += left @ right``, or ``total = left @ right`` if it is the first of a sum.
 
-    A CPU rounds to the precision of ``total`` with every few terms that it adds within the product; with ``apart`` it
-    forms the product first, for a total that may be much larger.
+    With ``apart`` nothing is added within the product where `rounds_within` says that this costs precision: the total
+    may be much larger than what is added.
 
     Where ``total`` is wider than the factors, a CUDA device adds in fp32 within the product. Elsewhere a bf16 product
     is rounded to bf16 before it is added; an fp16 product, which could overflow, is formed in the dtype of ``total``.
     """
-    if total.dtype == left.dtype and not (apart and total.device.type == "cpu"):
+    if total.dtype == left.dtype and not (apart and rounds_within(total.device.type, total.dtype)):
         if first:
             torch.mm(left, right, out=total)
         else:
