@@ -46,7 +46,7 @@ def statistics(hidden: Tensor, head: Head, target: Tensor, ignore_index: int, wa
     settings, shard = rest
 
     def steps() -> Iterator[_Step]:
-        chunks = _Chunks(hidden, head, target, ignore_index, settings, shard, sums_head=False)
+        chunks = _Chunks(hidden, head, target, ignore_index, settings, shard, sums_head=_is_sequence(shard))
         return chunks.steps(wanted=wanted)
 
     return _together(steps, shard, hidden, sharded.statistics, hidden, head, target, ignore_index, wanted, *rest)

@@ -104,7 +104,7 @@ def statistics(
 
     planned = {"in_flight": 2, **settings.planned}
     chunk = plan.tokens_per_chunk(len(target), *shard.planned_shape(head.weight), **planned)
-    _pipeline(tokens.blocks(chunk), lambda rows: collectives.all_gather(part[rows], _STATISTICS), finish)
+    _pipeline(tokens.blocks(chunk), lambda rows: collectives.all_gather(part[rows], STATISTICS), finish)
     return found
 
 
