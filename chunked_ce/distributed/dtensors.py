@@ -31,8 +31,8 @@ def local_arguments(
 ) -> tuple[Tensor, VocabShard | None, dict[str, Any]]:
     """This rank's part of ``sharded``, the shard that it is, and of the other arguments what this rank needs."""
     given = {"linear_bias": linear_bias, **others}
-    if not any(map(is_dtensor, (sharded, *given.values()))):
-        return sharded, vocab, given
+    if not any(map(is_dtensor, (sharded, *given.values()))) or not isinstance(vocab, VocabShard | None):
+        return sharded, vocab, given  # a vocab of another type is refused where arguments are checked
     if is_dtensor(sharded):
         sharded, vocab = _vocabulary(name, sharded, vocab)
     local = {name: _tokens(name, value, vocab) if is_dtensor(value) else value for name, value in others.items()}

@@ -53,3 +53,9 @@ def test_a_head_that_fsdp_flattened_is_told_about_fsdp(failures):
                 "linear_weight must be (V, D)"
             )
             assert "FSDP shards this one" in of_rank[case].message and "ZeRO" not in of_rank[case].message
+
+
+def test_vocab_of_another_type(failures):
+    for of_rank in failures:
+        assert of_rank["wrong vocab"].type == "TypeError"
+        assert "vocab must be a VocabShard or None, was" in of_rank["wrong vocab"].message

@@ -153,6 +153,11 @@ def refused(mesh, name: str, placements) -> None:
     (cross_entropy if name == "logits" else linear_cross_entropy)(**given)
 
 
+def dtensors(mesh) -> tuple[DTensor, DTensor, Tensor]:
+    hidden, head, _, target = problem()
+    return placed(hidden, mesh, [Replicate()]), placed(head, mesh, [Shard(0)]), target
+
+
 def compiled(mesh) -> None:
     torch._dynamo.reset()
     hidden, head, bias, target = problem()
@@ -330,6 +335,7 @@ def run_all(rank: int, world_size: int) -> dict:
         for what, placements in REFUSED.items():
             case = (meshes[GRID], name, placements)
             found["refused", name, what] = failure(lambda case=case: refused(*case))
+    found["wrong vocab"] = failure(lambda: linear_cross_entropy(*dtensors(meshes[FLAT]), vocab=(0, 3, 11)))
     for what, function in by_fsdp(meshes).items():
         torch._dynamo.reset()
         found["fsdp", what] = failure(function)
