@@ -1,10 +1,12 @@
 """``chunked-ce plan | bench | check``: will it fit, what does it cost, is it right on this machine.
 
-Everything it needs beyond torch is in the extra ``cli``. The library itself imports nothing from here.
+What it needs beyond torch is in the extra ``cli``: rich for tables, psutil for the memory of this machine, matplotlib
+for plots alone. The library itself imports nothing from here.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
 import sys
@@ -20,7 +22,7 @@ _EXTRA = {"rich": "tables and progress", "matplotlib": "plots", "psutil": "memor
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0 if all went well, 1 if a check failed, 2 for arguments that are not allowed."""
     parsed = parser().parse_args(arguments)
-    _require_extra()
+    _require(needed_packages(parsed))
     command = importlib.import_module(f"chunked_ce.cli.{parsed.command}")
     try:
         status = command.run(parsed)
@@ -33,8 +35,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(status)
 
 
-def _require_extra() -> None:
-    missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
+def needed_packages(parsed: argparse.Namespace) -> list[str]:
+    """What the command imports beyond torch: plots need matplotlib, and nothing else does."""
+    plots = parsed.command == "bench" and (parsed.plot or parsed.html)
+    asked = parsed.command == "plan" and (parsed.device != "cpu" or parsed.memory or parsed.budget)
+    return ["rich", *["matplotlib"] * bool(plots), *["psutil"] * (not asked)]
+
+
+def _require(names: Sequence[str]) -> None:
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         print(
             f"chunked-ce needs {' and '.join(missing)} ({', '.join(_EXTRA[name] for name in missing)}): "

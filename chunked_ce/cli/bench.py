@@ -210,15 +210,18 @@ def _table(rows: list[Result], title: str, note: dict[str, object]) -> Table:
     return table
 
 
-def _writable(arguments: argparse.Namespace) -> None:
-    """Rather now than after all that was measured."""
+def _check_ending(path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     allowed = sorted(FigureCanvasAgg.get_supported_filetypes())
-    if arguments.plot and arguments.plot.suffix[1:].lower() not in allowed:
-        raise ValueError(
-            f"--plot must end with one of {', '.join('.' + kind for kind in allowed)}, was {arguments.plot}"
-        )
+    if path.suffix[1:].lower() not in allowed:
+        raise ValueError(f"--plot must end with one of {', '.join('.' + kind for kind in allowed)}, was {path}")
+
+
+def _writable(arguments: argparse.Namespace) -> None:
+    """Rather now than after all that was measured."""
+    if arguments.plot:
+        _check_ending(arguments.plot)
     for name in ("json", "plot", "html"):
         path = getattr(arguments, name)
         if path and str(path) != "-":

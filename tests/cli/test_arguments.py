@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from chunked_ce.cli import main
+from chunked_ce.cli import main, needed_packages
+from chunked_ce.cli.arguments import parser
 
 
 def ended(arguments, capsys):
@@ -65,6 +66,72 @@ def test_missing_extra(monkeypatch, capsys):
     assert code == 1
     assert error.count("\n") == 1
     assert "chunked_ce[cli]" in error
+
+
+def run_without(missing, *arguments):
+    """``chunked-ce`` where ``missing`` cannot be imported."""
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({missing!r}))
+from chunked_ce.cli import main, needed_packages
+from chunked_ce.cli.arguments import parser
+main(sys.argv[1:])
+"""
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=900
+    )
+
+
+def test_a_plan_needs_no_plots():
+    done = run_without(["matplotlib", "psutil"], "plan", "--model", "gpt2", "--tp", "1")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "peak of the loss" in done.stdout
+
+
+@pytest.mark.parametrize("plot", ["--plot", "--html"])
+def test_plots_name_what_they_need(plot, tmp_path):
+    file = tmp_path / "out.png"
+    done = run_without(["matplotlib"], "bench", "--only", "forward", plot, file)
+    assert done.returncode == 1
+    assert done.stderr == "chunked-ce needs matplotlib (plots): pip install 'chunked_ce[cli]'\n"
+    assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "needed"),
+    [
+        ("plan --model gpt2", ["rich"]),
+        ("plan --model gpt2 --device cpu", ["rich", "psutil"]),
+        ("plan --model gpt2 --device cpu --budget 1G", ["rich"]),
+        ("bench", ["rich", "psutil"]),
+        ("bench --plot a.png", ["rich", "matplotlib", "psutil"]),
+        ("bench --html a.html", ["rich", "matplotlib", "psutil"]),
+        ("check", ["rich", "psutil"]),
+    ],
+)
+def test_needed_packages(arguments, needed):
+    assert needed_packages(parser().parse_args(arguments.split())) == needed
+
+
+def test_bench_without_plots(tmp_path):
+    shape = [
+        "--tokens",
+        "8",
+        "--hidden",
+        "4",
+        "--vocab",
+        "16",
+        "--rounds",
+        "1",
+        "--only",
+        "forward",
+        "--dtype",
+        "fp32",
+        "--no-errors",
+        "--json",
+    ]
+    done = run_without(["matplotlib"], "bench", *shape, tmp_path / "bench.json")
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_library_imports_none_of_it():
