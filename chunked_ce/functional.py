@@ -515,7 +515,9 @@ def _head_sum_dtype(
 def _compute_dtype(input: Tensor, input_name: str = "input") -> torch.dtype:
     """The dtype of the products, or of logits that exist."""
     device_type = input.device.type
-    if input_name == "logits" or input.dtype == torch.float64 or not torch.is_autocast_enabled(device_type):
+    if input_name == "logits" or input.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
+        return input.dtype
+    if not torch.is_autocast_enabled(device_type):
         return input.dtype
     return torch.get_autocast_dtype(device_type)
 

@@ -6,6 +6,7 @@ elements.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -40,8 +41,10 @@ def filled(parts: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(0) if part is None else part for part in parts)
 
 
-def no_autocast(device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, enabled=False)
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Turns autocast off on the devices that have it: the meta device has none."""
+    has_it = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if has_it else contextlib.nullcontext()
 
 
 def fake_statistics(num_tokens: int, dtype: torch.dtype, device: torch.device, wanted: list[bool]):

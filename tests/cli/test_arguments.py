@@ -114,22 +114,8 @@ def test_needed_packages(arguments, needed):
 
 
 def test_bench_without_plots(tmp_path):
-    shape = [
-        "--tokens",
-        "8",
-        "--hidden",
-        "4",
-        "--vocab",
-        "16",
-        "--rounds",
-        "1",
-        "--only",
-        "forward",
-        "--dtype",
-        "fp32",
-        "--no-errors",
-        "--json",
-    ]
+    sizes = {"--tokens": 8, "--hidden": 4, "--vocab": 16, "--rounds": 1, "--only": "forward", "--dtype": "fp32"}
+    shape = [argument for pair in sizes.items() for argument in pair] + ["--no-errors", "--json"]
     done = run_without(["matplotlib"], "bench", *shape, tmp_path / "bench.json")
     assert done.returncode == 0, done.stderr
 
