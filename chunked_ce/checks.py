@@ -12,24 +12,28 @@ from chunked_ce.arguments import (
     FLOATING,
     INDICES,
     WEIGHTS,
+    check_flag,
     check_tensor,
     described,
     integer,
     is_one_of,
     number,
+    plain_integer,
 )
 from chunked_ce.distributed.fsdp import is_flattened
 from chunked_ce.distributed.vocab import VocabShard
 from chunked_ce.engine.accumulation import has_own_dispatch, main_grad_mismatch
 from chunked_ce.engine.kernels import why_not_triton
 from chunked_ce.engine.presence import is_released, where_it_is_whole
-from chunked_ce.engine.tracing import is_readable
+from chunked_ce.engine.tracing import check_values
 from chunked_ce.options import ChunkOptions
 
 __all__ = [
     "check_accumulation",
     "check_backend",
+    "check_class_weight",
     "check_keywords",
+    "check_layer",
     "check_num_tokens",
     "check_options",
     "check_tensors",
@@ -140,7 +144,8 @@ def check_num_tokens(num_tokens: float | Tensor | None, dtype: torch.dtype) -> N
     limits = torch.finfo(dtype)
 
     def fits(value: float | Tensor) -> bool | Tensor:
-        return (value == 0) | ((value >= limits.smallest_normal * limits.eps) & (value <= limits.max))
+        in_range = (value >= limits.smallest_normal * limits.eps) & (value <= limits.max)
+        return (value == 0) | (in_range & (value < math.inf))  # the largest float64 is inf beside a float32 tensor
 
     allowed = f"num_tokens must be finite and >= 0, within the range of {dtype}"
     if not isinstance(num_tokens, Tensor):
@@ -152,15 +157,40 @@ def check_num_tokens(num_tokens: float | Tensor | None, dtype: torch.dtype) -> N
         raise ValueError(f"num_tokens must be one number >= 0, was {described(num_tokens)}")
     if num_tokens.requires_grad:
         raise ValueError("num_tokens requires grad, but the loss is not differentiated in it: detach it")
-    if not is_readable(num_tokens):
-        torch._assert_async(fits(num_tokens).reshape(()), allowed)
-    elif not fits(num_tokens.item()):
-        raise ValueError(f"{allowed}, was a tensor of {num_tokens.item()}")
+    check_values(num_tokens, fits, allowed)
 
 
 def check_vocab(vocab: VocabShard | None) -> None:
     if vocab is not None and not isinstance(vocab, VocabShard):
         raise TypeError(f"vocab must be a VocabShard or None, was {type(vocab).__name__}")
+
+
+def check_class_weight(weight: Tensor | None) -> None:
+    """Class weights, before a call says how many words there are."""
+    if weight is None:
+        return
+    check_tensor("weight", weight, FLOATING)
+    if weight.dim() != 1:
+        raise ValueError(f"weight must have shape (V,), had {_shape(weight)}")
+    if weight.requires_grad:
+        raise ValueError("weight requires grad, but the loss is not differentiated in it: detach it")
+
+
+def check_layer(
+    in_features: int, vocab_size: int, bias: bool, device: object, dtype: torch.dtype | None
+) -> tuple[int, int]:
+    """What makes a head's layer; the two sizes as Python's own integers."""
+    for name, size in (("in_features", in_features), ("vocab_size", vocab_size)):
+        if integer(name, size, "an integer >= 1") < 1:
+            raise ValueError(f"{name} must be an integer >= 1, was {described(size)}")
+    check_flag("bias", bias)
+    try:
+        torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device must be None or what torch.device takes, was {described(device)}") from None
+    if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype not in FLOATING.dtypes):
+        raise TypeError(f"dtype must be None or {FLOATING.said}, was {described(dtype)}")
+    return plain_integer(in_features), plain_integer(vocab_size)
 
 
 def check_options(options: ChunkOptions | None, reduction: str | None) -> ChunkOptions:

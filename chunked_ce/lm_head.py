@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils.parametrize import is_parametrized
 
-from chunked_ce.checks import check_keywords, check_options
+from chunked_ce.arguments import described, is_one_of
+from chunked_ce.checks import check_keywords, check_layer, check_options, check_vocab
 from chunked_ce.distributed.vocab import VocabShard
 from chunked_ce.lazy import consume, shapes  # noqa: F401  what lazy tensors follow
 from chunked_ce.lazy.classes import TokenAdapter, in_front, joined, without
@@ -75,6 +76,7 @@ class LMHead(nn.Linear):
         dtype: torch.dtype | None = None,
         **keywords: Any,
     ) -> None:
+        in_features, vocab_size = check_layer(in_features, vocab_size, bias, device, dtype)
         settings = _Settings(**keywords)
         rows = vocab_size if settings.vocab is None else settings.vocab.rows
         super().__init__(in_features, rows, bias=bias, device=device, dtype=dtype)
@@ -288,10 +290,9 @@ class _Settings:
             )
         check_keywords(label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, logit_scale=logit_scale)
         check_options(options, None)
-        if vocab is not None and not isinstance(vocab, VocabShard):
-            raise TypeError(f"vocab must be a VocabShard or None, was {type(vocab).__name__}")
-        if lazy not in ("auto", "always"):
-            raise ValueError(f"lazy must be 'auto' or 'always', was {lazy!r}")
+        check_vocab(vocab)
+        if not is_one_of(lazy, ("auto", "always")):
+            raise ValueError(f"lazy must be 'auto' or 'always', was {described(lazy)}")
         self.options, self.z_loss, self.label_smoothing = options, float(z_loss), float(label_smoothing)
         self.logits = Logits(float(logit_scale), None if softcap is None else float(softcap))
         self.vocab, self.lazy = vocab, lazy
@@ -309,6 +310,8 @@ def _output_embeddings(model: nn.Module, name: str | None) -> list[nn.Linear]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, was {type(model).__name__}")
     if name is not None:
+        if not isinstance(name, str):
+            raise TypeError(f"module must be None or the name of a module of the model, was {described(name)}")
         try:
             return _linears_of(model.get_submodule(name))
         except AttributeError as error:

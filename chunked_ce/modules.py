@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from chunked_ce.checks import check_keywords, check_options
+from chunked_ce.arguments import check_flag
+from chunked_ce.checks import check_class_weight, check_keywords, check_options, check_vocab
 from chunked_ce.distributed.vocab import VocabShard
 from chunked_ce.functional import LossStats, linear_cross_entropy
 from chunked_ce.options import ChunkOptions
@@ -53,6 +54,9 @@ class LinearCrossEntropyLoss(nn.Module):
         }
         check_keywords(**self._maths)
         check_options(options, reduction)
+        check_vocab(vocab)
+        check_flag("return_stats", return_stats)
+        check_class_weight(weight)
         self._rest: dict[str, Any] = {"vocab": vocab, "options": options, "return_stats": return_stats}
         self.register_buffer("weight", weight, persistent=False)
 

@@ -2,7 +2,10 @@
 
 import dataclasses
 import re
+from decimal import Decimal
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +24,7 @@ GOOD = {
     "linear_weight": torch.randn(V, D),
     "target": torch.arange(N),
 }
+GOOD_LOGITS = torch.randn(N, V)
 Refusal = (ValueError, TypeError)
 
 
@@ -110,6 +114,21 @@ KEYWORDS = [
     ("num_tokens", float("nan"), "nan"),
     ("num_tokens", "all", "all"),
     ("num_tokens", torch.ones(2), "2"),
+    ("num_tokens", 1e39, r"1e\+39"),
+    ("num_tokens", 1e-50, "1e-50"),
+    ("num_tokens", 10**400, "1000"),
+    ("num_tokens", Fraction(7, 2), "Fraction"),
+    ("num_tokens", Decimal(7), "Decimal"),
+    ("num_tokens", torch.tensor(-3.0), r"-3\.0"),
+    ("num_tokens", torch.tensor(-3), "-3"),
+    ("num_tokens", torch.tensor(torch.nan), "nan"),
+    ("num_tokens", torch.tensor(torch.inf), "inf"),
+    ("num_tokens", torch.tensor(1e39, dtype=torch.float64), r"1e\+39"),
+    ("num_tokens", torch.tensor(True), "bool"),
+    ("num_tokens", torch.tensor(3.0, requires_grad=True), "detach"),
+    ("softcap", 10**400, "1000"),
+    ("ignore_index", 2**63, "9223372036854775808"),
+    ("ignore_index", -(2**63) - 1, "-9223372036854775809"),
     ("options", {"chunk_size": 4}, "dict|chunk_size"),
     ("options", 4, "4|int"),
 ]
@@ -122,6 +141,12 @@ OPTIONS = [
     ("memory_budget", -1, "-1"),
     ("memory_budget", 0, "0"),
     ("memory_budget", "1GB", "1GB"),
+    ("memory_budget", 2**64, "18446744073709551616"),
+    ("chunk_size", 2**64, "18446744073709551616"),
+    ("chunk_size", np.ones(2), "ndarray"),
+    ("chunk_size", torch.ones(2), "tensor"),
+    ("gradients", np.array(["forward", "backward"]), "ndarray"),
+    ("gradient_filter", np.ones(2), "ndarray"),
     ("gradients", "sideways", "sideways"),
     ("gradients", None, "None"),
     ("gradients", True, "True"),
@@ -295,6 +320,59 @@ def test_gradients_forward_with_none(reduction):
 )
 def test_allowed_bounds(name, value):
     assert call(**{name: value}).isfinite()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_numbers_of_numpy_are_those_of_python(way):
+    options = ChunkOptions(chunk_size=np.int64(2), memory_budget=np.int32(64), gradients=way)
+    assert options == ChunkOptions(chunk_size=2, memory_budget=64, gradients=way)
+    numbers = {
+        "num_tokens": 3,
+        "ignore_index": 2,
+        "label_smoothing": 0.5,
+        "z_loss": 0.25,
+        "softcap": 2,
+        "logit_scale": 3,
+    }
+    kinds = {"num_tokens": np.int64, "ignore_index": np.int32, "label_smoothing": np.float32}
+    strange = {name: kinds.get(name, np.float64)(value) for name, value in numbers.items()}
+    assert torch.equal(call(options=options, **strange), call(options=options, **numbers))
+    assert torch.equal(
+        logits_call(**strange | {"logits": GOOD_LOGITS}), logits_call(**numbers | {"logits": GOOD_LOGITS})
+    )
+
+
+def test_num_tokens_in_the_range_of_the_loss():
+    """A denominator that float32 cannot hold is right in float64."""
+    double = {name: value.double() if value.is_floating_point() else value for name, value in GOOD.items()}
+    for number in (1e39, torch.tensor(1e39, dtype=torch.float64)):
+        found = call(**double, num_tokens=number)
+        torch.testing.assert_close(found, call(**double, reduction="sum") / 1e39, rtol=1e-12, atol=0)
+
+
+def test_num_tokens_of_a_transform_is_checked_too():
+    def losses(numbers):
+        return torch.func.vmap(lambda number: call(num_tokens=number))(numbers)
+
+    torch.testing.assert_close(losses(torch.tensor([1.0, 2.0])), torch.stack([call(num_tokens=1), call(num_tokens=2)]))
+    with pytest.raises(ValueError, match=r"num_tokens must be finite and >= 0.*-2\.0"):
+        losses(torch.tensor([1.0, -2.0]))
+
+
+@pytest.mark.parametrize("value", [-1.0, torch.nan, torch.inf])
+def test_num_tokens_on_a_device_is_asserted_there(value):
+    """In compiled code as on an accelerator: no host reads the number, but nobody gets a loss of it."""
+    fast = torch.compile(lambda number: call(num_tokens=number), fullgraph=True, backend="aot_eager")
+    assert fast(torch.tensor(3.0)).isfinite()
+    with pytest.raises(RuntimeError, match="num_tokens must be finite and >= 0"):
+        fast(torch.tensor(value))
+
+
+@pytest.mark.parametrize("value", ["no", 1, 0, None, np.bool_(True)])
+def test_what_is_returned_is_asked_for_by_a_flag(value):
+    for function, name in ((call, "return_stats"), (logits_call, "return_stats"), (logprobs_call, "return_entropy")):
+        refused(function, name, {name: value}, "True or False")
+    refused(lambda **keywords: LinearCrossEntropyLoss(**keywords), "return_stats", {"return_stats": value}, "True or")
 
 
 @pytest.mark.parametrize("name", ["weigth", "bias", "size_average"])

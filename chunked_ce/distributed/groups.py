@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from chunked_ce.arguments import described
+
 __all__ = ["checked_group", "group_of_ranks"]
 
 
@@ -15,7 +17,7 @@ def checked_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     group = dist.group.WORLD if group is None else group
     # new_group gives a rank that is not in the group a plain int.
     if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"group must be None or a ProcessGroup that this rank is in, was {group!r}")
+        raise TypeError(f"group must be None or a ProcessGroup that this rank is in, was {described(group)}")
     return group
 
 

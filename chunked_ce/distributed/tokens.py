@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from numbers import Real
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from chunked_ce.arguments import COUNTS, FLOATING, INDICES, check_tensor, described, integer, is_integer, number
+from chunked_ce.engine.tracing import check_values
 
 __all__ = ["TokenMean", "count_tokens"]
 
@@ -57,8 +59,7 @@ def count_tokens(
     """
     targets = _check_targets(targets)
     _check_group(group)
-    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
-        raise TypeError(f"ignore_index must be an integer, was {_describe(ignore_index)}")
+    ignore_index = integer("ignore_index", ignore_index)
     return _sum_over_ranks(_add_up(((target != ignore_index).sum() for target in targets), torch.int64), group)
 
 
@@ -125,8 +126,7 @@ class TokenMean:
         `loss_sum` is 0-d and floating. The result is float32 (float64 for float64). Where no token counts on
         any rank it is 0, with zero gradients. It is not a value to log: that is `report`.
         """
-        if not isinstance(loss_sum, Tensor) or not loss_sum.is_floating_point():
-            raise TypeError(f"loss_sum must be a floating-point tensor, was {_describe(loss_sum)}")
+        _check_floating("loss_sum", loss_sum, "a floating-point tensor")
         if loss_sum.dim() != 0:
             raise ValueError(f'loss_sum must be 0-d (reduction="sum"), had shape {tuple(loss_sum.shape)}')
         return self._over_tokens(loss_sum.to(_loss_dtype(loss_sum)), self.divisor)
@@ -181,25 +181,32 @@ def _loss_dtype(*loss_sums: Tensor) -> torch.dtype:
 def _check_targets(targets: Tensor | Iterable[Tensor]) -> list[Tensor]:
     targets = _check_tensors("targets", targets)
     for target in targets:
-        if target.dtype not in (torch.int32, torch.int64):
+        if target.dtype not in INDICES.dtypes:
             raise TypeError(f"targets must be int32 or int64, was {_describe(target)}")
+        check_tensor("targets", target, INDICES)
     return targets
 
 
 def _check_loss_sums(loss_sums: Tensor | Iterable[Tensor]) -> list[Tensor]:
     loss_sums = _check_tensors("loss_sums", loss_sums)
     for loss_sum in loss_sums:
-        if not loss_sum.is_floating_point():
-            raise TypeError(f"loss_sums must be floating-point tensors, was {_describe(loss_sum)}")
+        _check_floating("loss_sums", loss_sum, "floating-point tensors")
     return loss_sums
+
+
+def _check_floating(name: str, value: object, kind: str) -> None:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name} must be {kind}, was {_describe(value)}")
+    check_tensor(name, value, FLOATING)
 
 
 def _check_tensors(name: str, tensors: Tensor | Iterable[Tensor]) -> list[Tensor]:
     if isinstance(tensors, Tensor):
         return [tensors]
-    if not isinstance(tensors, Iterable):
-        raise TypeError(f"{name} must be a tensor or an iterable of tensors, was {_describe(tensors)}")
-    tensors = list(tensors)
+    try:
+        tensors = list(tensors)
+    except TypeError:
+        raise TypeError(f"{name} must be a tensor or an iterable of tensors, was {_describe(tensors)}") from None
     for tensor in tensors:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must hold tensors, held {_describe(tensor)}")
@@ -208,25 +215,24 @@ def _check_tensors(name: str, tensors: Tensor | Iterable[Tensor]) -> list[Tensor
 
 def _check_num_tokens(num_tokens: Tensor | float) -> Tensor:
     if isinstance(num_tokens, Tensor):
-        if num_tokens.dtype == torch.bool or num_tokens.is_complex():
-            raise TypeError(f"num_tokens must be integer or floating-point, was {_describe(num_tokens)}")
+        check_tensor("num_tokens", num_tokens, COUNTS)
         if num_tokens.dim() != 0:
             raise ValueError(f"num_tokens must be 0-d, had shape {tuple(num_tokens.shape)}")
-        return num_tokens.detach()
-    if not isinstance(num_tokens, Real) or isinstance(num_tokens, bool):
-        raise TypeError(f"num_tokens must be a number or a 0-d tensor, was {_describe(num_tokens)}")
-    if not 0 <= num_tokens < math.inf:
-        raise ValueError(f"num_tokens must be finite and >= 0, was {num_tokens}")
-    return torch.tensor(num_tokens, dtype=torch.int64 if isinstance(num_tokens, int) else torch.float64)
+        if num_tokens.requires_grad:
+            raise ValueError("num_tokens requires grad, but the mean is not differentiated in it: detach it")
+        check_values(num_tokens, lambda n: (n >= 0) & (n < math.inf), "num_tokens must be finite and >= 0")
+        return num_tokens
+    if not 0 <= number("num_tokens", num_tokens, "a number or a 0-d tensor") < math.inf:
+        raise ValueError(f"num_tokens must be finite and >= 0, was {described(num_tokens)}")
+    whole = is_integer(num_tokens) and num_tokens < 2**63
+    return torch.tensor(int(num_tokens) if whole else float(num_tokens), dtype=torch.int64 if whole else torch.float64)
 
 
 def _check_divisor(divisor: float | None, group: dist.ProcessGroup | None) -> float:
     if divisor is None:
         return float(_group_size(group))
-    if not isinstance(divisor, Real) or isinstance(divisor, bool):
-        raise TypeError(f"divisor must be a number or None, was {_describe(divisor)}")
-    if not 0 < divisor < math.inf:
-        raise ValueError(f"divisor must be finite and > 0, was {divisor}")
+    if not 0 < number("divisor", divisor, "a number or None") < math.inf:
+        raise ValueError(f"divisor must be finite and > 0, was {described(divisor)}")
     return float(divisor)
 
 
@@ -237,6 +243,4 @@ def _check_group(group: dist.ProcessGroup | None) -> None:
 
 
 def _describe(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"a {value.dtype} tensor of shape {tuple(value.shape)}"
-    return f"{value!r} ({type(value).__name__})"
+    return described(value) if isinstance(value, Tensor) else f"{described(value)} ({type(value).__name__})"

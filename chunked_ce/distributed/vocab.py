@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from chunked_ce.arguments import FLOATING, described, integer, is_integer, is_one_of
 from chunked_ce.distributed.collectives import all_gather_single, exchange
 from chunked_ce.distributed.fsdp import fsdp_refusal, is_fsdp_shard
 from chunked_ce.distributed.groups import checked_group, group_of_ranks
@@ -59,22 +60,24 @@ class VocabShard:
         object.__setattr__(self, "group", checked_group(self.group))
         object.__setattr__(self, "ranks", tuple(dist.get_process_group_ranks(self.group)))
         for name in ("start", "stop", "total"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"{name} must be an integer, was {value!r}")
+            object.__setattr__(self, name, integer(name, getattr(self, name)))
         if not 0 <= self.start <= self.stop <= self.total or self.total < 1:
             raise ValueError(
                 "start, stop and total must be 0 <= start <= stop <= total and total >= 1, "
                 f"were {self.start}, {self.stop}, {self.total}"
             )
-        if self.input_grad not in _INPUT_GRADS:
-            raise ValueError(f"input_grad must be one of {_INPUT_GRADS}, was {self.input_grad!r}")
-        if self.reduce_dtype is not None and not getattr(self.reduce_dtype, "is_floating_point", False):
-            raise ValueError(f"reduce_dtype must be None or a floating-point dtype, was {self.reduce_dtype!r}")
-        if self.check not in ("auto", "always", "first"):
-            raise ValueError(f"check must be 'auto', 'always' or 'first', was {self.check!r}")
-        if self.padded_rows is not None and self.padded_rows < self.rows:
-            raise ValueError(f"padded_rows must be None or >= stop - start = {self.rows}, was {self.padded_rows}")
+        if not is_one_of(self.input_grad, _INPUT_GRADS):
+            raise ValueError(f"input_grad must be one of {_INPUT_GRADS}, was {described(self.input_grad)}")
+        dtype = self.reduce_dtype
+        if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype not in FLOATING.dtypes):
+            raise ValueError(f"reduce_dtype must be None or a floating-point dtype, was {described(dtype)}")
+        if not is_one_of(self.check, ("auto", "always", "first")):
+            raise ValueError(f"check must be 'auto', 'always' or 'first', was {described(self.check)}")
+        if self.padded_rows is not None:
+            padded = integer("padded_rows", self.padded_rows, "None or an integer")
+            object.__setattr__(self, "padded_rows", padded)
+            if padded < self.rows:
+                raise ValueError(f"padded_rows must be None or >= stop - start = {self.rows}, was {padded}")
 
     def __copy__(self) -> VocabShard:
         return self  # nothing of it changes
@@ -95,8 +98,10 @@ class VocabShard:
         too: rows from ``total`` on are padding.
         """
         group = checked_group(group)
-        if type(total) is not int or total < 1:
-            raise ValueError(f"total must be an integer >= 1, was {total!r}")
+        if not is_integer(total) or total < 1:
+            raise ValueError(f"total must be an integer >= 1, was {described(total)}")
+        total = integer("total", total)
+        padded = None if padded is None else integer("padded", padded, "None or an integer")
         ranks = dist.get_world_size(group)
         if padded is not None and (padded < total or padded % ranks):
             raise ValueError(f"padded must be >= total = {total} and a multiple of {ranks} ranks, was {padded}")
@@ -119,6 +124,8 @@ class VocabShard:
     @classmethod
     def from_dtensor(cls, weight: Tensor, **keywords: Any):
         """From a DTensor (V, D) sharded on dim 0 along one dimension of its mesh, by tensor parallelism."""
+        if not hasattr(weight, "placements"):
+            raise TypeError(f"weight must be a DTensor, was {type(weight).__name__}")
         if is_fsdp_shard(weight):
             raise ValueError(fsdp_refusal("weight", weight))
         return cls.from_placements(weight.device_mesh, tuple(weight.placements), weight.shape, **keywords)

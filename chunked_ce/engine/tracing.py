@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-__all__ = ["has_values", "is_readable", "is_recorded"]
+__all__ = ["check_values", "has_values", "is_recorded"]
 
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
 
@@ -24,11 +26,23 @@ def has_values(*sizes: int) -> bool:
     return all(has_static_value(size) for size in sizes)
 
 
-def is_readable(tensor: Tensor) -> bool:
+def check_values(tensor: Tensor, fits: Callable[[Tensor], Tensor], message: str) -> None:
+    """``ValueError`` if values of ``tensor`` do not fit; a device asserts it, where the host may not read."""
+    if not torch.compiler.is_compiling():
+        tensor = _below_transforms(tensor)
+    if not _is_readable(tensor):
+        torch._assert_async(fits(tensor).all(), message)
+    elif not fits(tensor).all():
+        raise ValueError(f"{message}, was a tensor of {tensor.tolist()}")
+
+
+def _below_transforms(tensor: Tensor) -> Tensor:
+    """What the transforms of ``torch.func`` have wrapped."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def _is_readable(tensor: Tensor) -> bool:
     """Whether the host may branch on values of ``tensor``: they are in its own memory, and it is no tracer."""
-    return (
-        tensor.device.type == "cpu"
-        and not is_recorded()
-        and type(tensor) in (Tensor, nn.Parameter)
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    )
+    return tensor.device.type == "cpu" and not is_recorded() and type(tensor) in (Tensor, nn.Parameter)
