@@ -391,7 +391,7 @@ def _new_place(parent: nn.Module, name: str, module: nn.Module | None) -> None:
         _follow_token_adapter(parent)
         return
     before = vars(parent)["_modules"].get(name)
-    if module is None or not isinstance(before, LMHead) or vars(before).get("replaced"):  # AutoTP's mark
+    if module is None or not isinstance(before, LMHead) or _is_autotp(module):  # of which a warning has told already
         return
     if type(module) is nn.Linear and module.in_features == before.in_features and before.vocab is None:
         vars(before).get("_head_class", LMHead)._take(module, before._settings)
