@@ -173,7 +173,9 @@ def saved_and_loaded(module):
 
 
 @pytest.mark.parametrize(
-    "copied", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), saved_and_loaded], ids=str
+    "copied",
+    [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), saved_and_loaded],
+    ids=["copy", "deepcopy", "pickle", "saved"],
 )
 @pytest.mark.parametrize("linear", [nn.Linear, Named, nn.modules.linear.NonDynamicallyQuantizableLinear])
 def test_copies_of_a_wrapped_subclass(copied, linear):

@@ -1,0 +1,17 @@
+"""Values and gradients of random calls: `tests.fuzz`."""
+
+from tests.fuzz import Ratios, check, draw
+
+CASES = 6000
+
+
+def test_random_cases():
+    """Each within the rule, and all of a kind together no worse than the plain loss on average."""
+    ratios, failures = Ratios(), []
+    for number in range(CASES):
+        case = draw(number)
+        findings = check(case)
+        ratios.add(case, findings)
+        failures += [f"{finding} of {case}" for finding in findings if finding.fails]
+    assert failures + ratios.failures() == []
+    assert len(list(ratios)) >= 16, "too few kinds of results were compared"
