@@ -25,7 +25,7 @@ from chunked_ce.engine.device_memory import free_bytes
 from chunked_ce.engine.linear import Head, Settings
 from chunked_ce.engine.rows import Wanted, work_dtype
 from chunked_ce.engine.stats_ops import loss_stats, plain_loss_stats
-from chunked_ce.engine.tracing import has_values
+from chunked_ce.engine.tracing import has_values, is_recorded
 from chunked_ce.objective import Logits, Objective, RowStatistics
 from chunked_ce.options import ChunkOptions
 from chunked_ce.plan import budget_within
@@ -115,8 +115,8 @@ def linear_cross_entropy(
 
     >>> import torch
     >>> hidden, head = torch.eye(3, 4, requires_grad=True), torch.eye(5, 4)
-    >>> linear_cross_entropy(hidden, head, torch.tensor([0, 4, -100]))
-    tensor(1.4048, grad_fn=<MulBackward0>)
+    >>> linear_cross_entropy(hidden, head, torch.tensor([0, 4, -100])).item()
+    1.4048...
     """
     linear_weight, vocab, given = local_arguments(
         "linear_weight",
@@ -507,9 +507,10 @@ def _settings(input: Tensor, options: ChunkOptions, linear_weight: Tensor, vocab
 def _head_sum_dtype(
     compute_dtype: torch.dtype, options: ChunkOptions, input: Tensor, linear_weight: Tensor
 ) -> torch.dtype | None:
-    """What a graph for any number of tokens sums the head's gradients in; None where the plan knows the sizes."""
-    sizes = (*input.shape, *linear_weight.shape)
-    return None if has_values(*sizes) else torch.promote_types(options.accumulate_dtype, compute_dtype)
+    """What a recorded graph, which may be one for any number of tokens, sums the head's gradients in; else None: the
+    plan knows the sizes."""
+    recorded = is_recorded() or not has_values(*input.shape, *linear_weight.shape)
+    return torch.promote_types(options.accumulate_dtype, compute_dtype) if recorded else None
 
 
 def _compute_dtype(input: Tensor, input_name: str = "input") -> torch.dtype:

@@ -12,11 +12,11 @@ from chunked_ce.engine import rows as torch_rows
 from chunked_ce.engine.columns import ColumnSums
 from chunked_ce.engine.counted import CountedTokens
 from chunked_ce.engine.filtered import Filter, Kept
-from chunked_ce.engine.products import add_product_, rounds_products, unrounded, wide_product
+from chunked_ce.engine.products import add_product_, rounds_products, wide_product
 from chunked_ce.engine.rows import Slopes
 from chunked_ce.engine.scratch import scratch
 
-__all__ = ["Backprop", "Gradients", "adds_directly", "new_gradients", "new_targets", "power_of_two"]
+__all__ = ["Backprop", "Gradients", "Targets", "adds_directly", "new_gradients", "new_targets", "power_of_two"]
 
 _LARGEST = 2.0**14  # of fp16's 65,504: a row's gradients may add up to twice the largest
 _LARGEST_EXPONENT = 96  # with which sums in fp32 stay in its range
@@ -79,13 +79,19 @@ class Targets(NamedTuple):
             bias.index_add_(0, column, gradient.to(bias.dtype))
         if weight is None:
             return
-        parts = gradient.unsqueeze(1) * x.index_select(0, here)
-        if weight.dtype == parts.dtype:
-            weight.index_add_(0, column, parts)
-            return
-        words, place = column.unique(return_inverse=True)  # each is rounded once
-        sums = weight.index_select(0, words).to(parts.dtype).index_add_(0, place, parts)
-        weight.index_copy_(0, words, sums.to(weight.dtype))
+        if weight.dtype == gradient.dtype:
+            weight.index_add_(0, column, gradient.unsqueeze(1) * x.index_select(0, here))
+        else:
+            words, sums = self.summed_rows(weight, x, x.dtype)
+            weight.index_copy_(0, words, sums.to(weight.dtype))
+
+    def summed_rows(self, weight: Tensor, hidden: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The words (k,) that are targets, and their rows (k, D) of ``weight`` with what the targets of ``hidden``
+        (C, D) give, which products take in ``dtype``, in fp32."""
+        here = self.here
+        words, place = self.column[here].unique(return_inverse=True)
+        parts = self.gradient[here].unsqueeze(1) * hidden.index_select(0, here).to(dtype)
+        return words, weight.index_select(0, words).to(parts.dtype).index_add_(0, place, parts)
 
 
 def new_targets(
@@ -203,8 +209,11 @@ class Backprop:
         gradients: Tensor,  # (C, V)
         kept: Kept | None,
         targets: Targets | None = None,
+        *,
+        weight_later: bool = False,
     ) -> None:
-        """Add the chunk's share of the gradients of weight and bias."""
+        """Add the chunk's share of the gradients of weight and bias; with ``weight_later`` the targets' not yet to the
+        weight's."""
         weight, bias = self.total.weight, self.total.bias
         if kept is not None:
             self._filter.add_head_gradients(weight, bias, x, kept, self._scale)
@@ -215,7 +224,7 @@ class Backprop:
         if bias is not None:
             bias.add_(gradients.sum(0, dtype=bias.dtype))
         if targets is not None:
-            targets.add_head_(weight, bias, x)
+            targets.add_head_(None if weight_later else weight, bias, x)
 
     def finish(self) -> Gradients:
         """Add to weight and bias what was left for the end. The gradients, without one that is in ``weight_sum``."""
@@ -240,6 +249,7 @@ def new_gradients(
     head_dtype: torch.dtype | None = None,
     hidden_dtype: torch.dtype | None = None,
     zero_head: bool = False,
+    bias_dtype: torch.dtype | None = None,  # None: that of the head
 ) -> Gradients:
     """Gradients to be written: zero already where no product will be; a dtype of None is each tensor's own."""
 
@@ -253,9 +263,8 @@ def new_gradients(
         return make(*tensor.shape, dtype=dtype, device=tensor.device)
 
     some = len(tokens) > 0
-    bias_dtype = None if head_dtype is None else unrounded(head_dtype)
     return Gradients(
         new(hidden, needed[0], hidden_dtype, some and tokens.all_kept),
         new(weight, needed[1], head_dtype, some and not zero_head),
-        new(bias, needed[2], bias_dtype, False),
+        new(bias, needed[2], bias_dtype or head_dtype, False),
     )

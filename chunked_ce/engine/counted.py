@@ -9,12 +9,19 @@ from torch import Tensor
 
 from chunked_ce.objective import RowStatistics
 
-__all__ = ["CountedTokens", "drops_ignored"]
+__all__ = ["CountedTokens", "columns_of", "drops_ignored"]
 
 
 def drops_ignored(device: torch.device) -> bool:
     """Whether the host may know how many tokens count without waiting for the device."""
     return device.type == "cpu"
+
+
+def columns_of(target: Tensor, first_word: int, words: int, counted: Tensor | None = None) -> Tensor:
+    """The targets (n,) counted from ``first_word`` on, -1 where they are none of the ``words`` or not ``counted``."""
+    column = target - first_word
+    here = (column >= 0) & (column < words)
+    return column.where(here if counted is None else here & counted, -1)
 
 
 class CountedTokens:
@@ -63,8 +70,7 @@ class CountedTokens:
 
     def columns(self, first_word: int, words: int) -> Tensor:
         """The targets (n,) counted from ``first_word`` on, -1 where they are none of the ``words`` that follow it."""
-        column = self.target - first_word
-        return column.where((column >= 0) & (column < words), -1)
+        return columns_of(self.target, first_word, words)
 
     def within(self, start: int, stop: int) -> slice:
         """The counted tokens among the tokens ``start`` to ``stop``."""

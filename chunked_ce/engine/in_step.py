@@ -52,7 +52,9 @@ def statistics(hidden: Tensor, head: Head, target: Tensor, ignore_index: int, wa
     return _together(steps, shard, hidden, sharded.statistics, hidden, head, target, ignore_index, wanted, *rest)
 
 
-def loss_and_gradients(hidden: Tensor, head: Head, target: Tensor, *rest) -> tuple[Tensor, Gradients, RowStatistics]:
+def loss_and_gradients(
+    hidden: Tensor, head: Head, target: Tensor, *rest
+) -> tuple[Tensor, Gradients, Tensor | None, RowStatistics]:
     """`sharded.loss_and_gradients`."""
     *_, ignore_index, wanted, needed, settings, shard = rest
 

@@ -19,6 +19,7 @@ from chunked_ce import plan
 from chunked_ce.engine.backprop import (
     Backprop,
     Gradients,
+    Targets,
     adds_directly,
     new_gradients,
     new_targets,
@@ -27,7 +28,7 @@ from chunked_ce.engine.backprop import (
 from chunked_ce.engine.counted import CountedTokens
 from chunked_ce.engine.filtered import Filter
 from chunked_ce.engine.kernels import row_kernels as choose_row_kernels
-from chunked_ce.engine.products import add_product_, project, unrounded
+from chunked_ce.engine.products import add_product_, project, rounds_products, unrounded
 from chunked_ce.engine.rows import Slopes, Wanted, empty_statistics, work_dtype
 from chunked_ce.engine.scratch import logits_scratch
 from chunked_ce.objective import Logits, Objective, RowStatistics, merge_shards, statistics_of
@@ -37,6 +38,7 @@ __all__ = [
     "Settings",
     "Sums",
     "gradients",
+    "keeps_targets",
     "loss_and_gradients",
     "new_filter",
     "shard_statistics",
@@ -151,10 +153,11 @@ def loss_and_gradients(
     wanted: Wanted,
     needed: tuple[bool, bool, bool],  # hidden, weight, bias
     settings: Settings,
-) -> tuple[Tensor, Gradients, RowStatistics]:
-    """The sum of the losses (), its gradients, and the statistics of every row.
+) -> tuple[Tensor, Gradients, Tensor | None, RowStatistics]:
+    """The sum of the losses (), its gradients, the gradients of the targets' logits, and the statistics of every row.
 
-    The gradients come in the dtypes that they are summed in.
+    The gradients come in the dtypes that they are summed in. Where that of the weight is narrow, what the targets give
+    is not in it, but remains to be added with the gradients of their logits, (N,) in fp32.
     """
     tokens = CountedTokens(target, ignore_index, len(head.weight))
     planned = {"head_dtype": settings.planned_head_dtype(head.weight) if needed[1] else None, **settings.planned}
@@ -182,9 +185,20 @@ def loss_and_gradients(
         backprop.set_scale(scale)
         kept = backprop.keep(products, columns, column, slopes)
         backprop.put_hidden(tokens, rows, products, kept, targets)
-        backprop.add_head(x, products, kept, targets)
+        backprop.add_head(x, products, kept, targets, weight_later=sums.keep_targets(rows, targets))
     backprop.finish()
-    return sums.loss, sums.gradients, sums.statistics
+    return sums.loss, sums.gradients, sums.targets, sums.statistics
+
+
+def keeps_targets(hidden: Tensor, head_sum_dtype: torch.dtype, num_tokens: int, settings: Settings) -> bool:
+    """Whether what the targets give to the head is added in the backward: the narrow gradient of a single chunk would
+    round it twice.
+
+    Not with a sequence shard, whose other hidden states are gone by then.
+    """
+    narrow = head_sum_dtype not in (unrounded(head_sum_dtype), settings.accumulate_dtype)
+    rounds = rounds_products(hidden.device.type, settings.compute_dtype)
+    return narrow and rounds and hidden.shape[0] == num_tokens
 
 
 class Sums:
@@ -212,8 +226,11 @@ class Sums:
             head_sum_dtype,
             unrounded(hidden.dtype),
             zero_head=settings.gradient_filter is not None,
+            bias_dtype=torch.promote_types(head_sum_dtype, settings.accumulate_dtype),
         )
         self.statistics = empty_statistics(tokens.num_tokens, self._dtype, hidden.device, wanted)
+        later = needed[1] and keeps_targets(hidden, head_sum_dtype, tokens.num_tokens, settings)
+        self.targets = torch.zeros(tokens.num_tokens, dtype=torch.float32, device=hidden.device) if later else None
         self._tokens = tokens
         self._objective = objective
         self._losses = torch.zeros_like(tokens.target, dtype=coefficient.dtype)  # (n,)
@@ -253,6 +270,13 @@ class Sums:
         rest = -torch.expm1(block.target - block.log_sum)  # 1 - p of the target
         bound = slopes.log_sum.abs() * rest + (slopes.log_sum + slopes.target).abs()
         return bound if slopes.weighted is None else bound + slopes.weighted.abs() * self._largest_weight
+
+    def keep_targets(self, rows: slice, targets: Targets | None) -> bool:
+        """Keep the gradients of the targets' logits of the tokens ``rows``, if they are for later."""
+        if targets is None or self.targets is None:
+            return False
+        self._tokens.put(self.targets, rows, targets.gradient)
+        return True
 
     def add_losses(self, rows: slice, part: RowStatistics) -> None:
         """Put the losses of the tokens ``rows`` and their statistics into place."""

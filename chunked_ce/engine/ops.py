@@ -13,7 +13,8 @@ from torch import Tensor
 from chunked_ce import plan
 from chunked_ce.engine import in_step, linear, plain
 from chunked_ce.engine.accumulation import destination, leaf_to_keep
-from chunked_ce.engine.backprop import Gradients
+from chunked_ce.engine.backprop import Gradients, Targets
+from chunked_ce.engine.counted import columns_of
 from chunked_ce.engine.device_memory import with_smaller_chunks
 from chunked_ce.engine.flat import (
     differentiable,
@@ -89,7 +90,7 @@ def linear_loss(
     shard: Shard | None = None,
 ) -> tuple[Tensor, RowStatistics]:
     """`chunked_ce.engine.linear.loss_and_gradients`, differentiable: the forward way. The statistics are not."""
-    loss, _, _, _, *found = _linear_loss(
+    loss, _, _, _, _, *found = _linear_loss(
         hidden,
         head.weight,
         head.bias,
@@ -330,7 +331,7 @@ def _linear_loss(
     total: int,
     input_grad: str,
     reduce_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     shard = shard_of(group_name, start, total, input_grad, reduce_dtype)
     arguments = (
         hidden,
@@ -355,13 +356,13 @@ def _linear_loss(
     with no_autocast(hidden.device):
         if shard is None:
             run = functools.partial(linear.loss_and_gradients, *arguments)
-            loss, grads, found = with_smaller_chunks(run, settings, target, weight, sums_head=needed[1])
+            loss, grads, targets, found = with_smaller_chunks(run, settings, target, weight, sums_head=needed[1])
             # Smaller chunks may be summed in another dtype than was planned.
             sum_dtype = _head_sum_dtype(target, weight, needed, settings, shard)
             grads = grads if grads.weight is None else grads._replace(weight=grads.weight.to(sum_dtype))
         else:
-            loss, grads, found = in_step.loss_and_gradients(*arguments, settings, shard)
-    return loss, *filled(grads, hidden), *filled(found, found.log_sum)
+            loss, grads, targets, found = in_step.loss_and_gradients(*arguments, settings, shard)
+    return loss, *filled((*grads, targets), hidden), *filled(found, found.log_sum)
 
 
 @_linear_loss.register_fake
@@ -369,9 +370,11 @@ def _(hidden, weight, bias, target, *rest):
     (*_, wanted, needed), settings, shard = _apart(rest)
     found = fake_statistics(target.shape[0], settings.compute_dtype, hidden.device, wanted)
     total_dtype = _head_sum_dtype(target, weight, needed, settings, shard)
-    dtypes = unrounded(hidden.dtype), total_dtype, unrounded(total_dtype)
+    dtypes = unrounded(hidden.dtype), total_dtype, torch.promote_types(total_dtype, settings.accumulate_dtype)
     grads = fake_gradients((hidden, weight, bias), dtypes, needed)
-    return found[0].new_empty(()), *grads, *found
+    later = needed[1] and linear.keeps_targets(hidden, total_dtype, target.shape[0], settings)
+    targets = hidden.new_empty(target.shape if later else 0, dtype=torch.float32 if later else None)
+    return found[0].new_empty(()), *grads, targets, *found
 
 
 def _head_sum_dtype(
@@ -393,7 +396,7 @@ def _save_linear_loss(ctx, inputs, output):
     ctx.inputs = len(inputs)
     ctx.head_shapes = [None if tensor is None else tensor.shape for tensor in inputs[1:3]]
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*tensors, *output[1:4])
+    ctx.save_for_backward(*tensors, *output[1:5])
     ctx.set_materialize_grads(False)
 
 
@@ -401,7 +404,7 @@ def _backward_of_linear_loss(ctx, grad, *_):
     none = [None] * (ctx.inputs - 3)
     if grad is None:
         return (None, None, None, *none)
-    *tensors, hidden_grad, weight_grad, bias_grad = ctx.saved_tensors
+    *tensors, hidden_grad, weight_grad, bias_grad, targets = ctx.saved_tensors
     hidden, weight, bias, target, class_weight, coefficient = tensors
     needed = list(ctx.needs_input_grad[:3])
     _check_head(weight if needed[1] else None, bias if needed[2] else None, ctx.head_shapes, is_read=False)
@@ -414,11 +417,17 @@ def _backward_of_linear_loss(ctx, grad, *_):
         return (*plain_gradients([loss], [grad], (hidden, weight, bias), needed), *none)
     if any(need and not had for need, had in zip(needed, ctx.prepared, strict=True)):
         return (*_unprepared_gradients(ctx, tensors, grad, needed), *none)
+    rows = None
+    if needed[1] and targets.numel() > 0:
+        column = columns_of(target, 0 if ctx.shard is None else ctx.shard.start, weight_grad.shape[0], targets != 0)
+        words, rows = Targets(column, targets).summed_rows(weight_grad, hidden, ctx.settings.compute_dtype)
     saved = Gradients(hidden_grad, weight_grad, bias_grad)
     grads = [
         _rescaled(total, grad, like.dtype, ctx.settings.backend) if need else None
         for total, like, need in zip(saved, (hidden, weight, bias), needed, strict=True)
     ]
+    if rows is not None:
+        grads[1].index_copy_(0, words, (rows * grad).to(grads[1].dtype))
     return (*grads, *none)
 
 

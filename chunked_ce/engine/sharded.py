@@ -119,8 +119,9 @@ def loss_and_gradients(
     needed: tuple[bool, bool, bool],
     settings: Settings,
     shard: Shard,
-) -> tuple[Tensor, Gradients, RowStatistics]:
-    """The loss over the whole vocabulary, the gradients of this rank's tensors, and the statistics of every row."""
+) -> tuple[Tensor, Gradients, Tensor | None, RowStatistics]:
+    """The loss over the whole vocabulary, the gradients of this rank's tensors, those of the targets' logits, and the
+    statistics of every row; as of `chunked_ce.engine.linear.loss_and_gradients`."""
     run = _Run(hidden, head, target, ignore_index, wanted, settings, shard, sums_head=needed[1])
     coefficient = run.chunk_order(coefficient)
     sums = Sums(hidden, head, run.tokens, coefficient, objective, wanted, needed, settings, run.head_sum_dtype)
@@ -134,13 +135,13 @@ def loss_and_gradients(
         else:
             slopes = sums.slopes(chunk.rows, part)
         backprop.set_scale(scale)
-        found = run.differentiate(chunk, slopes, part, backprop)
+        kept, targets = run.differentiate(chunk, slopes, part, backprop)
         sums.add_losses(chunk.rows, part)
-        run.spend(chunk, *found, backprop)
+        run.spend(chunk, kept, targets, backprop, weight_later=sums.keep_targets(chunk.rows, targets))
 
     _pipeline(run.chunks(), run.start_statistics, finish)
     backprop.finish()
-    return sums.loss, sums.gradients, run.in_order(sums.statistics)
+    return sums.loss, sums.gradients, sums.targets, run.in_order(sums.statistics)
 
 
 def gradients(
@@ -394,13 +395,21 @@ class _Run:
         )
         return backprop.keep(chunk.products, columns, column, slopes), targets
 
-    def spend(self, chunk: _Chunk, kept: Kept | None, targets: Targets | None, backprop: Backprop) -> None:
+    def spend(
+        self,
+        chunk: _Chunk,
+        kept: Kept | None,
+        targets: Targets | None,
+        backprop: Backprop,
+        *,
+        weight_later: bool = False,
+    ) -> None:
         """Add what a chunk's logit gradients give to the gradients of this rank's tensors."""
         total = backprop.total
         reduction = None
         if total.hidden is not None:
             reduction = self._start_hidden_gradient(chunk, backprop.hidden(chunk.products, kept, targets))
-        backprop.add_head(chunk.x, chunk.products, kept, targets)
+        backprop.add_head(chunk.x, chunk.products, kept, targets, weight_later=weight_later)
         if reduction is None:
             return
         part = reduction.wait()
