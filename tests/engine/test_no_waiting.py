@@ -124,7 +124,7 @@ def test_the_chunk_loops(dtype, backend, launches):
     settings = Settings(dtype, torch.float32, 5, None, backend)
     wanted = Wanted(True, True, True)
     coefficient = torch.empty(N, dtype=torch.float64, device="meta")
-    loss, grads, _ = linear.loss_and_gradients(
+    loss, grads, _, _ = linear.loss_and_gradients(
         hidden, head, target, coefficient, Objective(0.1, 0.1, V), -100, wanted, (True,) * 3, settings
     )
     assert loss.shape == () and [g.dtype for g in grads] == [torch.float32] * 3
