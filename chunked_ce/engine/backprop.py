@@ -12,7 +12,7 @@ from chunked_ce.engine import rows as torch_rows
 from chunked_ce.engine.columns import ColumnSums
 from chunked_ce.engine.counted import CountedTokens
 from chunked_ce.engine.filtered import Filter, Kept
-from chunked_ce.engine.products import add_product_, rounds_products, wide_product
+from chunked_ce.engine.products import add_product_, rounds_products, unrounded, wide_product
 from chunked_ce.engine.rows import Slopes
 from chunked_ce.engine.scratch import scratch
 
@@ -61,10 +61,11 @@ class Targets(NamedTuple):
         return (self.column >= 0).nonzero().squeeze(1)
 
     def add_hidden(self, found: Tensor, weight: Tensor) -> Tensor:
-        """What products without the targets gave to the hidden states (C, D), with them, in fp32."""
+        """What products without the targets gave to the hidden states (C, D), with them, in fp32 at least."""
         here = self.here
         parts = self.gradient[here].unsqueeze(1) * weight.index_select(0, self.column[here])
-        return found.to(self.gradient.dtype).index_add_(0, here, parts)
+        found = found.to(unrounded(found.dtype))
+        return found.index_add_(0, here, parts.to(found.dtype))
 
     def put_back_(self, gradients: Tensor) -> None:
         """Write the gradients of the targets among the others, (C, V)."""
@@ -79,8 +80,9 @@ class Targets(NamedTuple):
             bias.index_add_(0, column, gradient.to(bias.dtype))
         if weight is None:
             return
-        if weight.dtype == gradient.dtype:
-            weight.index_add_(0, column, gradient.unsqueeze(1) * x.index_select(0, here))
+        if weight.dtype == unrounded(weight.dtype):
+            parts = gradient.unsqueeze(1) * x.index_select(0, here)
+            weight.index_add_(0, column, parts.to(weight.dtype))
         else:
             words, sums = self.summed_rows(weight, x, x.dtype)
             weight.index_copy_(0, words, sums.to(weight.dtype))
