@@ -92,7 +92,8 @@ class Filter:
     def _smoothing(self, slope: Tensor) -> tuple[Tensor, Tensor]:
         """What label smoothing adds to the logit gradients, as ``left`` (C, 1) and ``right`` (V, 1)."""
         words = slope.new_ones(len(self._weight)) if self._class_weight is None else self._class_weight
-        size = 2.0 ** len(words).bit_length()  # a power of two: what is equal for all words is not rounded
+        largest = torch.exp2(torch.log2(words.abs().amax().clamp(min=_TINY)).ceil())  # weights of all sizes fit in fp16
+        size = largest * 2.0 ** len(words).bit_length()  # a power of two: what is equal for all words is not rounded
         return (slope * size).unsqueeze(1), (words / size).unsqueeze(1)
 
     def hidden_gradient(self, kept: Kept) -> Tensor:

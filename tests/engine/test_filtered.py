@@ -188,6 +188,21 @@ def test_frozen_tensors_get_nothing(frozen, way):
     torch.testing.assert_close(got, both[1 if frozen == "hidden" else 0], rtol=1e-13, atol=0)
 
 
+@pytest.mark.parametrize("confident", [False, True], ids=["dense", "filtered"])
+def test_fp16_class_weights_of_all_sizes(confident):
+    """Their mean is of one size whatever theirs is, and so is what label smoothing adds to all columns."""
+    case = zipf_problem(dtype=torch.float16) if confident else problem(40, 24, 300, dtype=torch.float16)
+    vocab = len(case.head)
+    options = ChunkOptions(chunk_size=16, gradients="forward", gradient_filter=EPS)
+
+    def found(size):
+        weight = size * torch.linspace(0.2, 2, vocab)
+        return gradients(case.loss(weight=weight, label_smoothing=0.1, options=options), case)
+
+    for got, expected in zip(found(2.0**-30), found(1.0), strict=True):
+        torch.testing.assert_close(got, expected, rtol=2e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_auto_stays_below_the_rounding_of_the_dtype(dtype, smoothing):
