@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from chunked_ce import cross_entropy, linear_cross_entropy
+from chunked_ce import ChunkOptions, cross_entropy, linear_cross_entropy
 from tests.cases import REDUCTIONS_AND_WAYS, WAYS, array, chunks, full_loss, gradients, problem
 from tests.fuzz import Case, Ratios, check, inputs, ours, plain
 from tests.precision import (
@@ -303,3 +303,34 @@ def test_a_denominator_without_an_inverse_of_logits():
     torch.testing.assert_close(found, expected.float(), rtol=1e-6, atol=0)
     ours, exact = (torch.autograd.grad(loss, logits)[0] for loss in (found, expected))
     torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-8)
+
+
+def test_fp16_words_that_their_sum_does_not_show():
+    """The others' probabilities round to a sum of 0 beside the target's 1; 65,536 lifts each into fp16's range."""
+    logits = torch.zeros(2, 8).index_fill_(1, torch.tensor([3]), 18.0)  # 1 - p is 1e-7 and lost beside 1
+    hidden = torch.eye(2, dtype=torch.float16)
+    head = logits.t().half().requires_grad_()
+    value = linear_cross_entropy(hidden, head, torch.tensor([3, 3]), options=chunks(1)) * 65536
+    (got,) = torch.autograd.grad(value, head)
+    expected = 65536 / 2 * logits.double().softmax(1)
+    others = [word for word in range(8) if word != 3]
+    torch.testing.assert_close(got.t().double()[:, others], expected[:, others], rtol=2e-3, atol=0)
+
+
+def test_fp16_chunks_whose_weights_are_far_apart():
+    """A chunk of hardly any weight does not lift the sums of those before it out of the range of fp32."""
+    weight = torch.tensor([1e10, 1e-35])
+    case = problem(2, 8, 20, dtype=torch.float16, ignored=0.0)
+    value = case.loss(reduction="sum", token_weight=weight, options=chunks(1)) * 1e-8
+    (_, plain), (_, expected) = plain_and_expected(case, weight * 1e-8, "none")
+    assert_gradients_no_worse(gradients(value, case), plain, expected, "forward", torch.float16)
+
+
+def test_head_gradient_summed_in_float64():
+    """What fp32 would drop beside a first large part: the targets' share of bf16 chunks is summed in float64 too."""
+    hidden = torch.tensor([[1.0], [2.0**-30], [2.0**-30]], dtype=torch.bfloat16)
+    head = torch.zeros(2, 1, dtype=torch.float64, requires_grad=True)
+    options = ChunkOptions(chunk_size=1, accumulate_dtype=torch.float64)
+    value = linear_cross_entropy(hidden, head, torch.zeros(3, dtype=torch.int64), reduction="sum", options=options)
+    (got,) = torch.autograd.grad(value, head)
+    assert got.flatten().tolist() == [-0.5 - 2.0**-30, 0.5 + 2.0**-30]

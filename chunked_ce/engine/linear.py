@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from chunked_ce import plan
@@ -46,6 +47,7 @@ __all__ = [
 ]
 
 
+_MOST_GROWTH = 2.0**64  # of a chunk's scale over that of an earlier one, whose sums in fp32 it multiplies
 _PLANNED = ("compute_dtype", "accumulate_dtype", "chunk_size", "memory_budget")
 
 
@@ -240,6 +242,7 @@ class Sums:
         self._class_weight = None if classes is None else classes[tokens.target]  # (n,)
         self._weight_sum = float(objective.vocab_size) if classes is None else classes.sum()
         self._largest_weight = 1.0 if classes is None else classes.abs().amax()
+        self._least_scale = self._coefficient.new_full((), torch.inf)
 
     @property
     def loss(self) -> Tensor:
@@ -254,7 +257,9 @@ class Sums:
         """The slopes of the tokens ``rows`` times a power of two (), with which no gradient of their logits exceeds
         ``largest`` and the largest is not far from it; and that power of two."""
         slopes = self._slopes(rows, block)
-        scale = power_of_two(largest / self._bound(slopes, block).amax())
+        bound = F.pad(self._bound(slopes, block), (0, 1)).amax()  # 0 of no tokens
+        scale = torch.minimum(power_of_two(largest / bound), self._least_scale * _MOST_GROWTH)
+        self._least_scale = torch.minimum(scale, self._least_scale)
         return slopes.map(lambda slope: (slope * scale).to(self._dtype)), scale
 
     def _slopes(self, rows: slice, block: RowStatistics, part: slice = slice(None)) -> Slopes:
@@ -268,6 +273,7 @@ class Sums:
         """What no gradient of a row's logits exceeds, (n,): those of the words besides the target have its sign and
         share 1 - p of it."""
         rest = -torch.expm1(block.target - block.log_sum)  # 1 - p of the target
+        rest = rest.clamp(min=torch.finfo(rest.dtype).eps)  # words are there that their sum with 1 does not show
         bound = slopes.log_sum.abs() * rest + (slopes.log_sum + slopes.target).abs()
         return bound if slopes.weighted is None else bound + slopes.weighted.abs() * self._largest_weight
 

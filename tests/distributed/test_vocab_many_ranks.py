@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from chunked_ce import ChunkOptions, VocabShard, cross_entropy, linear_cross_entropy, linear_logprobs
-from tests.cases import array, assert_close, chunks, problem, random_like
+from tests.cases import array, assert_close, chunks, gradients, problem, random_like
 from tests.distributed.counting import GATHER, REDUCE, SCATTER, Collective, counted
 from tests.distributed.threads import run_threads
 
@@ -210,3 +210,22 @@ def test_chunks_are_those_of_a_plan_for_the_group():
     counts = int((the_problem(Case()).target != -100).sum())
     assert all(of_rank == found[0] for of_rank in found)
     assert len(found[0]) == -(-counts // 50) and sum(c.bytes for c in found[0]) == counts * 3 * 4
+
+
+@pytest.mark.parametrize("ignored", [[0, 1, 4, 5], list(range(8))], ids=["a_chunk", "all"])
+def test_fp16_sequence_chunks_without_tokens_that_count(ignored):
+    """A chunk of a sequence whose tokens are all ignored goes through its collectives: there is nothing to scale."""
+    case = problem(8, 4, 6, dtype=torch.float16, ignored=0.0)
+    target = case.target.index_fill(0, torch.tensor(ignored), -100)
+
+    def rank_main(rank, ranks):
+        hidden = case.hidden.detach().chunk(ranks)[rank].clone().requires_grad_()
+        head = case.head.detach()[3 * rank : 3 * rank + 3].clone().requires_grad_()
+        shard = VocabShard(None, 3 * rank, 3 * rank + 3, 6, input_grad="sequence")
+        linear_cross_entropy(hidden, head, target, vocab=shard, options=ChunkOptions(chunk_size=4)).backward()
+        return hidden.grad, head.grad
+
+    got = [torch.cat(grads) for grads in zip(*run_threads(rank_main, 2), strict=True)]
+    whole = case.fresh(target=target)
+    for found, expected in zip(got, gradients(whole.loss(), whole), strict=False):
+        torch.testing.assert_close(found, expected, rtol=4e-3, atol=1e-4)
