@@ -142,7 +142,8 @@ class Backprop:
         return _LARGEST if self._filter is None else 1.0
 
     def set_scale(self, scale: Tensor | None) -> None:
-        """The logit gradients to come are ``scale`` (), a power of two, times the gradients. None is 1 for good."""
+        """The logit gradients to come are ``scale`` (), a power of two, times the gradients. None is what it was,
+        1 at first."""
         if scale is None:
             return
         if self._scale is not None and not self._first:

@@ -130,7 +130,7 @@ def loss_and_gradients(
     def finish(chunk: _Chunk, pending: Pending) -> None:
         part = run.combine(chunk.rows, pending)
         scale = None
-        if settings.scales_chunks:
+        if settings.scales_chunks and len(chunk.x):  # a sequence's chunk may have no token that counts
             slopes, scale = sums.scaled_slopes(chunk.rows, part, largest=backprop.largest_gradient)
         else:
             slopes = sums.slopes(chunk.rows, part)

@@ -3,6 +3,7 @@
 A situation is a function of a group of all four ranks that raises if something is wrong on this rank.
 """
 
+import itertools
 import traceback
 from collections.abc import Callable
 
@@ -430,6 +431,18 @@ def transforms_are_refused():
             torch.func.jvp(lambda hidden, function=function: function(hidden, case.target), (hidden,), (hidden,))
 
 
+def chunks_without_a_token_that_counts():
+    """Those of a sequence are chunks of all tokens; one chunk of three here has none that counts, or all have none."""
+    first = {name: values[0] for name, values in vocab_cases.DIMENSIONS["loss"].items()}
+    of_all = {"ranks": 4, "dtype": torch.float16, "input_grad": "sequence", "chunk_size": 8, "bias": True}
+    for ignored, reduction in itertools.product((0.85, 1.0), ("mean", "sum")):
+        case = first | of_all | {"ignored": ignored, "call": (reduction, "forward")}
+        target = vocab_cases.mine(case, dist.group.WORLD, seed=13).whole.target.view(4, 3, 2)
+        counted = (target != -100).any(-1).any(0).tolist()
+        assert counted == ([True, False, True] if ignored < 1 else [False] * 3)
+        vocab_cases.check("loss", case, dist.group.WORLD, seed=13)
+
+
 SITUATIONS = {
     situation.__name__: situation
     for situation in (
@@ -453,5 +466,6 @@ SITUATIONS = {
         compiled,
         second_derivatives_are_refused,
         transforms_are_refused,
+        chunks_without_a_token_that_counts,
     )
 }
