@@ -213,6 +213,8 @@ def _f_log_softmax(input: Lazy, dim: int | None = None, _stacklevel: int = 3, dt
 def _gather(lazy: Lazy, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Tensor:
     if not _is_vocab(lazy, dim) or isinstance(index, Lazy) or index.dtype != torch.int64:
         return NotImplemented
+    if index.dim() != lazy.dim():  # the logits take one of no dimensions where they have one, or raise
+        return NotImplemented
     index = index.movedim(dim, -1)  # (..., k)
     if index.shape[:-1] != lazy._hidden.movedim(lazy._vocab_dim, -1).shape[:-1]:
         return NotImplemented

@@ -138,6 +138,24 @@ def test_one_token(name, tokens, of):
             torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("of", [lambda z: z, lambda z: z.log_softmax(-1)], ids=["logits", "log-probabilities"])
+def test_one_word_of_one_token(of):
+    lazy, plain = map(of, lazy_and_plain())
+    with pytest.warns(UserWarning, match="does not follow gather"):
+        found = lazy.gather(0, torch.tensor(3))
+    torch.testing.assert_close(found, plain.gather(0, torch.tensor(3)))
+
+
+@pytest.mark.filterwarnings("ignore:LazyLogits does not follow gather")
+def test_an_index_with_other_dimensions_is_torchs_own_error():
+    lazy, plain = lazy_and_plain(2, 6)
+    for logits in (lazy, plain):
+        with pytest.raises(RuntimeError, match="same number of dimensions"):
+            logits.gather(-1, torch.zeros(2, dtype=torch.long))
+        with pytest.raises(RuntimeError, match="same number of dimensions"):
+            logits.gather(2, torch.zeros(2, 1, dtype=torch.long))
+
+
 def leaf_of(tensor):
     """The weight of the head behind a tensor."""
     seen, nodes = set(), [tensor.grad_fn]
