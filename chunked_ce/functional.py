@@ -326,8 +326,11 @@ def _enter(
     _transformed(vocab)
     on_cpu = not isinstance(tensors[0], Tensor) or tensors[0].device.type == "cpu"
     call = {}
-    if error is None and vocab.compares(on_cpu=on_cpu):  # reads values of the device
-        call = {"function": function} | _shared(tensors, maths, options, vocab) | returned
+    if error is None and vocab.compares(on_cpu=on_cpu):
+        try:  # reads values of the device, and takes memory
+            call = {"function": function} | _shared(tensors, maths, options, vocab) | returned
+        except Exception as found:
+            error = found
     vocab.agree(call, error, on_cpu=on_cpu)
     return options
 

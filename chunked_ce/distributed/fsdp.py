@@ -13,7 +13,7 @@ _HOW_TO_HAVE_IT_WHOLE = (
     "take the loss inside the forward of a module that FSDP shards, or swap the head with LMHead.wrap(model) and make "
     "it a unit of its own (fully_shard(model.lm_head)), or unshard it around loss and backward (head.unshard())"
 )
-_LAYERS = 32  # of the graph between a parameter and a head made of it, such as a cast
+_NODES = 32  # of the graph between a parameter and a head made of it, such as a cast
 
 
 def is_fsdp_shard(tensor: Tensor) -> bool:
@@ -70,9 +70,9 @@ def _memory(tensor: Tensor) -> int:
 
 
 def _leaves(tensor: Tensor) -> list[Tensor]:
-    """The leaves that a tensor was computed from, a few layers of the graph below it."""
+    """The leaves that a tensor was computed from, a few nodes of the graph below it."""
     found, nodes = [], [tensor.grad_fn]
-    for _ in range(_LAYERS):
+    for _ in range(_NODES):
         if not nodes:
             break
         node = nodes.pop(0)

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from chunked_ce import ChunkOptions, VocabShard, cross_entropy, linear_cross_entropy, linear_logprobs
+from chunked_ce import ChunkOptions, VocabShard, cross_entropy, functional, linear_cross_entropy, linear_logprobs
 from chunked_ce.distributed.collectives import Collectives
 
 RANKS = 3
@@ -70,6 +71,11 @@ def changed(values: torch.Tensor) -> torch.Tensor:
     found = values.detach().clone()
     found.view(-1)[-1] = torch.nextafter(found.view(-1)[-1], torch.tensor(9.0))
     return found.requires_grad_(values.requires_grad)
+
+
+def without_memory(message: str):
+    """A call of a rank that cannot form what it compares with the others."""
+    return mock.patch.object(functional, "checksum", side_effect=torch.OutOfMemoryError(message))
 
 
 # What the odd one does otherwise, by the argument that the error must name.
@@ -130,6 +136,7 @@ WRONG_ALONE = {
     "label_smoothing must be in [0, 1]": lambda a: {"label_smoothing": 2.0},
     "options.gradients='forward'": lambda a: {"reduction": "none", "options": ChunkOptions(gradients="forward")},
     "options must be a ChunkOptions": lambda a: {"options": {"chunk_size": 3}},
+    "no memory for a checksum": lambda a: {"context": without_memory("no memory for a checksum")},
 }
 # What is wrong on every rank.
 OUT_OF_RANGE = {
