@@ -65,6 +65,7 @@ class Case:
     logit_scale: float
     class_weight: float | None  # their size
     token_weight: float | None
+    decades: float  # over which the weights are spread
     num_tokens: float | None
     accumulate: float | None  # size of the gradient that the head's is added to
 
@@ -95,7 +96,7 @@ def draw(number: int) -> Case:
         some(0.8, 1, 2, 3, 7, 16, 40, otherwise=None),
         r.choice(UPSTREAMS),
         r.choice((0.1, 1.0, 2.0, 5.0)),
-        some(0.3, 5.0, 10.0, 30.0, otherwise=0.0),
+        some(0.3, 5.0, 10.0, 17.0, 30.0, otherwise=0.0),
         r.random() < 0.3,
         some(0.4, 0.2, 0.7, 1.1, otherwise=0.0),
         some(0.2, 0.1, 0.5, otherwise=0.0),
@@ -104,6 +105,7 @@ def draw(number: int) -> Case:
         some(0.2, 0.5, 3.0, otherwise=1.0),
         some(0.25, 1.0, 2e-5, 1e-7, 1e5, otherwise=None),
         some(0.25, 1.0, 2e-5, 1e-7, 1e5, *tiny, otherwise=None),
+        r.choice((1.0, 1.0, 5.0)),
         num_tokens,
         some(0.3, 1.0, 1e3, otherwise=None) if way == "backward" else None,
     )
@@ -133,7 +135,7 @@ def inputs(case: Case) -> dict[str, Tensor | None]:
         return torch.randn(*shape, generator=g, dtype=torch.float64)
 
     def weights(size: float | None, n: int) -> Tensor | None:
-        return None if size is None else (size * (0.1 + torch.rand(n, generator=g, dtype=torch.float64))).float()
+        return None if size is None else (size * 10 ** (-case.decades * torch.rand(n, generator=g))).float()
 
     target = torch.randint(case.vocab, (case.tokens,), generator=g)
     head = case.spread * case.hidden**-0.5 * normal(case.vocab, case.hidden)

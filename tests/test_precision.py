@@ -218,6 +218,7 @@ PLAIN = Case(
     logit_scale=1.0,
     class_weight=None,
     token_weight=None,
+    decades=1.0,
     num_tokens=None,
     accumulate=None,
 )
