@@ -110,13 +110,8 @@ class _Chunks:
     ) -> None:
         self._width, self._settings, self._shard = hidden.shape[1], settings, shard
         self._ranks = Collectives(shard.group_name).size
-        size = plan.tokens_per_chunk(
-            len(target),
-            *shard.planned_shape(head.weight),
-            head_dtype=settings.planned_head_dtype(head.weight) if sums_head else None,
-            in_flight=2,
-            **settings.planned,
-        )
+        shape, keywords = shard.planned(len(target), head.weight, settings, sums_head=sums_head)
+        size = plan.tokens_per_chunk(*shape, **keywords)
         if _is_sequence(shard):
             windows = target.view(self._ranks, -1).split(max(1, size // self._ranks), dim=1)
             target = torch.cat([window.flatten() for window in windows])

@@ -63,6 +63,13 @@ class Shard(NamedTuple):
         ranks = Collectives(self.group_name).size
         return -(-self.total // ranks), weight.shape[1]
 
+    def planned(
+        self, num_tokens: int, weight: Tensor, settings: Settings, *, sums_head: bool
+    ) -> tuple[tuple[int, int, int], dict[str, Any]]:
+        """What `chunked_ce.plan` is asked for the chunks of a call, the same on every rank."""
+        head_dtype = settings.planned_head_dtype(weight) if sums_head else None
+        return (num_tokens, *self.planned_shape(weight)), {"head_dtype": head_dtype, "in_flight": 2, **settings.planned}
+
 
 class _Chunk(NamedTuple):
     rows: slice  # of the counted tokens
@@ -102,8 +109,8 @@ def statistics(
         combined = combine_shards(pending.wait(), tokens.target[rows], **wanted._asdict())
         tokens.put_statistics(found, rows, combined)
 
-    planned = {"in_flight": 2, **settings.planned}
-    chunk = plan.tokens_per_chunk(len(target), *shard.planned_shape(head.weight), **planned)
+    shape, keywords = shard.planned(len(target), head.weight, settings, sums_head=False)
+    chunk = plan.tokens_per_chunk(*shape, **keywords)
     _pipeline(tokens.blocks(chunk), lambda rows: collectives.all_gather(part[rows], STATISTICS), finish)
     return found
 
@@ -297,14 +304,9 @@ class _Run:
         self._sequence = shard.input_grad == "sequence"
         self.class_weight = shard.classes(head.class_weight, len(head.weight))
         ranks = self._collectives.size
-        shape = (len(target), *shard.planned_shape(head.weight))
-        planned = {
-            "head_dtype": settings.planned_head_dtype(head.weight) if sums_head else None,
-            "in_flight": 2,
-            **settings.planned,
-        }
-        self.head_sum_dtype = plan.head_sum_dtype(*shape, **planned)
-        self._chunk = plan.tokens_per_chunk(*shape, **planned)
+        shape, keywords = shard.planned(len(target), head.weight, settings, sums_head=sums_head)
+        self.head_sum_dtype = plan.head_sum_dtype(*shape, **keywords)
+        self._chunk = plan.tokens_per_chunk(*shape, **keywords)
         self._largest = min(self._chunk, len(target))
         self._order = None
         if self._sequence:
