@@ -195,11 +195,12 @@ def predict_memory(
         kept_share: of the words, what the gradient filter keeps in a chunk; a small model of 131,072 words kept 6 %.
         ranks: that share the vocabulary evenly (`chunked_ce.VocabShard`); the prediction is for the one with most rows.
 
-    Terms in bytes: ``logits`` of one chunk, ``rows`` in flight in fp32, ``hidden_grad``, ``head_sum`` (the head's
-    gradient as it is summed over chunks), ``head_grad`` (as it is returned, where that is another tensor),
-    ``products`` before they are added to a wider sum, and as wide as it, ``hidden_sum`` (in the backward way),
-    ``head_copy`` and ``hidden_copy`` in the products' dtype, and ``statistics`` of the tokens. With several ranks, two
-    chunks' ``logits``, and ``collectives``: what is gathered and reduced, without what the backend keeps for itself.
+    Terms in bytes: ``logits`` of one chunk, ``rows`` in flight in fp32, ``hidden_grad`` (in the forward phase as it is
+    kept, in fp32 at least), ``head_sum`` (the head's gradient as it is summed over chunks), ``head_grad`` (as it is
+    returned, where that is another tensor), ``products`` before they are added to a wider sum, and as wide as it,
+    ``hidden_sum`` (what ``hidden_grad`` is rounded from in the backward, where that is another tensor), ``head_copy``
+    and ``hidden_copy`` in the products' dtype, and ``statistics`` of the tokens. With several ranks, two chunks'
+    ``logits``, and ``collectives``: what is gathered and reduced, without what the backend keeps for itself.
     With a gradient filter, ``kept`` columns, their rows of the head and of its gradient, and ``tails`` for all chunks.
     ``packed`` is a block of the head as the matrix library of a CPU rearranges it. Not in it is what else that library
     and the C allocator keep for themselves: 1 to 8 MiB on two cores.

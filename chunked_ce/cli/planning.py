@@ -26,7 +26,7 @@ TERMS = {  # by name in the law, in the order of the table
     "loss_grad": "gradient of the log-softmax, fp32",
     "logits_grad": "gradient of the logits",
     "hidden_grad": "dX",
-    "hidden_sum": "dX summed over blocks",
+    "hidden_sum": "dX before it is rounded",
     "head_sum": "dW accumulator",
     "head_grad": "dW",
     "products": "products before they are added",
