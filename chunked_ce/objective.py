@@ -119,14 +119,13 @@ class Objective(NamedTuple):
         target: Tensor,  # (N,)
         ignore_index: int,
         class_weight: Tensor | None,  # (V,)
-        token_weight: Tensor | None,  # (N,)
+        coefficient: Tensor,  # (N,)
     ) -> Tensor:
-        """The weighted loss of each token, (N,), 0 where ignored."""
+        """The loss of each token times its coefficient, (N,), 0 where ignored."""
         counted = target != ignore_index
         target_weight = None if class_weight is None else class_weight[target.where(counted, 0)]
         weight_sum = float(self.vocab_size) if class_weight is None else class_weight.sum()
-        loss = self.loss(rows, target_weight, weight_sum)
-        return (loss if token_weight is None else loss * token_weight).where(counted, 0)
+        return (self.loss(rows, target_weight, weight_sum) * coefficient).where(counted, 0)
 
 
 def combine_shards(

@@ -13,7 +13,6 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from chunked_ce import plan
@@ -257,8 +256,8 @@ class Sums:
         """The slopes of the tokens ``rows`` times a power of two (), with which no gradient of their logits exceeds
         ``largest`` and the largest is not far from it; and that power of two."""
         slopes = self._slopes(rows, block)
-        bound = F.pad(self._bound(slopes, block), (0, 1)).amax()  # 0 of no tokens
-        scale = torch.minimum(power_of_two(largest / bound), self._least_scale * _MOST_GROWTH)
+        scale = power_of_two(largest / self._bound(slopes, block).amax())
+        scale = torch.minimum(scale, self._least_scale * _MOST_GROWTH)
         self._least_scale = torch.minimum(scale, self._least_scale)
         return slopes.map(lambda slope: (slope * scale).to(self._dtype)), scale
 
