@@ -17,6 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from chunked_ce.arguments import described, is_one_of
 from chunked_ce.checks import check_keywords, check_layer, check_options, check_vocab
 from chunked_ce.distributed.vocab import VocabShard
+from chunked_ce.engine.tracing import not_compiled
 from chunked_ce.lazy import consume, shapes  # noqa: F401  what lazy tensors follow
 from chunked_ce.lazy.classes import TokenAdapter, in_front, joined, without
 from chunked_ce.lazy.logits import LazyLogits
@@ -155,7 +156,7 @@ class LMHead(nn.Linear):
             return super().__call__(*args, **kwargs)
         return self._lazy_call(*args, **kwargs)
 
-    @torch.compiler.disable(recursive=True)
+    @not_compiled
     def _lazy_call(self, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if len(args) == 1 and not kwargs else kwargs.get("input") if len(kwargs) == 1 else None
         if not self._can_be_lazy(hidden):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from chunked_ce.distributed.fsdp import fsdp_refusal, is_fsdp_shard
 from chunked_ce.distributed.vocab import VocabShard
+from chunked_ce.engine.tracing import assume_constant, not_compiled
 
 __all__ = ["is_dtensor", "local_arguments"]
 
@@ -179,7 +180,7 @@ def _shard_of(name: str, mesh: Any, placements: list[Any], total: int, dim: int)
 
 
 @functools.lru_cache(maxsize=64)
-@torch.compiler.disable(recursive=True)
+@not_compiled
 def _cached_shard(_world: Any, name: str, mesh: Any, placements: tuple[Any, ...], total: int, dim: int) -> VocabShard:
     """Made once, so that ranks compare their bounds once."""
     return VocabShard.from_placements(mesh, placements, (total,), name=name, dim=dim)
@@ -189,22 +190,22 @@ def _cached_shard(_world: Any, name: str, mesh: Any, placements: tuple[Any, ...]
 # meshes, placements and sizes by itself.
 
 
-@torch.compiler.assume_constant_result
+@assume_constant
 def _bounds(name: str, mesh: Any, placements: list[Any], total: int, dim: int) -> tuple[int, int, int]:
     shard = _cached_shard(dist.group.WORLD, name, mesh, tuple(placements), total, dim)
     return _dim_of_ranks(mesh, shard.ranks), shard.start, shard.stop
 
 
-@torch.compiler.assume_constant_result
+@assume_constant
 def _dim_of_ranks(mesh: Any, ranks: tuple[int, ...]) -> int | None:
     dims = [dim for dim in range(mesh.ndim) if tuple(dist.get_process_group_ranks(mesh.get_group(dim))) == ranks]
     return dims[0] if dims else None
 
 
-@torch.compiler.assume_constant_result
+@assume_constant
 def _is_fsdp_shard(tensor: Any) -> bool:
     return _not_compiled_is_fsdp_shard(tensor)
 
 
 # Where the compiler breaks the graph it would compile these by themselves, and identities would be those of its fakes.
-_not_compiled_is_fsdp_shard = torch.compiler.disable(is_fsdp_shard, recursive=True)
+_not_compiled_is_fsdp_shard = not_compiled(is_fsdp_shard)

@@ -14,6 +14,7 @@ from types import ModuleType
 import torch
 
 from chunked_ce.engine import rows
+from chunked_ce.engine.tracing import assume_constant
 
 __all__ = ["INTERPRETED", "row_kernels", "triton_runs", "why_not_triton"]
 
@@ -38,7 +39,7 @@ def triton_runs(device: torch.device, dtype: torch.dtype) -> bool:
     return why_not_triton(device, dtype) is None
 
 
-@torch.compiler.assume_constant_result
+@assume_constant
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """What keeps the Triton kernels from products in ``dtype``, None if nothing does."""
     if dtype not in _DTYPES:

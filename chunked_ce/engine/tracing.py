@@ -1,4 +1,4 @@
-"""Whether values may be read: not while operations are recorded to run later, and not where there are none."""
+"""What the compiler is told, and whether values may be read: not while operations are recorded to run later."""
 
 from __future__ import annotations
 
@@ -7,9 +7,23 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-__all__ = ["check_values", "has_values", "is_recorded"]
+__all__ = ["assume_constant", "check_values", "has_values", "is_recorded", "not_compiled"]
 
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
+
+
+def not_compiled(function: Callable) -> Callable:
+    """`torch.compiler.disable` that imports the compiler, which takes seconds, at the first call."""
+    wrapper = torch._disable_dynamo(function)
+    wrapper._torchdynamo_disable = wrapper._torchdynamo_disable_recursive = True
+    wrapper._torchdynamo_orig_callable, wrapper._torchdynamo_wrapper_id = function, id(wrapper)
+    return wrapper
+
+
+def assume_constant(function: Callable) -> Callable:
+    """`torch.compiler.assume_constant_result` that does not import the compiler."""
+    function._dynamo_marked_constant = True
+    return function
 
 
 def is_recorded() -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
+from chunked_ce.engine.tracing import not_compiled
 from chunked_ce.lazy.graph import HiddenGradient
 from chunked_ce.lazy.logits import Lazy
 
@@ -23,7 +24,7 @@ _FOLLOWED: dict[Callable, tuple[Callable, inspect.Signature]] = {}
 _OF_COMPUTED: set[Callable] = set()
 
 
-@torch.compiler.disable(recursive=True)
+@not_compiled
 def dispatch(function: Callable, args: tuple, kwargs: dict) -> Any:
     """``function`` of arguments with a lazy tensor among them."""
     if function in _QUERIES:
