@@ -1,4 +1,4 @@
-"""Classes of modules that change in place, as `LMHead.wrap` and engines change them."""
+"""Changing the class of a module in place, as `LMHead.wrap` and engines do."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["TokenAdapter", "in_front", "joined", "without"]
 
 @functools.cache
 def joined(front: type, back: type) -> type:
-    """A class that is both, ``front`` first."""
+    """A class that inherits from both, ``front`` first."""
     return type(f"{front.__name__}{back.__name__}", (front, back), {"__reduce_ex__": _reduce, "_joined": (front, back)})
 
 
 def _reduce(module: Any, protocol: int) -> tuple:
-    """For copies and pickles: no module has the class under its name."""
+    """Copy and pickle by the two classes, because a joined class cannot be imported by its name."""
     reduced = object.__reduce_ex__(module, max(protocol, 2))
     pair = vars(type(module)).get("_joined")
     return reduced if pair is None else (_blank, pair, *reduced[2:])
@@ -29,7 +29,7 @@ def _blank(front: type, back: type) -> Any:
 
 
 def without(cls: type, front: type, plain: type) -> type:
-    """``cls`` as if no module had been made a ``front``, with all that was made of it since; ``plain`` of itself."""
+    """``cls`` with ``front`` taken out and all later changes kept; ``front`` itself becomes ``plain``."""
     if cls is front:
         return plain
     if not issubclass(cls, front):
@@ -41,10 +41,10 @@ def without(cls: type, front: type, plain: type) -> type:
 
 
 def in_front(front: type, cls: type, plain: type, is_parametrized: bool) -> type:
-    """``cls`` with ``front`` before it; in place of ``plain``."""
+    """``cls`` with ``front`` before it; ``plain`` itself becomes ``front``."""
     if cls is plain:
         return front
-    if is_parametrized:  # torch undoes that with the first base of the class
+    if is_parametrized:  # torch undoes a parametrization by going back to the first base
         return _rebuilt(cls, tuple(in_front(front, base, plain, False) for base in cls.__bases__))
     return joined(front, cls)
 
@@ -57,7 +57,7 @@ def _rebuilt(cls: type, bases: tuple[type, ...]) -> type:
 
 
 class TokenAdapter:
-    """What PEFT's ``TrainableTokensLayer`` becomes in front of an `LMHead`: it calls the head, with the merged weight.
+    """Goes before PEFT's ``TrainableTokensLayer`` around an `LMHead`, and calls the head with the merged weight.
 
     PEFT's own code multiplies by the weight itself, which would form the logits.
     """
@@ -66,7 +66,7 @@ class TokenAdapter:
 
     def forward_adapters(self, x: Any, active_adapters: list[str], *args: Any, **kwargs: Any) -> Any:
         merged = self.disable_adapters or self.merged or not active_adapters
-        if merged or self.base_layer.bias is not None:  # PEFT leaves a bias out
+        if merged or self.base_layer.bias is not None:  # PEFT ignores a bias
             return super().forward_adapters(x, active_adapters, *args, **kwargs)
         self._check_overlapping_tokens(active_adapters)
         return functional_call(self.base_layer, {"weight": self.get_merged_weights(active_adapters)}, (x,))

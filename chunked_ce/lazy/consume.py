@@ -1,7 +1,8 @@
-"""Scales of lazy logits, and what training code takes from them: losses, log-probabilities, predictions."""
+"""Handlers of scales, and of what training code computes from logits: losses, log-probabilities, predictions."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,13 +16,12 @@ from chunked_ce.functional import cross_entropy, linear_cross_entropy, linear_lo
 from chunked_ce.lazy import values
 from chunked_ce.lazy.follow import follows
 from chunked_ce.lazy.logits import Lazy, LazyLogits, LazyLogProbs
-from chunked_ce.lazy.product import Rows
 from chunked_ce.lazy.source import Operation
 from chunked_ce.objective import Logits
 
 __all__ = []
 
-_NOTHING_IGNORED = torch.iinfo(torch.int64).min  # no index of a word, so that -100 is refused as an index is
+_NOTHING_IGNORED = torch.iinfo(torch.int64).min  # never an index, so that -100 is refused as any wrong index is
 
 
 # ---- scale and softcap ----
@@ -53,28 +53,8 @@ def _tanh(lazy: Lazy) -> Lazy:
     return lazy.derive(Operation(torch.tanh, of_rows=torch.tanh), logits=lazy._logits._replace(softcap=1.0))
 
 
-@follows("mul_ multiply_ __imul__", Tensor)
-def _mul_(lazy: Lazy, other: Any) -> Lazy:
-    return _in_place(lazy, _mul(lazy, other))
-
-
-@follows("div_ divide_ true_divide_ __itruediv__ __idiv__", Tensor)
-def _div_(lazy: Lazy, other: Any, *, rounding_mode: str | None = None) -> Lazy:
-    return _in_place(lazy, _div(lazy, other, rounding_mode=rounding_mode))
-
-
-@follows("tanh_")
-def _tanh_(lazy: Lazy) -> Lazy:
-    return _in_place(lazy, _tanh(lazy))
-
-
-@follows("neg_ negative_")
-def _neg_(lazy: Lazy) -> Lazy:
-    return _in_place(lazy, _neg(lazy))
-
-
 def _number(value: Any) -> float | None:
-    """A finite constant, also in a tensor of no dimensions."""
+    """A finite constant, which may come in a tensor without dimensions."""
     if isinstance(value, Tensor):
         if isinstance(value, Lazy) or value.dim() or value.requires_grad or value.is_complex() or value.is_meta:
             return None
@@ -83,11 +63,12 @@ def _number(value: Any) -> float | None:
 
 
 def _operand(number: float, x: Tensor) -> float | Tensor:
-    """A stand-in meets a stand-in: with a number, its strides in dimensions of size 1 are not those of the values."""
+    """The factor for ``x``: a stand-in times a number would get other strides in dimensions of size 1."""
     return x.new_empty(()) if x.is_meta else number
 
 
-def _scale(lazy: Lazy, number: float, operation: Any) -> Lazy:
+def _scale(lazy: Lazy, number: float, operation: Callable[[Tensor], Tensor]) -> Lazy:
+    """``number`` times a lazy tensor, which ``operation`` computes."""
     if not math.isfinite(number):
         return NotImplemented
     scaled = Operation(operation, of_rows=operation)
@@ -104,11 +85,21 @@ def _scale(lazy: Lazy, number: float, operation: Any) -> Lazy:
     return lazy.derive(scaled, logits=Logits(scale, softcap)) if math.isfinite(scale) else NotImplemented
 
 
-def _in_place(lazy: Lazy, result: Lazy) -> Lazy:
-    """``lazy`` turned into ``result``, where no other tensor shares the logits that would change."""
-    if result is NotImplemented or not lazy.become(result):
-        return NotImplemented
-    return lazy
+def _in_place(handler: Callable[..., Lazy]) -> Callable[..., Lazy]:
+    """The same in place, where no other tensor shares the logits that would change."""
+
+    @functools.wraps(handler)
+    def change(lazy: Lazy, *args: Any, **kwargs: Any) -> Lazy:
+        result = handler(lazy, *args, **kwargs)
+        return lazy if result is not NotImplemented and lazy.become(result) else NotImplemented
+
+    return change
+
+
+follows("mul_ multiply_ __imul__", Tensor)(_in_place(_mul))
+follows("div_ divide_ true_divide_ __itruediv__ __idiv__", Tensor)(_in_place(_div))
+follows("tanh_")(_in_place(_tanh))
+follows("neg_ negative_")(_in_place(_neg))
 
 
 # ---- losses ----
@@ -125,15 +116,10 @@ def _cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    class_dim = min(1, input.dim() - 1)
-    if not isinstance(input, LazyLogits) or input._vocab_dim != class_dim:
-        return NotImplemented
-    if isinstance(target, Lazy) or not isinstance(target, Tensor) or target.is_floating_point():
-        return NotImplemented  # probabilities of classes
-    if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
+    if not isinstance(input, LazyLogits) or not isinstance(target, Tensor) or target.is_floating_point():
+        return NotImplemented  # class probabilities among others
     keywords = {"weight": weight, "reduction": reduction, "ignore_index": ignore_index}
-    return _loss(input, target, label_smoothing, keywords)
+    return _loss(input, target, label_smoothing, (size_average, reduce), keywords)
 
 
 @follows("nll_loss", F)
@@ -146,19 +132,24 @@ def _nll_loss(
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    class_dim = min(1, input.dim() - 1)
-    if not isinstance(input, LazyLogProbs) or input._factor != 1 or input._vocab_dim != class_dim:
+    if not isinstance(input, LazyLogProbs) or input._factor != 1:
         return NotImplemented
-    if isinstance(target, Lazy):
-        return NotImplemented
-    if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
-    return _loss(input, target, 0.0, {"weight": weight, "reduction": reduction, "ignore_index": ignore_index})
+    keywords = {"weight": weight, "reduction": reduction, "ignore_index": ignore_index}
+    return _loss(input, target, 0.0, (size_average, reduce), keywords)
 
 
-def _loss(lazy: Lazy, target: Tensor, label_smoothing: float, keywords: dict[str, Any]) -> Tensor:
-    head = lazy.head
-    keywords |= head.keywords_of_loss(label_smoothing)
+def _loss(
+    lazy: Lazy,
+    target: Tensor,
+    label_smoothing: float,
+    legacy: tuple[bool | None, bool | None],  # size_average and reduce, which override the reduction
+    keywords: dict[str, Any],
+) -> Tensor:
+    if isinstance(target, Lazy) or lazy._vocab_dim != min(1, lazy.dim() - 1):
+        return NotImplemented
+    if legacy != (None, None):
+        keywords["reduction"] = _reduction.legacy_get_string(*legacy)
+    keywords |= lazy.head.keywords_of_loss(label_smoothing)
     if lazy.is_computed:
         del keywords["options"]
         if lazy._value.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
@@ -166,11 +157,15 @@ def _loss(lazy: Lazy, target: Tensor, label_smoothing: float, keywords: dict[str
         return cross_entropy(lazy.materialize().movedim(lazy._vocab_dim, -1), target, **keywords)
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        scale, softcap = lazy._logits
-        maths = {"linear_bias": bias, "softcap": softcap, "logit_scale": scale, "vocab": head.vocab}
-        return linear_cross_entropy(hidden, weight, target, **maths, **keywords)
+        return linear_cross_entropy(hidden, weight, target, **_maths(lazy, bias), **keywords)
 
     return lazy.request(loss)
+
+
+def _maths(lazy: Lazy, bias: Tensor | None) -> dict[str, Any]:
+    """The keywords by which a loss forms the logits of a lazy tensor."""
+    scale, softcap = lazy._logits
+    return {"linear_bias": bias, "softcap": softcap, "logit_scale": scale, "vocab": lazy.head.vocab}
 
 
 # ---- log-probabilities ----
@@ -190,7 +185,7 @@ def _log_softmax(input: Lazy, dim: int, dtype: torch.dtype | None = None) -> Laz
     dtype = _dtype_of_log_softmax(raised) if dtype is None else dtype
 
     def of_logits(x: Tensor) -> Tensor:
-        # Always contiguous, which the function of a stand-in is not in dimensions of size 1.
+        # The values are always contiguous, but torch gives a stand-in other strides in dimensions of size 1.
         return torch.empty(x.shape, dtype=dtype, device="meta") if x.is_meta else x.log_softmax(dim, dtype=dtype)
 
     operation = Operation(of_logits, of_rows=lambda x: x.log_softmax(-1, dtype=dtype))
@@ -198,7 +193,7 @@ def _log_softmax(input: Lazy, dim: int, dtype: torch.dtype | None = None) -> Laz
 
 
 def _dtype_of_log_softmax(lazy: Lazy) -> torch.dtype:
-    """What autocast makes of it, which differs from device to device and does nothing to a stand-in."""
+    """The dtype under autocast, which differs between devices and is not applied to a stand-in."""
     if not torch.is_autocast_enabled(lazy.device.type):
         return lazy.dtype
     return torch.zeros(1, dtype=lazy.dtype, device=lazy.device).log_softmax(-1).dtype
@@ -213,7 +208,7 @@ def _f_log_softmax(input: Lazy, dim: int | None = None, _stacklevel: int = 3, dt
 def _gather(lazy: Lazy, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Tensor:
     if not _is_vocab(lazy, dim) or isinstance(index, Lazy) or index.dtype != torch.int64:
         return NotImplemented
-    if index.dim() != lazy.dim():  # the logits take one of no dimensions where they have one, or raise
+    if index.dim() != lazy.dim():  # valid for one token and an index without dimensions; else the logits will raise
         return NotImplemented
     index = index.movedim(dim, -1)  # (..., k)
     if index.shape[:-1] != lazy._hidden.movedim(lazy._vocab_dim, -1).shape[:-1]:
@@ -225,8 +220,8 @@ def _gather(lazy: Lazy, dim: int, index: Tensor, *, sparse_grad: bool = False) -
     lazy.head.check_can_compute("gather")
     values.check_index(index, lazy.shape[dim])
     flat = index.reshape(-1, index.shape[-1])  # (N, k)
-    found, _ = _found(lazy, lambda rows, places: (rows.gather(-1, flat[places]), flat[places]))
-    return found.movedim(-1, dim)
+    logits, _ = _of_rows(lazy, lambda rows, places: (rows.gather(-1, flat[places]), flat[places]))
+    return logits.movedim(-1, dim)
 
 
 @follows("take_along_dim")
@@ -235,12 +230,9 @@ def _take_along_dim(lazy: Lazy, indices: Tensor, dim: int | None = None) -> Tens
 
 
 def _logprobs(lazy: LazyLogProbs, index: Tensor) -> Tensor:
-    head = lazy.head
-
     def logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        scale, softcap = lazy._logits
-        maths = {"linear_bias": bias, "softcap": softcap, "logit_scale": scale, "vocab": head.vocab}
-        found = linear_logprobs(hidden, weight, index, ignore_index=_NOTHING_IGNORED, options=head.options, **maths)
+        keywords = _maths(lazy, bias) | {"ignore_index": _NOTHING_IGNORED, "options": lazy.head.options}
+        found = linear_logprobs(hidden, weight, index, **keywords)
         return found if lazy._factor == 1 else found * lazy._factor
 
     return lazy.request(logprobs)
@@ -248,80 +240,78 @@ def _logprobs(lazy: LazyLogProbs, index: Tensor) -> Tensor:
 
 @follows("sum")
 def _sum(lazy: Lazy, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Tensor:
-    """The sum of the log-probabilities over the vocabulary, which label smoothing takes."""
-    dim = dim[0] if isinstance(dim, tuple | list) and len(dim) == 1 else dim
+    """The sum of the log-probabilities over the vocabulary, from which code for label smoothing starts."""
+    dim = _only(dim)
     if not isinstance(lazy, LazyLogProbs) or not _is_vocab(lazy, dim):
         return NotImplemented
-    head = lazy.head
 
     def total(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        scale, softcap = lazy._logits
-        maths = {"linear_bias": bias, "softcap": softcap, "logit_scale": scale, "vocab": head.vocab}
         target = torch.zeros(hidden.shape[:-1], dtype=torch.long, device=hidden.device)
-        # Smoothed all the way, the loss is the mean of -log p over the words.
-        mean = linear_cross_entropy(
-            hidden, weight, target, reduction="none", label_smoothing=1.0, options=head.options, **maths
-        )
-        return mean * (-lazy._factor * lazy.shape[lazy._vocab_dim])
+        # With a label smoothing of 1 the loss is the mean of -log p over the vocabulary.
+        keywords = _maths(lazy, bias) | {"reduction": "none", "label_smoothing": 1.0, "options": lazy.head.options}
+        return linear_cross_entropy(hidden, weight, target, **keywords) * (-lazy._factor * lazy.shape[dim])
 
     found = lazy.request(total)
     found = found.unsqueeze(dim) if keepdim else found
     return found if dtype is None else found.to(dtype)
 
 
+def _only(dim: Any) -> Any:
+    """The dimension in a sequence of one."""
+    return dim[0] if isinstance(dim, tuple | list) and len(dim) == 1 else dim
+
+
 # ---- predictions ----
 
-Read = Callable[[Tensor, Rows], tuple[Tensor, Tensor]]
 
+def _of_rows(
+    lazy: LazyLogits, read: Callable, differentiable: Callable[..., Tensor] = values.selected
+) -> tuple[Tensor, Tensor]:
+    """The values and vocabulary entries that ``read(rows, places)`` finds in the rows (m, V) of all tokens.
 
-def _found(lazy: LazyLogits, read: Read) -> tuple[Tensor, Tensor]:
-    """``read(rows, places)``, a logit or several (m, k) of each row (m, V) and their words, for all rows: (..., k)."""
+    The values get the gradient of ``differentiable``, which computes them anew from the entries.
+    """
 
-    def found(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        hidden = _flat(hidden)
-        logits, words = values.of_rows(lazy.rows(hidden, weight, bias), read, len(hidden))
+    def of_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        hidden = hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1])  # (N, D)
+        found, entries = values.of_rows(lazy.rows(hidden, weight, bias), read, len(hidden))
         if torch.is_grad_enabled():
-            same = values.selected(hidden, weight, bias, lazy._logits, words)
-            logits = values.with_gradient_of(same, logits)
-        return logits, words
+            found = values.with_gradient_of(differentiable(hidden, weight, bias, lazy._logits, entries), found)
+        return found, entries
 
+    # Reshaped out here: engines hang hooks on what a request returns, which a view loses when it is changed in place.
     tokens = lazy._stand_in.select(lazy._vocab_dim, 0).shape
-    return tuple(part.view(*tokens, part.shape[-1]) for part in lazy.request(found))
-
-
-def _flat(hidden: Tensor) -> Tensor:
-    """Hidden states (..., D) as (N, D)."""
-    return hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1])
+    return tuple(part.view((*tokens, *part.shape[1:])) for part in lazy.request(of_rows))
 
 
 def _best(lazy: Lazy, dim: Any, name: str, find: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Any:
-    """The logits and words that ``find`` finds in rows (m, V), each with k in the vocabulary's place."""
+    """The logits and entries that ``find`` finds in rows (m, V), each with k in the vocabulary's place."""
     if not isinstance(lazy, LazyLogits) or not _is_vocab(lazy, dim) or lazy._root.call.is_cheap:
         return NotImplemented
     lazy.head.check_can_compute(name)
-    return tuple(found.movedim(-1, dim) for found in _found(lazy, lambda rows, _: find(rows)))
+    return tuple(found.movedim(-1, dim) for found in _of_rows(lazy, lambda rows, _: find(rows)))
 
 
-def _words(lazy: Lazy, dim: Any, keepdim: bool, name: str, find: Callable[..., Tensor]) -> Tensor:
-    """The word of each row that ``find`` finds."""
+def _entries(lazy: Lazy, dim: Any, keepdim: bool, name: str, find: Callable[..., Tensor]) -> Tensor:
+    """The vocabulary entry that ``find`` finds in each row."""
 
-    def with_logit(rows: Tensor) -> tuple[Tensor, Tensor]:
-        words = find(rows, -1, keepdim=True)
-        return words, words
+    def twice(rows: Tensor) -> tuple[Tensor, Tensor]:
+        entries = find(rows, -1, keepdim=True)
+        return entries, entries
 
     with torch.no_grad():
-        found = _best(lazy, dim, name, with_logit)
+        found = _best(lazy, dim, name, twice)
     return found if found is NotImplemented else found[1] if keepdim else found[1].squeeze(dim)
 
 
 @follows("argmax")
 def _argmax(lazy: Lazy, dim: int | None = None, keepdim: bool = False) -> Tensor:
-    return _words(lazy, dim, keepdim, "argmax", torch.argmax)
+    return _entries(lazy, dim, keepdim, "argmax", torch.argmax)
 
 
 @follows("argmin")
 def _argmin(lazy: Lazy, dim: int | None = None, keepdim: bool = False) -> Tensor:
-    return _words(lazy, dim, keepdim, "argmin", torch.argmin)
+    return _entries(lazy, dim, keepdim, "argmin", torch.argmin)
 
 
 @follows("topk")
@@ -342,19 +332,11 @@ def _max(lazy: Lazy, dim: Any = None, keepdim: bool = False) -> Any:
 
 @follows("logsumexp", torch, Tensor, torch.special)
 def _logsumexp(lazy: Lazy, dim: Any, keepdim: bool = False) -> Tensor:
-    dim = dim[0] if isinstance(dim, tuple | list) and len(dim) == 1 else dim
+    dim = _only(dim)
     if not isinstance(lazy, LazyLogits) or not _is_vocab(lazy, dim) or lazy._root.call.is_cheap:
         return NotImplemented
     lazy.head.check_can_compute("logsumexp")
 
-    def total(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        hidden = _flat(hidden)
-        found, best = values.of_rows(lazy.rows(hidden, weight, bias), values.logsumexp_and_best, len(hidden))
-        if torch.is_grad_enabled():
-            same = values.logsumexp(hidden, weight, bias, lazy._logits, lazy.head.options, best)
-            found = values.with_gradient_of(same, found)
-        return found
-
-    # Engines hang hooks on what a request returns, which a view would lose when it is changed in place.
-    found = lazy.request(total).view(lazy._stand_in.select(lazy._vocab_dim, 0).shape)
+    differentiable = functools.partial(values.logsumexp, options=lazy.head.options)
+    found, _ = _of_rows(lazy, values.logsumexp_and_best, differentiable)
     return found.unsqueeze(dim) if keepdim else found

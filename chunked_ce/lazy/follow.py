@@ -1,6 +1,7 @@
-"""What is done to lazy tensors, function by function: followed, answered from the hidden states, or computed.
+"""Dispatch of the functions that are called on lazy tensors.
 
-A handler returns ``NotImplemented`` for arguments that it cannot follow.
+A handler that `follows` a function answers without the logits, or returns ``NotImplemented`` for arguments that it
+cannot follow. Everything without an answer is computed from the logits themselves.
 """
 
 from __future__ import annotations
@@ -20,8 +21,7 @@ from chunked_ce.lazy.logits import Lazy
 __all__ = ["dispatch", "follows", "functions", "is_followed"]
 
 _QUERIES: set[Callable] = set()
-_FOLLOWED: dict[Callable, tuple[Callable, inspect.Signature]] = {}
-_OF_COMPUTED: set[Callable] = set()
+_FOLLOWED: dict[Callable, tuple[Callable, inspect.Signature, bool]] = {}
 
 
 @not_compiled
@@ -31,31 +31,35 @@ def dispatch(function: Callable, args: tuple, kwargs: dict) -> Any:
         return _query(function, args, kwargs)
     if function in (torch.autograd.backward, torch.autograd.grad):
         return _differentiate(function, args, kwargs)
-    if function in _FOLLOWED:
-        handler, signature = _FOLLOWED[function]
-        if function in _COMMUTATIVE and len(args) == 2 and not isinstance(args[0], Lazy):
-            args = args[::-1]
-        try:
-            bound = _bind(signature, args, kwargs)
-        except TypeError:
-            return _compute(function, args, kwargs)
-        first = next(iter(bound.arguments.values()))
-        followed = isinstance(first, Lazy) and (not first.is_computed or handler in _OF_COMPUTED)
-        if followed and not torch._C._are_functorch_transforms_active():
-            first.join_graph()  # before a handler reads the hidden states
-            result = handler(*bound.args, **bound.kwargs)
-            if result is not NotImplemented:
-                return result
-    return _compute(function, args, kwargs)
+    result = _follow(function, args, kwargs) if function in _FOLLOWED else NotImplemented
+    return _compute(function, args, kwargs) if result is NotImplemented else result
+
+
+def _follow(function: Callable, args: tuple, kwargs: dict) -> Any:
+    """The answer of the function's handler."""
+    handler, signature, computed = _FOLLOWED[function]
+    if function in _COMMUTATIVE and len(args) == 2 and not isinstance(args[0], Lazy):
+        args = args[::-1]
+    try:
+        bound = _bind(signature, args, kwargs)
+    except TypeError:
+        return NotImplemented
+    lazy = next(iter(bound.arguments.values()))
+    if not isinstance(lazy, Lazy) or (lazy.is_computed and not computed):
+        return NotImplemented
+    if torch._C._are_functorch_transforms_active():
+        return NotImplemented
+    lazy.join_graph()  # before the handler reads the hidden states
+    return handler(*bound.args, **bound.kwargs)
 
 
 def functions(names: str, *spaces: Any) -> list[Callable]:
-    """The functions of these names in torch.Tensor and torch, or in ``spaces``."""
+    """The functions with these names in torch.Tensor and torch, or in ``spaces``."""
     spaces = spaces or (torch.Tensor, torch)
     return [getattr(space, name) for name in names.split() for space in spaces if hasattr(space, name)]
 
 
-# Names by which torch takes the same argument, NumPy's among them.
+# Other names that torch accepts for an argument, NumPy's among them.
 _ALIASES = {
     "axis": "dim",
     "axis0": "dim0",
@@ -69,7 +73,7 @@ _FIRST = ("input", "self", "tensor", "x", "a", "x1")
 
 
 def _bind(signature: inspect.Signature, args: tuple, kwargs: dict) -> inspect.BoundArguments:
-    """The arguments as a handler takes them, by whatever names the caller gave them."""
+    """Bind the arguments to a handler's parameters, by whatever names the caller gave them."""
     kwargs = {name if name in signature.parameters else _ALIASES.get(name, name): v for name, v in kwargs.items()}
     first, second = (*signature.parameters.values(), None)[:2]
     if not args and first.name not in kwargs:
@@ -80,20 +84,18 @@ def _bind(signature: inspect.Signature, args: tuple, kwargs: dict) -> inspect.Bo
 
 
 def follows(names: str, *spaces: Any, computed: bool = False) -> Callable[[Callable], Callable]:
-    """The decorated handler answers for these functions; with ``computed`` even once the logits are computed."""
+    """Register a handler for these functions; with ``computed`` it answers even once the logits are computed."""
 
     def register(handler: Callable) -> Callable:
         for function in functions(names, *spaces):
-            _FOLLOWED[function] = (handler, inspect.signature(handler))
-        if computed:
-            _OF_COMPUTED.add(handler)
+            _FOLLOWED[function] = (handler, inspect.signature(handler), computed)
         return handler
 
     return register
 
 
 def is_followed(function: Callable) -> bool:
-    """Whether there are arguments for which ``function`` needs no logits."""
+    """Whether ``function`` needs no logits, at least for some arguments."""
     return function in _FOLLOWED or function in _QUERIES
 
 
@@ -102,17 +104,21 @@ def _compute(function: Callable, args: tuple, kwargs: dict) -> Any:
     lazy = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Lazy)]
     for one in lazy:
         one.compute_for(_name(function))
+    return _of_values(function, args, kwargs, lazy)
+
+
+def _of_values(function: Callable, args: tuple, kwargs: dict, lazy: list[Lazy]) -> Any:
+    """``function`` of the values; one of the ``lazy`` tensors if it returns that tensor's values themselves."""
 
     def value(x: Any) -> Any:
         return x.materialize() if isinstance(x, Lazy) else x
 
     result = function(*tree_map(value, args), **tree_map(value, kwargs))
-    # In place, or nothing was to be done.
     return next((one for one in lazy if result is one.materialize()), result)
 
 
 def _differentiate(function: Callable, args: tuple, kwargs: dict) -> Any:
-    """Derivatives of lazy tensors by way of their values, or, in a checkpoint's backward, of the hidden states."""
+    """Differentiate lazy tensors through their values; in a checkpoint's backward, through the hidden states."""
     if any(isinstance(x, HiddenGradient) for x in tree_flatten((args, kwargs))[0]):
         with torch._C.DisableTorchFunctionSubclass():
             return function(*args, **kwargs)
@@ -131,7 +137,7 @@ def _name(function: Callable) -> str:
     return f"Tensor.{owner.__name__}" if name in ("__get__", "__set__", "__delete__") and owner is not None else name
 
 
-# ---- questions that the tensor without values answers ----
+# ---- questions that need no values ----
 
 _NOT_ANSWERED = ["data", "T", "mT", "H", "mH", "real", "imag", "volatile"]
 _HOOKS = set(functions("register_hook retain_grad", torch.Tensor))
@@ -140,12 +146,11 @@ _HOOKS = set(functions("register_hook retain_grad", torch.Tensor))
 def _query(function: Callable, args: tuple, kwargs: dict) -> Any:
     computed = [x for x in args if isinstance(x, Lazy) and x.is_computed]
     if computed:  # the values have a graph of their own, and may have changed since
-        result = function(*tree_map(lambda x: x.materialize() if isinstance(x, Lazy) else x, args), **kwargs)
-        return next((one for one in computed if result is one.materialize()), result)
+        return _of_values(function, args, kwargs, computed)
     with torch._C.DisableTorchFunctionSubclass():
         result = function(*args, **kwargs)
     if function in _HOOKS:
-        args[0].hook_added()
+        args[0]._hooked = True
     return result
 
 
@@ -156,8 +161,7 @@ def _attributes() -> list[Callable]:
 
 
 _QUERIES.update(_attributes())
-_QUERIES.discard(Tensor.requires_grad.__set__)  # a leaf of one's own making holds values
-_QUERIES.update(functions("grad", Tensor) and [inspect.getattr_static(Tensor, "grad").__get__])
+_QUERIES.discard(Tensor.requires_grad.__set__)  # a tensor that becomes a leaf must hold values
 _QUERIES.update(_HOOKS)
 _QUERIES.update(
     functions(

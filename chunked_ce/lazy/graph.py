@@ -1,9 +1,9 @@
-"""How a tensor without values takes part in autograd.
+"""The autograd graph of a tensor without values.
 
-A lazy tensor is the output of `attach(hidden, ...)`, so that whatever walks the graph or hangs hooks on it (engines do,
-on everything a forward returns) finds the hidden states and the head behind it. `detour(lazy, hidden)` is the way
-back: hidden states whose gradient passes through that graph, wrapped as `HiddenGradient`, in place of the gradient of
-the logits that nobody forms.
+A lazy tensor is the output of `attach(hidden, ...)`, so that whatever walks the graph or hangs hooks on it (engines do
+so with everything a forward returns) finds the hidden states and the head behind it. `detour(lazy, hidden)` gives
+hidden states whose gradient passes through that graph: it is wrapped as a `HiddenGradient`, which takes the place of
+the gradient of the logits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SAME = {_aten.detach.default, _aten.alias.default, _aten.clone.default, _aten.v
 
 
 class HiddenGradient(Tensor):
-    """The gradient of lazy logits to autograd, of the logits' shape and dtype; holds that of the hidden states."""
+    """The gradient of lazy logits as autograd sees it, in their shape and dtype; holds that of the hidden states."""
 
     @staticmethod
     def __new__(cls, like: tuple[torch.Size, torch.dtype, torch.device], hidden: Tensor) -> HiddenGradient:
@@ -40,7 +40,7 @@ class HiddenGradient(Tensor):
             return cls(args[0].like, args[0].hidden)
         if function is _aten.add.Tensor and not kwargs and all(isinstance(a, cls) for a in args):
             return cls(args[0].like, args[0].hidden + args[1].hidden)
-        if function is _aten.isnan.default:  # asked by torch's detection of anomalies
+        if function is _aten.isnan.default:  # called by torch's anomaly detection
             return args[0].hidden.isnan()
         raise RuntimeError(
             f"chunked_ce: {function} on the gradient of lazy logits, which is never formed. For the gradient of the "
@@ -65,7 +65,7 @@ class _Attach(torch.autograd.Function):
             return None, None, None, *rest
         if isinstance(grad, HiddenGradient):
             return None, None, grad.hidden, *rest
-        return None, None, *ctx.differentiate(grad)  # of a function that took the logits in and gives their gradient
+        return None, None, *ctx.differentiate(grad)  # from a function that took the logits themselves
 
 
 class _Detour(torch.autograd.Function):
@@ -85,16 +85,16 @@ def attach(
 ) -> Tensor:
     """The tensor that ``make`` makes, with ``hidden`` and ``parameters`` behind it in the graph.
 
-    ``differentiate(grad)`` gives their gradients where a gradient of the values comes from somewhere after all.
+    ``differentiate(grad)`` gives their gradients, should a gradient of the values arrive after all.
     """
     return _Attach.apply(make, differentiate, hidden, *parameters)
 
 
 def is_attached(node: torch.autograd.graph.Node | None) -> bool:
-    """Whether this is the node of a tensor just as `attach` returned it."""
+    """Whether this is the node of a tensor that has not changed since `attach` returned it."""
     return node is None or isinstance(node, _Attach._backward_cls)
 
 
 def detour(lazy: Tensor, hidden: Tensor) -> Tensor:
-    """The values of ``hidden``, whose gradient passes through the graph of ``lazy``."""
+    """``hidden``, with a gradient that passes through the graph of ``lazy``."""
     return _Detour.apply(lazy, hidden.detach())

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,23 +14,21 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._pytree import tree_map
 
 from chunked_ce.lazy.graph import attach, detour, is_attached
+from chunked_ce.lazy.head import LazyHead
 from chunked_ce.lazy.product import Rows, with_layout
 from chunked_ce.lazy.source import Call, Operation, Root, version
 from chunked_ce.objective import Logits
-
-if TYPE_CHECKING:
-    from chunked_ce.lm_head import LMHead
 
 __all__ = ["Lazy", "LazyLogProbs", "LazyLogits"]
 
 
 class Lazy(Tensor):
-    """What `LazyLogits` and `LazyLogProbs` share: shape without values, and what happens to it.
+    """The base of `LazyLogits` and `LazyLogProbs`: a tensor with a shape and a graph but without values.
 
-    The hidden states have the shape of the logits with D in place of V, so that whatever is done to the other
-    dimensions is done to them. A stand-in on the meta device has shape, strides and dtype, and raises what the
-    logits would raise: it goes through all that is done to them. ``operations`` make the logits themselves out of the
-    head's output, if it comes to that.
+    Its hidden states have the shape of the logits with D in place of V, so that an operation on the other dimensions
+    applies to them as well. Its stand-in on the meta device has the shape, strides and dtype of the logits: it goes
+    through every operation, and raises the errors that the logits would raise. Its ``operations`` lead from the head's
+    output to the logits, in case they have to be computed.
     """
 
     _dispatch: Callable[..., Any]  # `chunked_ce.lazy.follow.dispatch`
@@ -41,9 +39,9 @@ class Lazy(Tensor):
     _logits: Logits
     _factor: float  # of the log-probabilities
     _stand_in: Tensor
-    _value: Tensor | None  # once it was computed
+    _value: Tensor | None  # once it is computed
     _value_version: int | None
-    _hooked: bool
+    _hooked: bool  # the gradient must pass through this tensor, so that its hooks are called
     _joined: bool
 
     @classmethod
@@ -58,7 +56,7 @@ class Lazy(Tensor):
         factor: float = 1.0,
         tracked: bool = True,
     ):
-        """A new lazy tensor, with a graph behind it if ``tracked``."""
+        """Make a lazy tensor, with a graph behind it if ``tracked``."""
         call = root.call
 
         def make() -> Lazy:
@@ -80,12 +78,12 @@ class Lazy(Tensor):
 
     @staticmethod
     def _values_of(logits: Tensor, factor: float) -> Tensor:
-        """What the tensor stands for, of logits (..., V)."""
+        """The values that a tensor of this class stands for, given the logits (..., V)."""
         return logits
 
     @classmethod
     def of_call(cls, call: Call, hidden: Tensor, vocab_size: int, logits: Logits):
-        """What ``call`` with ``hidden`` (..., D) returns."""
+        """The lazy logits that ``call`` returns for ``hidden`` (..., D)."""
         tracked = torch.is_grad_enabled()
         hidden = hidden if tracked else hidden.detach()
         stand_in = torch.empty(*hidden.shape[:-1], vocab_size, dtype=call.dtype, device="meta")
@@ -93,16 +91,16 @@ class Lazy(Tensor):
         return cls._make(root, (), hidden, hidden.dim() - 1, logits, stand_in, tracked=tracked)
 
     def derive(self, operation: Operation, **changes: Any):
-        """What ``operation`` gives, where ``changes`` say what it does to the maths of this tensor."""
+        """The result of ``operation``, which differs from this tensor in the attributes that ``changes`` names."""
         of_tokens = operation.of_tokens
-        # The hidden states first: they see an index that is out of range.
+        # The hidden states come first: an index that is out of range raises on them.
         hidden = self._hidden if of_tokens is None else of_tokens(self._hidden)
         stand_in = operation.of_logits(self._stand_in)
         tracked = self.requires_grad and torch.is_grad_enabled()
         return self._next((*self._operations, operation), hidden, stand_in, tracked, **changes)
 
     def without_graph(self):
-        """What `detach` gives."""
+        """The same tensor, detached."""
         return self._next(self._operations, self._hidden, self._stand_in, tracked=False)
 
     def _next(self, operations: tuple[Operation, ...], hidden: Tensor, stand_in: Tensor, tracked: bool, **changes: Any):
@@ -112,7 +110,7 @@ class Lazy(Tensor):
         return cls._make(root, operations, hidden, stand_in=stand_in, tracked=tracked, **parts)
 
     def become(self, other: Lazy) -> bool:
-        """Take on the state of ``other``, which an operation made of this tensor, in place; whether that is sound."""
+        """Take on the state of ``other``, the result of an operation on this tensor; False where that is not sound."""
         alone = all(one is self or one is other for one in self._root.call.members.values())
         if not alone or (self.requires_grad and not other.requires_grad):
             return False
@@ -121,12 +119,8 @@ class Lazy(Tensor):
         self._root.call.changed = True
         return True
 
-    def hook_added(self) -> None:
-        """The gradient must pass through this tensor, that the hook be called."""
-        self._hooked = True
-
     def join_graph(self) -> None:
-        """Make the gradient of the hidden states pass through what others put into this tensor's graph."""
+        """Let the gradient of the hidden states pass through whatever others have put into this tensor's graph."""
         if not self.requires_grad or self._joined:
             return
         if is_attached(self.grad_fn) and not self._hooked:
@@ -140,19 +134,19 @@ class Lazy(Tensor):
         self._operations = ()
 
     def _numbers(self) -> Tensor:
-        """The rows of the product that this tensor's rows come from; its shape, with 1 in place of V."""
+        """The numbers of the product's rows behind this tensor's rows, in its shape with 1 in place of V."""
         steps = [operation.of_tokens for operation in self._operations if operation.of_tokens is not None]
         return functools.reduce(lambda numbers, step: step(numbers), steps, self._root.numbers)
 
     def _of_rows(self) -> tuple[Callable[[Tensor], Tensor], ...]:
-        """What makes this tensor's rows of those of the product."""
+        """The steps from the product's rows to those of this tensor."""
         steps = [operation.of_rows for operation in self._operations if operation.of_rows is not None]
         return (*self._root.of_rows, *steps)
 
     def rows(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[Rows, Tensor]]:
-        """This tensor's rows, as pieces: places among them, and values (m, V), with the bits of `materialize`.
+        """This tensor's rows in pieces: their places, and their values (m, V) with the bits of `materialize`.
 
-        The arguments are those of a `request`.
+        Takes the arguments of a `request`.
         """
         numbers, of_rows = self._numbers().movedim(self._vocab_dim, -1).flatten(), self._of_rows()
         for places, rows in self._root.product.rows(numbers, weight, bias, hidden.dtype):
@@ -161,7 +155,7 @@ class Lazy(Tensor):
             yield places, rows
 
     def request(self, function: Callable[..., Any]) -> Any:
-        """``function(hidden, weight, bias)`` with hidden states (..., D), in the head's call."""
+        """``function(hidden, weight, bias)`` with hidden states (..., D), inside a call of the head."""
         call = self._root.call
         call.check_hidden_unchanged()
         tracked = self.requires_grad and torch.is_grad_enabled()
@@ -169,7 +163,7 @@ class Lazy(Tensor):
         return call.run(hidden if tracked else hidden.detach(), function, tracked)
 
     @property
-    def head(self) -> LMHead:
+    def head(self) -> LazyHead:
         return self._root.call.head
 
     @property
@@ -177,7 +171,7 @@ class Lazy(Tensor):
         return self._value is not None
 
     def compute_for(self, operation: str) -> None:
-        """Compute what this tensor stands for, with the one warning that ``operation`` needs it."""
+        """Compute the values, with the one warning that ``operation`` needs them."""
         call = self._root.call
         call.head.check_can_compute(operation)
         if not call.computed and not call.is_cheap:
@@ -187,18 +181,16 @@ class Lazy(Tensor):
     def materialize(self) -> Tensor:
         """The tensor that this one stands for, computed at the first call, with its graph.
 
-        From then on every operation on it, and on what was derived from the same logits, is one on these values.
+        From then on every operation on this tensor, and on all others from the same logits, works on these values.
         """
         if self._value is None:
             call = self._root.call
             call.head.check_can_compute("materialize")
             call.computed = True
-            # All at once: views of one another are then views of the same memory, whatever happens to it.
-            members = [
-                (not one.requires_grad, len(one._operations), at, one) for at, one in enumerate(call.members.values())
-            ]
+            # All at once, so that views of one another are views of the same memory.
+            members = list(call.members.values())
             with _unseen():
-                for _, _, _, one in sorted(members, key=lambda member: member[:3]):
+                for one in sorted(members, key=lambda one: (not one.requires_grad, len(one._operations))):
                     one.join_graph()
                     if one._value is None:
                         value = one._root.value(one._operations, one.requires_grad)
@@ -212,7 +204,7 @@ class Lazy(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        """What did not pass through Python: the same tensor again, or an operation on the values."""
+        """Calls from below Python: they give the same tensor again, or operate on the values."""
         aten, lazy = torch.ops.aten, args[0]
         same = function in (aten.detach.default, aten.alias.default)
         if isinstance(lazy, Lazy) and (same or (function is aten.view.default and tuple(args[1]) == tuple(lazy.shape))):
@@ -258,9 +250,9 @@ class Lazy(Tensor):
 class LazyLogits(Lazy):
     """The logits of an `LMHead` call, not computed.
 
-    A tensor in shape, dtype, device and graph. Slices, reshapes, casts and scales of it are lazy too; the losses,
-    log-probabilities, ``argmax``, ``topk``, ``gather`` and ``logsumexp`` of it come from the hidden states, a chunk of
-    tokens or words at a time; anything else computes the logits once and says so in a warning.
+    A tensor in shape, dtype, device and graph. Its slices, reshapes, casts and multiples are lazy too. Its losses,
+    log-probabilities, ``argmax``, ``topk``, ``gather`` and ``logsumexp`` are computed from the hidden states, a chunk
+    of tokens or vocabulary entries at a time. Anything else computes the logits once, with a warning.
 
     >>> import torch
     >>> from chunked_ce import LMHead
@@ -281,8 +273,8 @@ class LazyLogProbs(Lazy):
 
 
 def _unseen() -> contextlib.AbstractContextManager:
-    """Keeps what is computed once out of what is going on around it: transforms of ``torch.func``, and checkpoints,
-    which count what is saved the first time and the second."""
+    """Hides a computation that happens once from transforms of ``torch.func``, and from checkpoints, which compare the
+    tensors saved in the forward with those of its repetition."""
     if torch._C._are_functorch_transforms_active():
         return temporarily_clear_interpreter_stack()
     return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)

@@ -1,4 +1,4 @@
-"""The product of hidden states and head behind lazy logits, with the same bits whatever is asked of it."""
+"""The product of hidden states and head behind lazy logits, whose bits are the same at every computation."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor
 from chunked_ce import plan
 from chunked_ce.options import ChunkOptions
 
-__all__ = ["Product", "Rows", "fits_a_chunk", "rows_per_block", "unsafe_view", "with_gradient", "with_layout"]
+__all__ = ["Product", "Rows", "rows_per_block", "unsafe_view", "with_gradient", "with_layout"]
 
 Rows = slice | Tensor
-unsafe_view = torch.ops.aten._unsafe_view.default  # no view to autograd, so that it can be changed in place
+unsafe_view = torch.ops.aten._unsafe_view.default  # not a view to autograd, so that it can be changed in place
 
 
 class Product:
-    """``hidden @ weight.T + bias`` of one call of a head, formed anew whenever rows of it are needed.
+    """``hidden @ weight.T + bias`` of one call of a head, recomputed whenever rows of it are needed.
 
-    A matrix product may round a row differently when other rows stand beside it. Every row is therefore formed in the
+    A matrix product may round a row differently when other rows stand beside it. Every row is therefore computed in the
     same block of rows each time: the largest logits of a chunk are then among the logits that are computed later.
     """
 
@@ -37,12 +37,12 @@ class Product:
     def rows(
         self, numbers: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
     ) -> Iterator[tuple[Rows, Tensor]]:
-        """The rows with these ``numbers``, (n,) on the CPU, as pieces: places among the n, and values (m, V) there.
+        """The rows with these ``numbers``, (n,) on the CPU, in pieces: their places among the n, and values (m, V).
 
-        ``dtype`` is that of the hidden states as they reach the head, which engines change.
+        ``dtype`` is that of the hidden states when they reach the head, which engines may change.
         """
         hidden = self.factor(self.hidden.to(dtype))
-        weight, bias = self.factor(weight), self.factor(bias)  # not detached: torch chooses its product by that
+        weight, bias = self.factor(weight), self.factor(bias)  # not detached: torch chooses the kernel by it
         in_order = torch.equal(numbers, torch.arange(self.num_rows))
         numbers, places = (numbers, None) if in_order else numbers.sort(stable=True)
         if not len(numbers):
@@ -76,22 +76,11 @@ class Product:
         return F.linear(hidden.reshape(self.num_rows, hidden.shape[-1])[rows], weight, bias)
 
 
-def rows_per_block(
-    num_rows: int, vocab_size: int, hidden_size: int, dtype: torch.dtype, options: ChunkOptions | None
-) -> int:
-    """Rows of logits at a time."""
-    options = options or ChunkOptions()
+def rows_per_block(num_rows: int, vocab_size: int, hidden_size: int, dtype: torch.dtype, options: ChunkOptions) -> int:
+    """The number of rows of logits that are computed at a time."""
     chunk_size = None if options.chunk_size == "auto" else options.chunk_size
     limits = {"chunk_size": chunk_size, "memory_budget": options.memory_budget}
     return plan.tokens_per_chunk(num_rows, vocab_size, hidden_size, compute_dtype=dtype, **limits)
-
-
-def fits_a_chunk(
-    num_rows: int, vocab_size: int, hidden_size: int, dtype: torch.dtype, options: ChunkOptions | None
-) -> bool:
-    """Whether all logits are no more than the budget for a chunk of them."""
-    budget = None if options is None else options.memory_budget
-    return rows_per_block(num_rows, vocab_size, hidden_size, dtype, ChunkOptions(memory_budget=budget)) >= num_rows
 
 
 class _WithGradient(torch.autograd.Function):
@@ -113,7 +102,7 @@ class _WithGradient(torch.autograd.Function):
 
 
 def with_gradient(values: Callable[[], Tensor], hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The ``values()`` (n, V) of a product of ``hidden`` (n, D) and the head, with the product's gradient."""
+    """``values()`` (n, V), with the gradient of the product of ``hidden`` (n, D) and the head."""
     return _WithGradient.apply(values, hidden, weight, bias)
 
 
@@ -132,7 +121,7 @@ class _WithLayout(torch.autograd.Function):
 
 
 def with_layout(values: Tensor, like: Tensor) -> Tensor:
-    """``values`` with the strides and the offset of ``like``, copied where they are others."""
+    """``values`` with the strides and the offset of ``like``, copied where they differ."""
     if values.stride() == like.stride() and values.storage_offset() == like.storage_offset():
         return values
     return _WithLayout.apply(values, like.stride(), like.storage_offset())

@@ -1,4 +1,4 @@
-"""Shape, memory and dtype of lazy tensors: what leaves the vocabulary whole is done to the hidden states."""
+"""Handlers of shape, memory and dtype: an operation that leaves the vocabulary whole applies to the hidden states."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from chunked_ce.lazy.source import Operation
 
 __all__ = []
 
-_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_FLOATS = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def _follow(lazy: Lazy, operation: Callable[[Tensor], Tensor], vocab_dim: int) -> Lazy:
-    """``operation`` is the same for logits and hidden states, and leaves the vocabulary at ``vocab_dim``."""
+    """The result of an ``operation`` that is the same for hidden states, and moves the vocabulary to ``vocab_dim``."""
     return lazy.derive(Operation(operation, of_tokens=operation), vocab_dim=vocab_dim)
 
 
 def _dim(dim: Any, dims: int) -> int:
-    """A dimension counted from the front."""
+    """The dimension, counted from the front."""
     if not isinstance(dim, int) or not -dims <= dim < dims:
         raise IndexError(f"Dimension out of range (expected to be in range of [{-dims}, {dims - 1}], but got {dim})")
     return dim % dims
 
 
-# ---- reshapes of the tokens, rows kept whole ----
+# ---- reshapes of the tokens that keep rows whole ----
 
 
 def _reshape(lazy: Lazy, operation: Callable[[Tensor], Tensor]) -> Lazy:
@@ -59,14 +59,12 @@ def _reshaped(lazy: Lazy, *shape: Any) -> Lazy:
 
 @follows("view_as")
 def _view_as(lazy: Lazy, other: Tensor) -> Lazy:
-    shape = tuple(other.shape)
-    return _reshape(lazy, lambda x: x.view(shape))
+    return _view(lazy, tuple(other.shape))
 
 
 @follows("reshape_as")
 def _reshape_as(lazy: Lazy, other: Tensor) -> Lazy:
-    shape = tuple(other.shape)
-    return _reshape(lazy, lambda x: x.reshape(shape))
+    return _reshaped(lazy, tuple(other.shape))
 
 
 @follows("flatten")
@@ -131,60 +129,46 @@ def _squeeze(lazy: Lazy, dim: int | None = None) -> Lazy:
 
 @follows("__getitem__")
 def _getitem(lazy: Lazy, index: Any) -> Lazy:
-    items = list(index) if isinstance(index, tuple) else [index]
-    if any(isinstance(item, Lazy) for item in items):
+    items = _without_ellipsis(list(index) if isinstance(index, tuple) else [index], lazy.dim())
+    if items is None:
         return NotImplemented
-    consumed = [_consumed(item) for item in items]
-    if None in consumed:
-        return NotImplemented
-    free = lazy.dim() - sum(consumed)
-    places = [place for place, item in enumerate(items) if item is Ellipsis]
-    if free < 0 or len(places) > 1:
-        return NotImplemented  # the logits will raise
-    place = places[0] if places else len(items)
-    items[place : place + 1] = [slice(None)] * free
-    reached = vocab_at = 0
-    for at, item in enumerate(items):
-        if reached <= lazy._vocab_dim < reached + _consumed(item):
-            vocab_at = at
-        reached += _consumed(item)
-    vocab_size = lazy.shape[lazy._vocab_dim]
-    vocab_item = items[vocab_at]
-    if not isinstance(vocab_item, slice) or not _is_whole(vocab_item, vocab_size):
-        return NotImplemented
-    items[vocab_at] = slice(None)
-    reached, found = 0, []
+    constants, reached, vocab_at = [], 0, 0
     for item in items:
-        constant = _constant(item, lazy.shape[reached : reached + _consumed(item)])
+        shape = lazy.shape[reached : reached + _consumed(item)]
+        if reached <= lazy._vocab_dim < reached + len(shape):
+            if not isinstance(item, slice) or item.indices(shape[0]) != (0, shape[0], 1):
+                return NotImplemented
+            constant, vocab_at = [slice(None)], len(constants)
+        else:
+            constant = _constant(item, shape)
         if constant is None:
             return NotImplemented  # the logits will raise
-        reached += _consumed(item)
-        found += constant
-    indices = [item for item in found if isinstance(item, Tensor)]
-    if indices and vocab_at != len(items) - 1:
+        reached += len(shape)
+        constants += constant
+    tensors = [item for item in constants if isinstance(item, Tensor)]
+    if tensors and vocab_at != len(constants) - 1:
         return NotImplemented
 
     def at(x: Tensor) -> Tensor:
-        return x[tuple(item.to(x.device) if isinstance(item, Tensor) else item for item in found)]
+        return x[tuple(item.to(x.device) if isinstance(item, Tensor) else item for item in constants)]
 
-    before = found[: len(found) - (len(items) - vocab_at)]
-    kept = sum(not isinstance(item, int | Tensor) for item in before)
-    return lazy.derive(Operation(at, of_tokens=at), vocab_dim=kept + max((index.dim() for index in indices), default=0))
+    kept = sum(not isinstance(item, int | Tensor) for item in constants[:vocab_at])
+    vocab_dim = kept + max((item.dim() for item in tensors), default=0)
+    return lazy.derive(Operation(at, of_tokens=at), vocab_dim=vocab_dim)
 
 
-def _constant(item: Any, shape: torch.Size) -> list[Any] | None:
-    """An index of dimensions of this shape as slices, numbers and tensors of numbers, which nobody can change later."""
-    if isinstance(item, list):
-        return [torch.tensor(item, dtype=torch.long)]
-    if not isinstance(item, Tensor):
-        return [item]
-    if item.dtype in (torch.bool, torch.uint8):
-        return list(item.nonzero(as_tuple=True)) if item.shape == shape else None
-    return [int(item)] if item.dim() == 0 else [item.clone()]
+def _without_ellipsis(items: list[Any], dims: int) -> list[Any] | None:
+    """The items of an index of all dimensions, None where that is not known."""
+    consumed = [None if isinstance(item, Lazy) else _consumed(item) for item in items]
+    places = [place for place, item in enumerate(items) if item is Ellipsis]
+    if None in consumed or sum(consumed) > dims or len(places) > 1:
+        return None
+    place = places[0] if places else len(items)
+    return [*items[:place], *[slice(None)] * (dims - sum(consumed)), *items[place + 1 :]]
 
 
 def _consumed(item: Any) -> int | None:
-    """How many dimensions an index takes in, None if unknown."""
+    """The number of dimensions that an item of an index takes up, None if it is not known."""
     if item is None or item is Ellipsis:
         return 0
     if isinstance(item, slice):
@@ -194,15 +178,19 @@ def _consumed(item: Any) -> int | None:
         return item.dim() or None
     if isinstance(item, Tensor) and not item.is_floating_point():
         return 1
-    if isinstance(item, int) and not isinstance(item, bool):
-        return 1
-    if isinstance(item, list) and all(isinstance(entry, int) and not isinstance(entry, bool) for entry in item):
-        return 1
-    return None
+    entries = item if isinstance(item, list) else [item]
+    return 1 if all(isinstance(entry, int) and not isinstance(entry, bool) for entry in entries) else None
 
 
-def _is_whole(item: slice, size: int) -> bool:
-    return item.indices(size) == (0, size, 1)
+def _constant(item: Any, shape: torch.Size) -> list[Any] | None:
+    """The item as slices, numbers and tensors of numbers that nobody can change later, for dimensions of this shape."""
+    if isinstance(item, list):
+        return [torch.tensor(item, dtype=torch.long)]
+    if not isinstance(item, Tensor):
+        return [item]
+    if item.dtype in (torch.bool, torch.uint8):
+        return list(item.nonzero(as_tuple=True)) if item.shape == shape else None
+    return [int(item)] if item.dim() == 0 else [item.clone()]
 
 
 @follows("narrow")
@@ -226,7 +214,7 @@ def _index_select(lazy: Lazy, dim: int, index: Tensor) -> Lazy:
     dim = _dim(dim, lazy.dim())
     if dim == lazy._vocab_dim or isinstance(index, Lazy):
         return NotImplemented
-    kept = index.clone()  # nobody changes it before the logits are computed
+    kept = index.clone()  # the caller may change it before the logits are computed
     return _follow(lazy, lambda x: x.index_select(dim, kept.to(x.device)), lazy._vocab_dim)
 
 
@@ -270,17 +258,12 @@ def _parts(lazy: Lazy, stand_ins: tuple[Tensor, ...], dim: int) -> tuple[Lazy, .
 def _contiguous(lazy: Lazy, memory_format: torch.memory_format = torch.contiguous_format) -> Lazy:
     if lazy._stand_in.is_contiguous(memory_format=memory_format):
         return lazy
-    return _copied(lazy, lambda x: x.contiguous(memory_format=memory_format))
+    return lazy.derive(Operation(lambda x: x.contiguous(memory_format=memory_format)))
 
 
 @follows("clone")
 def _clone(lazy: Lazy, memory_format: torch.memory_format = torch.preserve_format) -> Lazy:
-    return _copied(lazy, lambda x: x.clone(memory_format=memory_format))
-
-
-def _copied(lazy: Lazy, operation: Callable[[Tensor], Tensor]) -> Lazy:
-    """``operation`` changes where the logits lie, not what they are."""
-    return lazy.derive(Operation(operation))
+    return lazy.derive(Operation(lambda x: x.clone(memory_format=memory_format)))
 
 
 @follows("detach")
@@ -291,26 +274,6 @@ def _detach(lazy: Lazy) -> Lazy:
 @follows("__get__", inspect.getattr_static(Tensor, "data"))
 def _data(lazy: Lazy, owner: Any = None) -> Lazy:
     return lazy.without_graph()
-
-
-@follows("float")
-def _float(lazy: Lazy) -> Lazy:
-    return _cast(lazy, torch.float32)
-
-
-@follows("double")
-def _double(lazy: Lazy) -> Lazy:
-    return _cast(lazy, torch.float64)
-
-
-@follows("half")
-def _half(lazy: Lazy) -> Lazy:
-    return _cast(lazy, torch.float16)
-
-
-@follows("bfloat16")
-def _bfloat16(lazy: Lazy) -> Lazy:
-    return _cast(lazy, torch.bfloat16)
 
 
 @follows("type_as")
@@ -354,8 +317,8 @@ def _to(
 def _cast(lazy: Lazy, dtype: torch.dtype) -> Lazy:
     if dtype == lazy.dtype:
         return lazy
-    # The loss comes in float32. More than that is not in the products, unless the hidden states are float64.
-    if dtype not in _FLOATS or torch.float64 in (dtype, lazy.dtype):
+    # Losses are float32. The products hold no more precision than that, unless the hidden states are float64.
+    if dtype not in _FLOATS.values() or torch.float64 in (dtype, lazy.dtype):
         return NotImplemented
 
     def cast(x: Tensor) -> Tensor:
@@ -372,6 +335,13 @@ def _same_device(asked: torch.device, device: torch.device) -> bool:
     return current == device.index
 
 
+def _caster(dtype: torch.dtype) -> Callable:
+    def cast(lazy: Lazy) -> Lazy:
+        return _cast(lazy, dtype)
+
+    return cast
+
+
 def _creator(function: Callable) -> Callable:
     def create(lazy: Lazy, *args: Any, **kwargs: Any) -> Tensor:
         return function(torch.empty(0, dtype=lazy.dtype, device=lazy.device), *args, **kwargs)
@@ -379,5 +349,7 @@ def _creator(function: Callable) -> Callable:
     return create
 
 
+for _name, _dtype in _FLOATS.items():
+    follows(_name)(_caster(_dtype))
 for _function in functions("new_zeros new_ones new_full new_empty new_tensor", Tensor):
     follows(_function.__name__, Tensor, computed=True)(_creator(_function))

@@ -1,4 +1,4 @@
-"""The call of a head that lazy tensors stand for."""
+"""The call of a head that lazy tensors stand for, and the values that are computed from it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from chunked_ce.lazy.product import Product, fits_a_chunk, rows_per_block, unsafe_view, with_gradient, with_layout
+from chunked_ce.lazy.head import LazyHead, check_whole, is_whole
+from chunked_ce.lazy.product import Product, rows_per_block, unsafe_view, with_gradient, with_layout
 from chunked_ce.objective import Logits
-
-if TYPE_CHECKING:
-    from chunked_ce.lazy.logits import Lazy
-    from chunked_ce.lm_head import LMHead
+from chunked_ce.options import ChunkOptions
 
 __all__ = ["Call", "Operation", "Root", "version"]
 
@@ -27,39 +26,46 @@ __all__ = ["Call", "Operation", "Root", "version"]
 class Call:
     """One call of a head: its parameters and precision at that time, and the lazy tensors that came of it."""
 
-    def __init__(self, head: LMHead, hidden: Tensor) -> None:
+    def __init__(self, head: LazyHead, hidden: Tensor) -> None:
         self.head = head
         self.hidden, self.hidden_version = hidden.detach(), version(hidden)
         # Not by attribute: ZeRO-3 gathers a parameter that is looked up.
         self.parameters = head.own_parameters()
-        self.versions = tuple(version(tensor) for tensor in self.parameters)
-        # What the graph leads to, for those who look for the parameters behind a forward. One that an engine gathers
-        # must not be there: its gradient would wait for the graph's end, and its shape now is not its own.
-        self.anchors = tuple(
-            parameter
-            if head.is_whole(*self.parameters) and not hasattr(parameter, "ds_id")
-            else hidden.new_empty(0).requires_grad_(parameter.requires_grad)
-            for parameter in self.parameters
-            if parameter is not None
-        )
+        self.versions = tuple(map(version, self.parameters))
+        self.anchors = self._anchors()
         self.device = hidden.device
         self.autocast = hidden.dtype != torch.float64 and torch.is_autocast_enabled(hidden.device.type)
         self.dtype = torch.get_autocast_dtype(hidden.device.type) if self.autocast else hidden.dtype
-        # By id: a tensor's equality is an operation on it.
-        self.members: weakref.WeakValueDictionary[int, Lazy] = weakref.WeakValueDictionary()
+        # The lazy tensors, by id: comparing two tensors is an operation on them.
+        self.members: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
         self.computed = False
         self.changed = False  # in place
         tensors = (hidden, *self.parameters)
         is_trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         sizes = (hidden.shape[:-1].numel(), head.vocab_size, hidden.shape[-1])
-        # Few rows without a gradient, such as a step of generation, are no more than a chunk holds: they may as well be
+        options = head.options or ChunkOptions()
+        budget = ChunkOptions(memory_budget=options.memory_budget)
+        # A few rows without a gradient, such as a step of generation, fit into a chunk: their logits may as well be
         # computed, with the bits of a layer that is not lazy.
-        self.is_cheap = not is_trained and fits_a_chunk(*sizes, self.dtype, head.options)
-        self.rows_per_block = sizes[0] if self.is_cheap else rows_per_block(*sizes, self.dtype, head.options)
+        self.is_cheap = not is_trained and rows_per_block(*sizes, self.dtype, budget) >= sizes[0]
+        self.rows_per_block = sizes[0] if self.is_cheap else rows_per_block(*sizes, self.dtype, options)
+
+    def _anchors(self) -> tuple[Tensor, ...]:
+        """The leaves of the graph behind lazy tensors, for those who look for the parameters of a forward.
+
+        A parameter that an engine gathers is replaced: its gradient would wait for the end of the graph, and its shape
+        at this time is not its own.
+        """
+        parameters = [parameter for parameter in self.parameters if parameter is not None]
+        whole = is_whole(parameters[0])
+        return tuple(
+            one if whole and not hasattr(one, "ds_id") else self.hidden.new_empty(0).requires_grad_(one.requires_grad)
+            for one in parameters
+        )
 
     @contextlib.contextmanager
     def as_it_was(self, tracked: bool):
-        """The precision of the call, with a graph or without one."""
+        """The precision of the call; with a graph if ``tracked``."""
         with (
             torch.inference_mode(False) if tracked else contextlib.nullcontext(),
             torch.set_grad_enabled(tracked),
@@ -68,14 +74,14 @@ class Call:
             yield
 
     def run(self, hidden: Tensor, request: Callable[..., Any], tracked: bool) -> Any:
-        """``request(hidden, weight, bias)`` inside a call of the head, where engines have its parameters ready."""
+        """``request(hidden, weight, bias)`` inside a call of the head, for which engines gather its parameters."""
         now = self.head.own_parameters()
         with self.as_it_was(tracked):
             self._check_parameters_unchanged()
             if all(a is b for a, b in zip(now, self.parameters, strict=True)):
                 return self.head.run(hidden, request)
             # `torch.func.functional_call` put them in the head's place, and took them away again.
-            self.head.check_whole(*self.parameters)
+            check_whole(self.parameters[0])
             return request(hidden, *self.parameters)
 
     def differentiate(
@@ -87,7 +93,7 @@ class Call:
         factor: float,
         grad: Tensor,  # of the values
     ) -> list[Tensor | None]:
-        """The gradients of hidden states and anchors for a gradient of what a lazy tensor stands for."""
+        """The gradients of the hidden states and the anchors, given that of the values a lazy tensor stands for."""
         if self.changed:
             raise RuntimeError(
                 "a gradient of the logits reached lazy logits that were changed in place: call materialize() on the "
@@ -101,15 +107,15 @@ class Call:
             )
 
         def values(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            found = values_of(self.head.logits_of(hidden, weight, bias, logits), factor)
+            found = values_of(logits(F.linear(hidden, weight, bias)), factor)
             return found.movedim(-1, vocab_dim).to(grad.dtype)
 
         hidden = hidden.detach().requires_grad_()
         with torch.enable_grad():
             found = self.run(hidden.movedim(vocab_dim, -1), values, tracked=True)
         trained = [hidden, *(parameter for parameter in parameters if parameter.requires_grad)]
-        of = dict(zip(map(id, trained), torch.autograd.grad(found, trained, grad), strict=True))
-        return [of[id(hidden)], *(of.get(id(parameter)) for parameter in parameters)]
+        gradients = dict(zip(map(id, trained), torch.autograd.grad(found, trained, grad), strict=True))
+        return [gradients.get(id(one)) for one in (hidden, *parameters)]
 
     def check_hidden_unchanged(self) -> None:
         if version(self.hidden) != self.hidden_version:
@@ -133,12 +139,12 @@ class Call:
 
 
 class Operation(NamedTuple):
-    """What was done to logits: to all their dimensions, or to each row of them."""
+    """One operation on logits, in the forms that it takes for the tensors behind them."""
 
     of_logits: Callable[[Tensor], Tensor]
-    # The same for a tensor with one number, or a hidden state, in place of each row; None: rows stay where they are.
+    # For a tensor that has one number, or one hidden state, in place of each row; None if rows stay where they are.
     of_tokens: Callable[[Tensor], Tensor] | None = None
-    # The same for rows (n, V); None: their values stay what they are.
+    # For rows (n, V); None if their values stay the same.
     of_rows: Callable[[Tensor], Tensor] | None = None
 
 
@@ -149,11 +155,11 @@ class Root:
         self,
         call: Call,
         product: Product,
-        numbers: Tensor,  # of the product's rows, on the CPU; the shape of the logits, 1 in place of V
-        hidden: Tensor,  # with a graph; D in place of V
+        numbers: Tensor,  # of the product's rows, on the CPU; in the shape of the logits with 1 in place of V
+        hidden: Tensor,  # with a graph; in the shape of the logits with D in place of V
         vocab_dim: int,
-        of_rows: tuple[Callable[[Tensor], Tensor], ...],  # what makes the logits of the product's rows
-        stand_in: Tensor,  # the shape, memory and dtype of the logits
+        of_rows: tuple[Callable[[Tensor], Tensor], ...],  # the steps from the product's rows to those of the logits
+        stand_in: Tensor,  # has the shape, strides and dtype of the logits
         has_graph: bool,
     ) -> None:
         self.call, self.product, self.numbers, self.hidden = call, product, numbers, hidden
@@ -164,14 +170,14 @@ class Root:
 
     @classmethod
     def of_call(cls, call: Call, hidden: Tensor, logits: Logits, stand_in: Tensor, has_graph: bool) -> Root:
-        """The root of what ``call`` with ``hidden`` (..., D) returns."""
+        """The root of the logits that ``call`` returns for ``hidden`` (..., D)."""
         product = Product(call.hidden, call.rows_per_block, call.dtype if call.autocast else None)
         numbers = torch.arange(product.num_rows).view(*hidden.shape[:-1], 1)
         of_rows = (logits, lambda x: x.to(stand_in.dtype))
         return cls(call, product, numbers, hidden, hidden.dim() - 1, of_rows, stand_in, has_graph)
 
     def detached(self) -> Root:
-        """The same without a graph, so that what is detached does not keep one alive."""
+        """The same root without a graph, so that detached tensors do not keep the graph alive."""
         if not self.has_graph:
             return self
         if self._detached is None:
@@ -217,7 +223,7 @@ class Root:
 
     @contextlib.contextmanager
     def _for_values(self, tracked: bool):
-        """Operations give what they gave to the stand-in, whatever precision is asked for where values are needed."""
+        """Keeps the autocast around the code that needs the values out: operations give what they gave the stand-in."""
         with (
             torch.inference_mode(False) if tracked else contextlib.nullcontext(),
             torch.set_grad_enabled(tracked),
@@ -227,28 +233,25 @@ class Root:
 
 
 def version(tensor: Tensor | None) -> int | None:
-    """Changes when the values do."""
-    if hasattr(tensor, "ds_id"):  # whose values come and go, and are changed elsewhere
-        return _steps.taken
+    """A number that changes when the tensor's values do."""
+    if hasattr(tensor, "ds_id"):  # ZeRO-3 gathers and releases its values, and an optimizer changes them elsewhere
+        return _optimizer_steps
     return None if tensor is None or tensor.is_inference() else tensor._version
 
 
-class _Steps:
-    """Counts the steps of all optimizers."""
-
-    def __init__(self) -> None:
-        self.taken = 0
-        register_optimizer_step_post_hook(self._count)
-
-    def _count(self, *_: Any) -> None:
-        self.taken += 1
+_optimizer_steps = 0  # of all optimizers
 
 
-_steps = _Steps()
+def _count_step(*_: Any) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 def _user_stacklevel() -> int:
-    """Of the first frame that is neither in here nor in torch."""
+    """The stack level of the first frame that is neither in this package nor in torch."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("chunked_ce", "torch"):
         level, frame = level + 1, frame.f_back

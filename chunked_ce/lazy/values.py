@@ -1,4 +1,4 @@
-"""What is asked of logits besides losses, some tokens at a time."""
+"""Values read from logits, such as the largest ones, some tokens at a time."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _GATHERED_ELEMENTS = 2**22  # elements of head rows gathered at a time
 
 @torch.no_grad()
 def of_rows(
-    pieces: Iterator[tuple[Rows, Tensor]],  # places, and rows of logits (m, V)
+    pieces: Iterator[tuple[Rows, Tensor]],  # places and rows of logits (m, V)
     read: Callable[[Tensor, Rows], tuple[Tensor, ...]],
     num_rows: int,
 ) -> tuple[Tensor, ...]:
-    """What ``read`` finds in each piece, put together: (N, ...)."""
+    """The results of ``read`` for all pieces, put together: (N, ...)."""
     found: tuple[Tensor, ...] = ()
     for places, rows in pieces:
         parts = read(rows, places)
@@ -44,12 +44,12 @@ class _WithGradientOf(torch.autograd.Function):
 
 
 def with_gradient_of(differentiable: Tensor, values: Tensor) -> Tensor:
-    """``values``, of which ``differentiable`` is another computation, equal but for its rounding."""
+    """``values`` with the gradient of ``differentiable``, which is equal but for its rounding."""
     return _WithGradientOf.apply(differentiable.to(values.dtype), values)
 
 
 def check_index(index: Tensor, vocab_size: int) -> None:
-    if index.device.type != "cpu" or not index.numel():  # a device asserts by itself, and the host need not wait
+    if index.device.type != "cpu" or not index.numel():  # a device asserts it without making the host wait
         return
     least, most = (int(bound) for bound in index.aminmax())
     if least < 0 or most >= vocab_size:
@@ -63,7 +63,7 @@ def selected(
     logits: Logits,
     index: Tensor,  # (N, k)
 ) -> Tensor:
-    """The logits (N, k) of some words for each token, differentiable, in the products' dtype."""
+    """The logits (N, k) of k vocabulary entries for each token, differentiable, in the products' dtype."""
     dtype = hidden.dtype
     if dtype != torch.float64 and torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -73,7 +73,7 @@ def selected(
 
 
 class _Selected(torch.autograd.Function):
-    """``(hidden[i] * weight[index[i]]).sum(-1)``, gathering few rows of the head at a time."""
+    """``(hidden[i] * weight[index[i]]).sum(-1)``, gathering a few rows of the head at a time."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, index):
@@ -82,8 +82,8 @@ class _Selected(torch.autograd.Function):
         work = torch.promote_types(hidden.dtype, torch.float32)
         found = torch.empty(index.shape, dtype=hidden.dtype, device=hidden.device)
         for rows in _gathers(index, weight):
-            words = weight[index[rows]].to(hidden.dtype)  # (n, k, D)
-            product = torch.einsum("nd,nkd->nk", hidden[rows].to(work), words.to(work))
+            entries = weight[index[rows]].to(hidden.dtype)  # (n, k, D)
+            product = torch.einsum("nd,nkd->nk", hidden[rows].to(work), entries.to(work))
             found[rows] = product if bias is None else product + bias[index[rows]].to(hidden.dtype)
         return found
 
@@ -110,7 +110,7 @@ class _Selected(torch.autograd.Function):
 
 
 def logsumexp_and_best(rows: Tensor, places: Rows) -> tuple[Tensor, Tensor]:
-    """The log-sum-exp (m,) of rows (m, V) in float32 (float64), and their largest logits' words (m, 1)."""
+    """The log-sum-exp (m,) of rows (m, V) in float32 (float64), and the entries (m, 1) with their largest logits."""
     best = rows.argmax(-1, keepdim=True)
     return rows.to(torch.promote_types(rows.dtype, torch.float32)).logsumexp(-1), best
 
@@ -120,11 +120,11 @@ def logsumexp(
     weight: Tensor,  # (V, D)
     bias: Tensor | None,
     logits: Logits,
+    best: Tensor,  # (N, 1), the entries with the largest logits
     options: ChunkOptions | None,
-    best: Tensor,  # (N, 1) the words of the largest logits
 ) -> Tensor:
     """The log-sum-exp (N,) of each token's logits, differentiable, in float32 (float64)."""
-    # log_prob = z - lse of any word gives it; the largest logit is close to it, so that little cancels.
+    # lse = z - log_prob for any entry; the largest logit is close to lse, so that little cancels.
     keywords = {"linear_bias": bias, "softcap": logits.softcap, "logit_scale": logits.scale, "options": options}
     logprob = linear_logprobs(hidden, weight, best.squeeze(-1), **keywords)
     return selected(hidden, weight, bias, logits, best).squeeze(-1).to(logprob.dtype) - logprob

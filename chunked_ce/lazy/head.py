@@ -1,0 +1,143 @@
+"""The head behind lazy logits: its settings, its parameters as they are now, and a call of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from chunked_ce.arguments import described, is_one_of
+from chunked_ce.checks import check_keywords, check_options, check_vocab
+from chunked_ce.distributed.dtensors import is_dtensor
+from chunked_ce.distributed.vocab import VocabShard
+from chunked_ce.objective import Logits
+from chunked_ce.options import ChunkOptions
+
+__all__ = ["LazyHead", "Settings", "check_whole", "is_whole"]
+
+
+class Settings:
+    """The keywords of a head, checked."""
+
+    def __init__(
+        self,
+        *,
+        options: ChunkOptions | None = None,
+        z_loss: float = 0.0,
+        label_smoothing: float = 0.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        vocab: VocabShard | None = None,
+        lazy: Literal["auto", "always"] = "auto",
+        **others: Any,
+    ) -> None:
+        if others:
+            raise TypeError(
+                f"{next(iter(others))} is not a keyword of a head: its losses take reduction, ignore_index and weight "
+                "where they are called; allowed are options, z_loss, label_smoothing, softcap, logit_scale, vocab, lazy"
+            )
+        check_keywords(label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap, logit_scale=logit_scale)
+        check_options(options, None)
+        check_vocab(vocab)
+        if not is_one_of(lazy, ("auto", "always")):
+            raise ValueError(f"lazy must be 'auto' or 'always', was {described(lazy)}")
+        self.options, self.z_loss, self.label_smoothing = options, float(z_loss), float(label_smoothing)
+        self.logits = Logits(float(logit_scale), None if softcap is None else float(softcap))
+        self.vocab, self.lazy = vocab, lazy
+
+    def __str__(self) -> str:
+        shown = {
+            "options": self.options,
+            "z_loss": self.z_loss,
+            "label_smoothing": self.label_smoothing,
+            "softcap": self.logits.softcap,
+            "vocab": self.vocab,
+            "logit_scale": self.logits.scale if self.logits.scale != 1 else None,
+            "lazy": self.lazy if self.lazy != "auto" else None,
+        }
+        return "".join(f", {name}={value}" for name, value in shown.items() if value)
+
+
+class LazyHead(nn.Linear):
+    """The part of an `LMHead` that its lazy logits rely on."""
+
+    _settings: Settings
+
+    def run(self, hidden: Tensor, request: Callable[..., Any]) -> Any:
+        """``request(hidden, weight, bias)`` inside a call of this module, so that all of its hooks run."""
+        return super().__call__(hidden, request=request)
+
+    def forward(self, input: Tensor, request: Callable[..., Any] | None = None) -> Any:
+        if request is not None:
+            check_whole(self.weight)
+            return request(input, self.weight, self.bias)
+        self.check_can_compute("this call of the head")
+        return self._settings.logits(F.linear(input, self.weight, self.bias))
+
+    def own_parameters(self) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias as they are, gathered or not; None for a weight that is not a parameter (parametrized)."""
+        # A replica that `nn.DataParallel` makes holds its copies as attributes.
+        attributes = vars(self) if getattr(self, "_is_replica", False) else {}
+        return tuple(dict.get(self._parameters, name, attributes.get(name)) for name in ("weight", "bias"))
+
+    @property
+    def options(self) -> ChunkOptions | None:
+        return self._settings.options
+
+    @property
+    def vocab(self) -> VocabShard | None:
+        return self._settings.vocab
+
+    @property
+    def vocab_size(self) -> int:
+        """The size of the whole vocabulary now: a weight may have been resized since the head was made."""
+        weight, _ = self.own_parameters()
+        return _whole_shape(weight)[0] if self.vocab is None else self.vocab.total
+
+    @property
+    def loss_keywords(self) -> dict[str, float]:
+        """The terms that the head adds to every cross-entropy."""
+        return {"z_loss": self._settings.z_loss, "label_smoothing": self._settings.label_smoothing}
+
+    def keywords_of_loss(self, label_smoothing: float) -> dict[str, Any]:
+        """The keywords of a cross-entropy that the caller asked for with ``label_smoothing``."""
+        mine = self._settings.label_smoothing
+        if label_smoothing and mine and label_smoothing != mine:
+            raise ValueError(
+                f"label_smoothing: the loss was given {label_smoothing}, the head {mine}: give it to one of them"
+            )
+        return self.loss_keywords | {"label_smoothing": label_smoothing or mine, "options": self.options}
+
+    def check_can_compute(self, operation: str) -> None:
+        if self.vocab is not None:
+            raise NotImplementedError(
+                f"{operation} needs the logits of all words, of which this rank holds {self.vocab.rows} of "
+                f"{self.vocab.total} (vocab): only losses and log-probabilities are taken from a sharded head"
+            )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}{self._settings}"
+
+
+def is_whole(weight: Tensor) -> bool:
+    """Whether the weight of a head is all there: no engine has released or sharded it."""
+    is_local = not is_dtensor(weight) and weight.shape == _whole_shape(weight)
+    return is_local and (weight.numel() == 0 or weight.untyped_storage().nbytes() > 0)
+
+
+def check_whole(weight: Tensor) -> None:
+    if not is_whole(weight):
+        raise RuntimeError(
+            f"the head's weight, of shape {tuple(_whole_shape(weight))}, is not whole here but "
+            f"{type(weight).__name__} {tuple(weight.shape)}: a loss outside the forward of the module that an "
+            "engine shards needs the head to be a unit of its own (fully_shard(model.lm_head)), or the loss must "
+            "move into the forward (pass labels to the model)"
+        )
+
+
+def _whole_shape(weight: Tensor) -> torch.Size:
+    """(V, D), also while ZeRO-3 has put an empty tensor in the weight's place."""
+    return getattr(weight, "ds_shape", weight.shape)
