@@ -273,8 +273,8 @@ class LazyLogProbs(Lazy):
 
 
 def _unseen() -> contextlib.AbstractContextManager:
-    """Hides a computation that happens once from transforms of ``torch.func``, and from checkpoints, which compare the
-    tensors saved in the forward with those of its repetition."""
+    """Hides a computation that happens once from transforms of ``torch.func``, and from checkpoints, which expect the
+    recomputation to save as many tensors as the forward."""
     if torch._C._are_functorch_transforms_active():
         return temporarily_clear_interpreter_stack()
     return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)

@@ -51,10 +51,10 @@ class Call:
         self.rows_per_block = sizes[0] if self.is_cheap else rows_per_block(*sizes, self.dtype, options)
 
     def _anchors(self) -> tuple[Tensor, ...]:
-        """The leaves of the graph behind lazy tensors, for those who look for the parameters of a forward.
+        """The leaves behind lazy tensors in the graph, where engines look for the parameters of a forward.
 
-        A parameter that an engine gathers is replaced: its gradient would wait for the end of the graph, and its shape
-        at this time is not its own.
+        A parameter that an engine gathers has a substitute: its own gradient would wait for the end of the graph, and
+        its shape would be that of its released state.
         """
         parameters = [parameter for parameter in self.parameters if parameter is not None]
         whole = is_whole(parameters[0])
@@ -223,7 +223,7 @@ class Root:
 
     @contextlib.contextmanager
     def _for_values(self, tracked: bool):
-        """Keeps the autocast around the code that needs the values out: operations give what they gave the stand-in."""
+        """Without the autocast of the code that needs the values: operations give what they gave the stand-in."""
         with (
             torch.inference_mode(False) if tracked else contextlib.nullcontext(),
             torch.set_grad_enabled(tracked),
