@@ -1,4 +1,4 @@
-"""Training in a plain PyTorch loop: run by `python` in one process, by `torchrun` in several, with DDP."""
+"""Trains in a plain PyTorch loop: in one process with `python`, in several with `torchrun` and DDP."""
 
 import argparse
 import os
@@ -35,10 +35,10 @@ shape = {"micro_batches": options.micro_batches, "batch": options.batch, "rank":
 
 for step in range(1, options.steps + 1):
     inputs, targets = (ids.to(device) for ids in batches.step(step, **shape))  # (micro_batches, B, T)
-    mean = TokenMean.over(targets, divisor=ranks)  # DDP divides by the ranks, this loop by nothing more
+    mean = TokenMean.over(targets, divisor=ranks)  # DDP divides by the ranks; this loop divides by nothing else
     loss_sums = []
     for micro in range(options.micro_batches):
-        last = micro + 1 == options.micro_batches  # DDP averages the gradients in its backward
+        last = micro + 1 == options.micro_batches  # DDP averages gradients only in this backward
         with nullcontext() if last or ranks == 1 else trained.no_sync():
             hidden = trained(inputs[micro])  # (B, T, D)
             loss_sum = linear_cross_entropy(hidden, model.head.weight, targets[micro], reduction="sum")

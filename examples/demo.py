@@ -1,6 +1,6 @@
-"""Trains one model twice, with the chunked loss and with full logits, and shows the two side by side.
+"""Trains one model twice, with the chunked loss and with full logits, and compares the two.
 
-Two processes on the CPU, or one per CUDA device. What they leave behind is in runs/demo.
+Uses two processes on the CPU, or one per CUDA device. Writes its results to runs/demo.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from model import ModelConfig
 HERE = Path(__file__).parent
 OUT = HERE.parent / "runs" / "demo"
 CONFIG = OUT / "ds_config.json"
-WARM_UP = 3  # steps that the median time leaves out
+WARM_UP = 3  # steps that the median time skips
 COLOURS = {"chunked": "#1f6feb", "full logits": "#f0a35e"}
 
 
@@ -36,7 +36,7 @@ def write_config(precision: str, micro_batch: int | None) -> dict:
 
 
 def train(loss: str, ranks: int, steps: int) -> list[dict]:
-    """Trains in processes of its own; returns the metrics, one record per step."""
+    """Trains in new processes; returns the metrics, one record per step."""
     print(f"\nTraining with --loss {loss}", flush=True)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     script = [HERE / "train_deepspeed.py", "--deepspeed-config", CONFIG, "--out", OUT / loss]
@@ -78,7 +78,7 @@ def table(chunked: Run, full: Run) -> str:
 
 
 def explanation(config: dict, precision: str, ranks: int, steps: int) -> str:
-    """What the figures are, and how they were measured."""
+    """The meaning of the figures, and how they were measured."""
     model, stage = ModelConfig(), config["zero_optimization"]["stage"]
     tokens = config["train_micro_batch_size_per_gpu"] * model.context
     mebibytes = tokens * model.vocab * 4 / 2**20
@@ -91,7 +91,7 @@ def explanation(config: dict, precision: str, ranks: int, steps: int) -> str:
     return f"""\
 Both runs: {steps} steps on {where}, the same seed, one after the other.
 A rank's micro-batch is {tokens:,} tokens; {logits}.
-Peak memory: {memory}, above what there was before the first step, on the worst rank.
+Peak memory: {memory}, above the state before the first step, on the worst rank.
 It includes activations, gradients, AdamW's moments and DeepSpeed's buffers, the same in both runs.
 Time per step: median after {WARM_UP} steps; forward, backward, averaging over the ranks and AdamW."""
 

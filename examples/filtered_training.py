@@ -3,8 +3,8 @@
     python examples/filtered_training.py
     python examples/filtered_training.py --width 1024 --depth 2 --steps 300 --learning-rate 1.5e-4
 
-One process, on the CPU or the first CUDA device. What it leaves behind is in runs/filtered: losses.json, losses.png,
-and head.pt, hidden states, head and targets of the filtered model on text of its last steps, for
+Uses one process, on the CPU or the first CUDA device. Writes losses.json, losses.png and head.pt to runs/filtered.
+head.pt holds hidden states, head and targets of the filtered model on the text of its last steps, for
 `chunked-ce bench --tensors runs/filtered/head.pt`.
 """
 
@@ -34,7 +34,7 @@ MODEL_OPTIONS = [field for field in fields(ModelConfig) if field.name != "vocab"
 
 
 class Model(LanguageModel):
-    """Maps tokens and targets (B, T) to their mean loss, and says how large the softmax's entropy is."""
+    """Maps tokens and targets, both (B, T), to the mean loss."""
 
     def __init__(self, config: ModelConfig, gradient_filter: str | None):
         super().__init__(config)
@@ -75,7 +75,7 @@ def train(name: str, config: ModelConfig, arguments: argparse.Namespace, batches
 
 
 def save_head(model: Model, path: Path, arguments: argparse.Namespace, batches: TextBatches) -> dict[str, float]:
-    """Saves what a benchmark needs, in bf16, and returns the loss and the entropy there."""
+    """Saves hidden states, head and targets in bf16; returns their loss and entropy."""
     hidden, targets = [], []
     with torch.no_grad(), torch.autocast(DEVICE.type, torch.bfloat16):
         for step in range(max(1, arguments.steps - 3), arguments.steps + 1):

@@ -29,13 +29,13 @@ class ModelConfig:
 def chunked_loss(
     hidden: Tensor,  # (..., D)
     head: Tensor,  # (V, D)
-    targets: Tensor,  # (...), -100 where a token does not count
+    targets: Tensor,  # (...), -100 where a token is ignored
 ) -> Tensor:
     return linear_cross_entropy(hidden, head, targets, reduction="sum")
 
 
 def full_loss(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-    """The same sum by way of all logits, (N, V) in fp32."""
+    """The same sum, from all logits (N, V) in fp32."""
     logits = F.linear(hidden, head).float()
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="sum")
 
@@ -74,10 +74,10 @@ class Transformer(nn.Module):
         self.initialize(config.width)
 
     def initialize(self, width: int) -> None:
-        """For smooth first steps: blocks that begin as the identity, and large hidden states.
+        """Makes the first steps smooth: blocks begin as the identity, and hidden states are large.
 
-        What is learned first is how frequent the words are, all of it through one direction of the hidden states.
-        The larger they are, the smaller the learning rate at which the head learns it.
+        The model first learns how frequent each token is, through one direction of the hidden states. The larger
+        they are, the smaller the learning rate at which the head learns it.
         """
         nn.init.normal_(self.embedding.weight, std=1 / width)
         nn.init.normal_(self.positions.weight, std=1 / width)
@@ -97,9 +97,9 @@ class Transformer(nn.Module):
 
 
 class LanguageModel(Transformer):
-    """Maps tokens and targets, both (B, T), to the sum of the loss over the targets that count.
+    """Maps tokens and targets, both (B, T), to the sum of the loss over targets that are not ignored.
 
-    The loss is part of the forward because ZeRO-3 gathers the head's weight there and nowhere else.
+    The loss is part of the forward because ZeRO-3 gathers the head's weight only there.
     """
 
     def __init__(self, config: ModelConfig, loss: str = "chunked"):

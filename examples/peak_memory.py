@@ -1,4 +1,4 @@
-"""How much memory a piece of a program takes at its peak."""
+"""Measures the peak memory of a part of a program."""
 
 import contextlib
 from pathlib import Path
@@ -9,10 +9,10 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class PeakMemory:
-    """The peak since it was made, in bytes, above what there was at that moment.
+    """The peak in bytes since the object was created, above the memory in use at that moment.
 
-    With CUDA: of the tensors on the device (`torch.cuda.max_memory_allocated`). Else: of the process's
-    resident memory, everything in it included, as Linux counts it (`VmHWM` above the first `VmRSS`).
+    With CUDA, it counts the tensors on the device (`torch.cuda.max_memory_allocated`). Without, it counts
+    all resident memory of the process, as Linux reports it (`VmHWM` above the first `VmRSS`).
     """
 
     def __init__(self):
@@ -21,7 +21,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
             return
-        # Sets VmHWM back to VmRSS. Where that is forbidden, an earlier peak can hide a later one.
+        # Resets VmHWM to VmRSS. Where that is forbidden, an earlier peak can hide a later one.
         with contextlib.suppress(OSError):
             CLEAR.write_text("5")
         self.before = resident("VmRSS")
@@ -32,6 +32,6 @@ class PeakMemory:
 
 
 def resident(field: str) -> int:
-    """`VmRSS` (now) or `VmHWM` (peak) of this process in bytes."""
+    """`VmRSS` (now) or `VmHWM` (peak) of this process, in bytes."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024

@@ -1,4 +1,4 @@
-"""What a training run leaves on disk, such that it can be killed at any moment and resumed."""
+"""The files of a training run, which can be killed at any moment and resumed."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 
 class RunDirectory:
-    """Settings, a line of metrics per step, DeepSpeed's checkpoints. Rank 0 alone writes the first two."""
+    """Settings, one line of metrics per step, and DeepSpeed's checkpoints. Only rank 0 writes the first two."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -19,7 +19,7 @@ class RunDirectory:
         )
 
     def check(self, settings: dict, resume: bool) -> None:
-        """Raises `ValueError` if there is a run that this one would overwrite or cannot go on with."""
+        """Raises `ValueError` if the directory holds a run that this one would overwrite or cannot continue."""
         if not self.settings.exists():
             return
         if not resume:
@@ -40,15 +40,15 @@ class RunDirectory:
             file.write(json.dumps(record) + "\n")
 
     def load(self, engine: deepspeed.DeepSpeedEngine) -> None:
-        """Loads the last complete checkpoint, if there is one, into the engine."""
+        """Loads the last complete checkpoint, if any, into the engine."""
         if self.latest.exists():
             engine.load_checkpoint(str(self.path))
 
     def save(self, engine: deepspeed.DeepSpeedEngine) -> None:
-        """Writes a checkpoint, then the name of it into `latest`.
+        """Writes a checkpoint, then its name into `latest`.
 
         DeepSpeed's own `latest` can name a checkpoint that other ranks are still writing, since rank 0 does
-        not wait for them: after a kill at that moment there would be nothing to resume from.
+        not wait for them. After a kill at that moment, there would be nothing to resume from.
         """
         tag = f"step{engine.global_steps}"
         engine.save_checkpoint(str(self.path), tag=tag, save_latest=False)  # ends with a barrier
@@ -57,7 +57,7 @@ class RunDirectory:
 
 
 def replace(path: Path, text: str) -> None:
-    """Writes a file so that a kill at any moment leaves either the old text or the new."""
+    """Writes a file such that a kill at any moment leaves either the old text or the new."""
     new = path.with_name(path.name + ".new")
     new.write_text(text)
     new.replace(path)

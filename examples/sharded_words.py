@@ -1,4 +1,4 @@
-"""A model whose words are sharded over ranks: each holds some rows of the weight that embedding and head share."""
+"""Shards the weight that embedding and head share: each rank holds some rows of the vocabulary."""
 
 import torch
 import torch.distributed as dist
@@ -10,7 +10,7 @@ from chunked_ce import VocabShard
 
 
 class SumOverRanks(torch.autograd.Function):
-    """The sum over a group whose ranks all get the gradient of the whole sum, and so pass it on as it is."""
+    """The sum over a group. Each rank gets the gradient of the whole sum, so the backward passes it on unchanged."""
 
     @staticmethod
     def forward(ctx, share: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -24,7 +24,7 @@ class SumOverRanks(torch.autograd.Function):
 
 
 class ShardedEmbedding(nn.Module):
-    """Each rank looks up the words that it holds; the sum over the ranks is complete."""
+    """Each rank looks up the tokens whose rows it holds; the sum over the ranks is the embedding."""
 
     def __init__(self, rows: nn.Parameter, shard: VocabShard):
         super().__init__()
@@ -37,7 +37,7 @@ class ShardedEmbedding(nn.Module):
 
 
 def shard_words(model: Transformer, shard: VocabShard) -> nn.Parameter:
-    """Keeps, and returns, this rank's rows of the weight that embedding and head share."""
+    """Keeps only this rank's rows of the weight that embedding and head share; returns them."""
     rows = nn.Parameter(model.embedding.weight.detach()[shard.start : shard.stop].clone())
     model.embedding, model.head.weight = ShardedEmbedding(rows, shard), rows
     return rows

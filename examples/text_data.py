@@ -1,4 +1,4 @@
-"""Real text as token ids, and batches that are a function of the step alone."""
+"""Real text as token ids, and batches that depend only on the seed and the step."""
 
 import sysconfig
 import zlib
@@ -10,12 +10,12 @@ import torch
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 from torch import Tensor
 
-TEKKEN = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"  # 131,072 words
+TEKKEN = Path(mistral_common.__file__).parent / "data" / "tekken_240911.json"  # 131,072 entries
 IGNORED = -100
 
 
 def load_tokens(paths: list[Path] | None = None) -> np.ndarray:
-    """Tekken's token ids, int32, of the given text files, or of `python_texts()`.
+    """Tekken's token ids, int32, for the given text files or for `python_texts()`.
 
     Raises `OSError` for a file that cannot be read, `ValueError` for one that is not UTF-8 text.
     """
@@ -31,7 +31,7 @@ def python_texts() -> list[str]:
     sources = [path.read_text("utf-8", errors="replace") for path in sorted(library.glob("*.py"))]
     try:
         from pydoc_data.topics import topics
-    except ImportError:  # some distributions leave it out
+    except ImportError:  # some distributions lack it
         return sources
     return [*topics.values(), *sources]
 
@@ -44,11 +44,11 @@ def read(path: Path) -> str:
 
 
 class TextBatches:
-    """Random windows of the text, `micro_batches * ranks * batch` of them per step.
+    """Random windows of the text, `micro_batches * ranks * batch` per step.
 
-    They depend on the seed and the step only, so that a resumed run sees what an uninterrupted one sees, and
-    one process with two micro-batches sees what two processes with one see. With `mask_prompt`, a first part
-    of each window, of random length, is `IGNORED` as a target.
+    Windows depend only on the seed and the step, so a resumed run sees the same windows as an uninterrupted one,
+    and one process with two micro-batches sees the same as two processes with one each. With `mask_prompt`, the
+    targets of a first part of each window, of random length, are `IGNORED`.
 
     Raises `ValueError` if the text is shorter than one window.
     """
@@ -70,7 +70,7 @@ class TextBatches:
     def step(
         self, step: int, *, micro_batches: int, batch: int, rank: int = 0, ranks: int = 1
     ) -> tuple[Tensor, Tensor]:
-        """This rank's inputs and targets of one optimizer step, each (micro_batches, batch, context)."""
+        """This rank's inputs and targets for one optimizer step, each (micro_batches, batch, context)."""
         random = np.random.default_rng([self.seed, step])
         shape = (micro_batches, ranks, batch)
         starts = random.integers(len(self.tokens) - self.context, size=shape)[:, rank]

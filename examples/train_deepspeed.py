@@ -1,11 +1,11 @@
-"""Trains a small causal transformer over a vocabulary of 131,072 words under DeepSpeed.
+"""Trains a small causal transformer with a vocabulary of 131,072 under DeepSpeed.
 
     torchrun --nproc_per_node 2 examples/train_deepspeed.py --out runs/first
     deepspeed --num_gpus 2 examples/train_deepspeed.py --out runs/first
 
-ZeRO stage, precision, batch, accumulation and optimizer stand in the DeepSpeed configuration, a file to edit.
-Where there is no CUDA device, the processes run on the CPU over gloo. DIR receives metrics.jsonl, one line
-per step, and the checkpoints; --resume goes on from the last one, to the losses of an uninterrupted run.
+The DeepSpeed configuration file sets ZeRO stage, precision, batch, accumulation and optimizer. Without a CUDA
+device, the processes run on the CPU over gloo. DIR receives metrics.jsonl, with one line per step, and the
+checkpoints. --resume continues from the last checkpoint, with the losses of an uninterrupted run.
 """
 
 import argparse
@@ -42,8 +42,8 @@ MODEL_OPTIONS = [field for field in fields(ModelConfig) if field.name != "vocab"
 def stop(message: object) -> NoReturn:
     """Ends this process with one line on stderr and status 2.
 
-    What one rank refuses, its neighbours on the machine refuse too. They leave the line to the first, whose
-    end makes the launcher end them, and speak up only if it does not come.
+    If one rank refuses the settings, the other ranks on the machine refuse them too. They leave the line to
+    the first rank, whose end makes the launcher end them; they print it themselves only if they live on.
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(10)
@@ -64,9 +64,9 @@ def parse_arguments() -> argparse.Namespace:
     option("--steps", type=int, default=60, metavar="N", help="optimizer steps in all (60)")
     option("--deepspeed-config", type=Path, default=CONFIG, metavar="JSON", help=f"({CONFIG.name})")
     option("--text", type=Path, nargs="+", metavar="FILE", help="UTF-8 text (Python's manual and sources)")
-    option("--mask-prompt", action="store_true", help="sequences begin with a part that does not count")
-    option("--save-every", type=int, default=0, metavar="N", help="checkpoints before the last step too")
-    option("--resume", action="store_true", help="go on from the last checkpoint in DIR, if there is one")
+    option("--mask-prompt", action="store_true", help="ignore a first part of each sequence")
+    option("--save-every", type=int, default=0, metavar="N", help="save a checkpoint every N steps, not only at the end")
+    option("--resume", action="store_true", help="continue from the last checkpoint in DIR, if any")
     option("--seed", type=int, default=0, metavar="N", help="(0)")
     for field in MODEL_OPTIONS:
         option(f"--{field.name}", type=int, default=field.default, metavar="N", help=f"({field.default})")
@@ -104,7 +104,7 @@ def start_process() -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         deepspeed.init_distributed("nccl", verbose=False)
     else:
-        # Else DeepSpeed compiles an all-reduce of its own with g++, which takes a minute.
+        # Otherwise DeepSpeed compiles its own all-reduce with g++, which takes a minute.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
@@ -112,13 +112,13 @@ def start_process() -> None:
 
 
 def quieten() -> None:
-    """Hides two notices that come with every run and call for nothing."""
+    """Hides two notices that come with every run and need no action."""
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
     deepspeed.utils.logger.addFilter(lambda record: "before it has started" not in record.getMessage())
 
 
 def train_step(engine: DeepSpeedEngine, inputs: Tensor, targets: Tensor) -> float:
-    """A step of the optimizer on inputs and targets (micro_batches, B, T); the mean loss over all ranks."""
+    """Takes an optimizer step on inputs and targets (micro_batches, B, T); returns the mean loss over all ranks."""
     mean = token_mean(engine, targets)
     loss_sums = []
     for micro_inputs, micro_targets in zip(inputs, targets, strict=True):

@@ -1,10 +1,10 @@
-"""Trains a Llama of Transformers over Tekken's 131,072 words with `Trainer` and DeepSpeed; one line is chunked_ce's.
+"""Trains a Transformers Llama with a vocabulary of 131,072 under `Trainer` and DeepSpeed; chunked_ce adds one line.
 
     torchrun --nproc_per_node 2 examples/transformers_trainer.py
     torchrun --nproc_per_node 2 examples/transformers_trainer.py --plain
 
-The second command leaves the line out. Both print losses, time per step and peak memory. ZeRO stage and buckets
-stand in a DeepSpeed configuration. Where there is no CUDA device, the processes run on the CPU over gloo.
+The second command trains without that line. Both print losses, time per step and peak memory. A DeepSpeed
+configuration sets ZeRO stage and buckets. Without a CUDA device, the processes run on the CPU over gloo.
 """
 
 import argparse
@@ -36,7 +36,7 @@ SIZES = {"steps": 12, "batch": 2, "accumulate": 1, "context": 512, "width": 128,
 
 
 class Windows(torch.utils.data.Dataset):
-    """Windows of a text, as many as asked for, each a function of its number alone."""
+    """`number` random windows of a text, the same in every run."""
 
     def __init__(self, tokens: np.ndarray, context: int, number: int):
         if len(tokens) <= context:
@@ -53,7 +53,7 @@ class Windows(torch.utils.data.Dataset):
 
 
 class Report(TrainerCallback):
-    """Prints the loss of each step, and at the end what the steps took."""
+    """Prints the loss of each step, and at the end the time per step and the peak memory."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.memory, self.seconds = PeakMemory(), []
@@ -88,7 +88,7 @@ def parse_options() -> argparse.Namespace:
     for name in SIZES:
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
-    if options.width % (2 * options.heads):  # halves of a head's width are rotated
+    if options.width % (2 * options.heads):  # rotary embedding splits a head's width in halves
         parser.error(f"--width must be a multiple of twice --heads, got {options.width} and {options.heads}")
     if not options.deepspeed_config.is_file():
         parser.error(f"--deepspeed-config must be a file, got {options.deepspeed_config}")
@@ -103,11 +103,11 @@ def start_process() -> None:
     if torch.cuda.is_available():
         deepspeed.init_distributed("nccl", verbose=False)
         return
-    # Else DeepSpeed compiles an all-reduce of its own with g++, which takes a minute.
+    # Otherwise DeepSpeed compiles its own all-reduce with g++, which takes a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
     deepspeed.init_distributed("gloo", verbose=False)
-    # Accelerate knows DeepSpeed on GPUs; on CPUs it would take every process for the only one.
+    # Accelerate detects DeepSpeed only on GPUs; on CPUs each process would think it were alone.
     PartialState(cpu=True).distributed_type = DistributedType.DEEPSPEED
 
 

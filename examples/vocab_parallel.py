@@ -1,11 +1,11 @@
-"""Trains a small causal transformer whose 131,072 words are sharded over ranks: tensor times data parallel.
+"""Trains a small causal transformer with its vocabulary of 131,072 sharded over ranks: tensor and data parallel.
 
     torchrun --nproc-per-node 4 examples/vocab_parallel.py --tensor-parallel 2
 
-The R ranks of a tensor group see the same sequences. Each holds 1/R of the words: of the weight that embedding and
-head share, of its gradient and of its optimizer state. The ranks of a data group hold the same words and see
-different sequences. Everything else is whole on every rank. The losses depend on neither number of ranks.
-NCCL where every rank has a GPU, gloo where there are none.
+The R ranks of a tensor group see the same sequences. Each holds 1/R of the rows of the weight that embedding and
+head share, of their gradient and of their optimizer state. The ranks of a data group hold the same rows and see
+different sequences. Every rank holds all other parameters. The losses depend on neither number of ranks.
+Uses NCCL where every rank has a GPU, gloo where there are none.
 """
 
 import argparse
@@ -31,7 +31,7 @@ SIZES = {"width": 128, "depth": 2, "heads": 4, "context": 256}
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line from the first rank and status 2 from all, at once: torchrun ends the others when one has ended."""
+        """The first rank prints one line; all exit with status 2 at once, before torchrun ends the others."""
         if dist.get_rank() == 0:
             print(f"vocab_parallel: {message}", file=sys.stderr, flush=True)
         dist.barrier()
@@ -81,7 +81,7 @@ def average_gradients(model: Transformer, words: nn.Parameter, mesh: DeviceMesh)
         dist.all_reduce(parameter.grad, group=copies)
         parameter.grad /= dist.get_world_size(copies)
         squares[parameter] = torch.linalg.vector_norm(parameter.grad, dim=-1).double().square().sum()
-    dist.all_reduce(squares[words], group=mesh.get_group("tensor"))  # of all words
+    dist.all_reduce(squares[words], group=mesh.get_group("tensor"))  # over all rows
     return sum(squares.values()).sqrt()
 
 
@@ -92,7 +92,7 @@ def train(options: argparse.Namespace, config: ModelConfig, batches: TextBatches
     shape |= {"rank": mesh.get_local_rank("data"), "ranks": data_ranks}
 
     torch.manual_seed(0)
-    model = Transformer(config)  # with all words, for a moment, so that the first values do not depend on the ranks
+    model = Transformer(config)  # whole at first, so that initial values do not depend on the ranks
     shard = VocabShard.split(config.vocab, mesh.get_group("tensor"))
     words = shard_words(model, shard)  # (V / R, D)
     model.to(device)
