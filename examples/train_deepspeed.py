@@ -65,7 +65,7 @@ def parse_arguments() -> argparse.Namespace:
     option("--deepspeed-config", type=Path, default=CONFIG, metavar="JSON", help=f"({CONFIG.name})")
     option("--text", type=Path, nargs="+", metavar="FILE", help="UTF-8 text (Python's manual and sources)")
     option("--mask-prompt", action="store_true", help="ignore a first part of each sequence")
-    option("--save-every", type=int, default=0, metavar="N", help="save a checkpoint every N steps, not only at the end")
+    option("--save-every", type=int, default=0, metavar="N", help="save every N steps too, not only at the end")
     option("--resume", action="store_true", help="continue from the last checkpoint in DIR, if any")
     option("--seed", type=int, default=0, metavar="N", help="(0)")
     for field in MODEL_OPTIONS:
