@@ -1,1 +1,1 @@
-"""What the loss costs, beside its peers: `ratios` and `test_speed` in time, `memory` and `test_memory` in bytes."""
+"""The cost of the loss beside its peers: `ratios` and `test_speed` in time, `memory` and `test_memory` in bytes."""

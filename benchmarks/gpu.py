@@ -1,8 +1,8 @@
-"""Everything that is claimed of a GPU, measured in one run: time, memory and errors beside every peer, and the kernels.
+"""Every claim about a GPU, measured in one run: time, memory and errors beside every peer, and the kernels' tests.
 
-At the shapes that people quote, on a softmax as sharp as a trained model's, ours exact and filtered and every peer that
-is installed; then the tests of the kernels. The run ends by itself within ``--minutes``: what does not fit any more is
-said to be left out. It writes JSON and says whether what is claimed holds. On a CPU it runs too, with small shapes.
+At the shapes that people quote, on a softmax as sharp as a trained model's, it measures chunked_ce, exact and filtered,
+and every peer that is installed; then it runs the tests of the kernels. The run ends by itself within ``--minutes`` and
+names what it left out for lack of time. It writes JSON and says which claims hold. On a CPU it runs with small shapes.
 
     python -m benchmarks.gpu --json benchmarks/results/gpu.json
     python -m benchmarks.gpu --shape 64 32 500 --rounds 1 --no-tests --only forward full
@@ -19,10 +19,8 @@ from pathlib import Path
 
 from benchmarks.report import conditions, markdown, print_conditions
 from chunked_ce.cli import memory, report
-from chunked_ce.cli.arguments import DTYPES
-from chunked_ce.cli.bench import case_title, contestants_of
-from chunked_ce.cli.contestants import BACKWARD, DEVICE, FILTERED, FORWARD, PRODUCTS
-from chunked_ce.cli.measure import Result, measure, not_measured, prepared
+from chunked_ce.cli.implementations import BACKWARD, DEVICE, DTYPES, FILTERED, FORWARD, PRODUCTS, select
+from chunked_ce.cli.measure import INTERRUPTED, Result, measure, not_measured, prepared
 from chunked_ce.cli.worker import Task, Worker
 
 __all__ = ["claims", "main"]
@@ -35,7 +33,7 @@ SHAPES = {  # N, D, V
 }
 OURS = (FORWARD, BACKWARD, FILTERED)
 _TESTS = ("tests/engine",)
-_TESTS_SECONDS = 120.0  # kept for the kernels' tests
+_TESTS_SECONDS = 120.0  # reserved for the kernels' tests
 _LATE = "left out: the time was up"
 
 
@@ -44,43 +42,43 @@ def main(given: list[str] | None = None) -> int:
     end = time.monotonic() + 60 * arguments.minutes
     where = conditions()
     print_conditions(where)
-    names, missing = contestants_of(arguments.only, chunk_only=False)
+    names, missing = select(arguments.only)
     for name, reason in missing.items():
         print(f"left out {name}: {reason}")
     shapes = [tuple(shape) for shape in arguments.shape or SHAPES.values()]
     cases = [Task(PRODUCTS, arguments.dtype, *shape, device=DEVICE, rounds=arguments.rounds) for shape in shapes]
-    found: dict[str, object] = {"conditions": where, "left_out": missing, "results": [], "data": []}
-    found["limits"] = {"memory_mib": round(memory.total(DEVICE) / report.MIB)}
+    document: dict[str, object] = {"conditions": where, "left_out": missing, "results": [], "data": []}
+    document["limits"] = {"memory_mib": round(memory.total(DEVICE) / report.MIB)}
     stop = end - (0 if arguments.no_tests else _TESTS_SECONDS)
     with tempfile.TemporaryDirectory(prefix="chunked-ce-") as folder:
-        found["results"] = _measure(cases, names, Path(folder), stop, found["data"])
+        document["results"] = _measure(cases, names, Path(folder), stop, document["data"])
     if not arguments.no_tests:
-        found["tests"] = _run_tests(max(30.0, end - time.monotonic()))
-        print(f"tests of the kernels: {found['tests']['summary']}")
-    found["claims"] = claims(found["results"])
-    print(markdown(found))
-    for claim, holds in found["claims"].items():
+        document["tests"] = _run_tests(max(30.0, end - time.monotonic()))
+        print(f"tests of the kernels: {document['tests']['summary']}")
+    document["claims"] = claims(document["results"])
+    print(markdown(document))
+    for claim, holds in document["claims"].items():
         print(f"{'holds' if holds else 'DOES NOT HOLD' if holds is False else 'not measured'}: {claim}")
     if arguments.json:
-        report.dump(found, arguments.json)
+        report.dump(document, arguments.json)
     return 0
 
 
 def _measure(cases: list[Task], names: list[str], folder: Path, stop: float, notes: list) -> list[Result]:
-    """One process per contestant, which goes through all shapes; a new one after a failure."""
+    """One process per implementation, which goes through all shapes; a new one after a failure."""
     ready = []
     with Worker(DEVICE) as worker:
         for case in cases:
             made = prepared(worker, case, "trained", folder, errors=True, timeout=max(1.0, stop - time.monotonic()))
             if isinstance(made, str):
-                raise SystemExit(f"{case_title(case)}: {made}")
-            notes.append({"case": case_title(case), "kind": "trained"} | made.softmax)
+                raise SystemExit(f"{case.title}: {made}")
+            notes.append({"case": case.title, "kind": "trained"} | made.softmax)
             ready.append(made.task)
     results = []
     for name in sorted(names, key=lambda name: name not in (PRODUCTS, *OURS)):
         worker = Worker(DEVICE)
         for task in ready:
-            task = task._replace(contestant=name)
+            task = task._replace(implementation=name)
             left = stop - time.monotonic()
             if left <= 0:
                 row = not_measured(task, _LATE)
@@ -88,11 +86,11 @@ def _measure(cases: list[Task], names: list[str], folder: Path, stop: float, not
                 if not worker.alive:
                     worker.__exit__()
                     worker = Worker(DEVICE)
-                row, pressed = measure(worker, task, left)
-                if pressed:
-                    raise pressed
+                row = measure(worker, task, left)
+                if row["status"] == INTERRUPTED:
+                    raise KeyboardInterrupt
             results.append(row)
-            print(f"{case_title(task)}, {name}: {row.get('ratio', '-')} x products, {row['status']}", flush=True)
+            print(f"{task.title}, {name}: {row.get('ratio', '-')} x products, {row['status']}", flush=True)
         worker.__exit__()
     return results
 
@@ -107,7 +105,7 @@ def _run_tests(seconds: float) -> dict[str, object]:
 
 
 def claims(results: list[Result]) -> dict[str, bool | None]:
-    """What is claimed, and whether it holds at every shape; None where that was not measured."""
+    """The claims, and whether each holds at every shape; None where that was not measured."""
     shapes = {(row["tokens"], row["hidden"], row["vocab"]): {} for row in results}
     for row in results:
         shapes[row["tokens"], row["hidden"], row["vocab"]][row["contestant"]] = row
@@ -147,10 +145,10 @@ def _arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", nargs=3, type=int, action="append", metavar=("N", "D", "V"))
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs="+", metavar="KEY", help="contestants, by the keys of chunked-ce bench")
-    parser.add_argument("--minutes", type=float, default=8.0, help="the whole run takes at most about this long")
+    parser.add_argument("--only", nargs="+", metavar="KEY", help="implementations, by the keys of chunked-ce bench")
+    parser.add_argument("--minutes", type=float, default=8.0, help="the longest that the whole run takes, about")
     parser.add_argument("--no-tests", action="store_true", help="leave out the tests of the kernels")
-    parser.add_argument("--json", type=Path, help="where to write the results too")
+    parser.add_argument("--json", type=Path, help="file for the results")
     return parser.parse_args(given)
 
 

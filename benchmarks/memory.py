@@ -1,8 +1,6 @@
 """Peak memory of forward and backward above their inputs, beside the memory law's prediction.
 
-Each measurement has a process of its own, warmed up by a small call. On the CPU the peak is that of the process's
-resident memory (Linux), so it holds what the matrix library and the C allocator keep too; on a GPU it is the peak of
-torch's allocator.
+Each measurement has a process of its own, warmed up by a small call; `chunked_ce.cli.memory` says what is measured.
 
     python -m benchmarks.memory
     python -m benchmarks.memory --tokens 1024 --vocab 32768 --dtype bf16
@@ -18,21 +16,21 @@ import multiprocessing
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks.contestants import BACKWARD, DEVICE, DTYPES, FORWARD, FULL, Problem, train_step
-from benchmarks.report import MIB, conditions, print_conditions, print_table, write
+from benchmarks.report import MIB, conditions, dump, print_conditions, print_table
 from chunked_ce.cli import memory
-from chunked_ce.cli.laws import predicted
+from chunked_ce.cli.implementations import BACKWARD, DEVICE, DTYPES, FORWARD, FULL, train_step
+from chunked_ce.cli.memory_models import predicted
+from chunked_ce.cli.synthetic_inputs import LossInputs
+from chunked_ce.cli.worker import WARM_UP
 from chunked_ce.plan import MemoryPrediction
 
 __all__ = ["Case", "allowed", "measure", "why_not"]
-
-_WARM_UP = (64, 64, 4100)  # N, D and V: small, and more words than one product covers on a CPU
 
 
 class Case(NamedTuple):
     """One measurement."""
 
-    contestant: str
+    implementation: str
     dtype: str
     tokens: int
     hidden: int = 256
@@ -46,20 +44,20 @@ class Case(NamedTuple):
 
     @property
     def prediction(self) -> MemoryPrediction | None:
-        """What the memory law says; None for those it says nothing about."""
+        """The memory law's; None for implementations without one."""
         sizes = self.tokens, self.vocab, self.hidden
-        return predicted(self.contestant, *sizes, dtype=DTYPES[self.dtype], device=self.device)
+        return predicted(self.implementation, *sizes, dtype=DTYPES[self.dtype], device=self.device)
 
 
 def allowed(case: Case) -> int:
-    """Bytes that the chunked loss may take above its inputs: the gradients, what bf16 gradients of the head are summed
-    in over chunks (in the forward way), and 96 MiB."""
-    sums = case.contestant == FORWARD and case.dtype != "fp32"
+    """Bytes that the chunked loss may take above its inputs: the gradients, 96 MiB and, where gradients are computed in
+    the forward, the fp32 sum of a bf16 head's gradient over the chunks."""
+    sums = case.implementation == FORWARD and case.dtype != "fp32"
     return case.gradients + 96 * MIB + sums * 4 * case.vocab * case.hidden
 
 
 def why_not(device: str = DEVICE) -> str | None:
-    """Why nothing can be measured here; None if it can."""
+    """Why the peak cannot be measured here; None if it can."""
     return memory.why_not_measured(device)
 
 
@@ -67,14 +65,14 @@ def measure(case: Case) -> int:
     """The peak in bytes, in a fresh process."""
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_measure_here, case).result()
+        return pool.submit(_measure_in_process, case).result()
 
 
-def _measure_here(case: Case) -> int:
+def _measure_in_process(case: Case) -> int:
     dtype = DTYPES[case.dtype]
-    problem = Problem.random(case.tokens, case.hidden, case.vocab, dtype, device=case.device)
-    train_step(case.contestant, Problem.random(*_WARM_UP, dtype, device=case.device))
-    return memory.peak_of(lambda: train_step(case.contestant, problem), case.device)
+    inputs = LossInputs.random(case.tokens, case.hidden, case.vocab, dtype, device=case.device)
+    train_step(case.implementation, LossInputs.random(*WARM_UP, dtype, device=case.device))
+    return memory.peak_of(lambda: train_step(case.implementation, inputs), case.device)
 
 
 def main() -> None:
@@ -86,36 +84,35 @@ def main() -> None:
     print_conditions(where)
     results = []
     for dtype, vocab, tokens in itertools.product(arguments.dtype, arguments.vocab, arguments.tokens):
-        contestants = (FORWARD, BACKWARD, FULL) if tokens <= arguments.full_up_to else (FORWARD, BACKWARD)
-        for contestant in contestants:
-            case = Case(contestant, dtype, tokens, arguments.hidden, vocab)
+        for name in (FORWARD, BACKWARD, FULL) if tokens <= arguments.full_up_to else (FORWARD, BACKWARD):
+            case = Case(name, dtype, tokens, arguments.hidden, vocab)
             results.append(_result(case, measure(case)))
             print(_progress(results[-1]), flush=True)
         if arguments.json:
-            write(arguments.json, where, results, worst=worst(results))
+            dump({"conditions": where, "results": results, "worst": worst(results)}, arguments.json)
     print()
     print_table(
         ("contestant", "dtype", "N", "D", "V", "peak MiB", "of it gradients", "predicted", "peak / predicted"),
-        [tuple(_cell(value) for value in result.values()) for result in results],
+        [tuple("-" if value is None else str(value) for value in result.values()) for result in results],
     )
-    for contestant, result in worst(results).items():
-        print(f"furthest from the law, {contestant}: {result['peak_to_predicted']} at {_progress(result)}")
+    for name, result in worst(results).items():
+        print(f"furthest from the law, {name}: {result['peak_to_predicted']} at {_progress(result)}")
 
 
 def worst(results: list[dict[str, object]]) -> dict[str, dict[str, object]]:
-    """For each contestant with a law, the result that is furthest from it."""
-    found: dict[str, dict[str, object]] = {}
+    """For each implementation with a law, the result that is furthest from it."""
+    furthest: dict[str, dict[str, object]] = {}
     for result in results:
         ratio, name = result["peak_to_predicted"], str(result["contestant"])
-        if ratio and (name not in found or abs(ratio - 1) > abs(found[name]["peak_to_predicted"] - 1)):
-            found[name] = result
-    return found
+        if ratio and (name not in furthest or abs(ratio - 1) > abs(furthest[name]["peak_to_predicted"] - 1)):
+            furthest[name] = result
+    return furthest
 
 
 def _result(case: Case, peak: int) -> dict[str, object]:
     prediction = case.prediction
     return {
-        "contestant": case.contestant,
+        "contestant": case.implementation,
         "dtype": case.dtype,
         "tokens": case.tokens,
         "hidden": case.hidden,
@@ -132,18 +129,14 @@ def _progress(result: dict[str, object]) -> str:
     return f"{result['contestant']}, {result['dtype']}, {sizes}: {result['peak_mib']} MiB"
 
 
-def _cell(value: object) -> str:
-    return "-" if value is None else str(value)
-
-
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", nargs="+", type=int, default=[1024, 4096, 16384])
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--vocab", nargs="+", type=int, default=[131072])
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--full-up-to", type=int, default=4096, help="tokens that the full logits are measured for")
-    parser.add_argument("--json", type=Path, help="where to write the results too")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
+    parser.add_argument("--full-up-to", type=int, default=4096, help="the most tokens with full logits")
+    parser.add_argument("--json", type=Path, help="file for the results")
     return parser.parse_args()
 
 

@@ -1,7 +1,7 @@
 """The time of forward and backward as a multiple of the three matrix products alone.
 
-Every round runs every contestant once, and a contestant's time is divided by the products' time of the same round, so
-that a machine that gets slower or faster meanwhile changes both. The order turns by one from round to round.
+Every round runs every implementation once and divides its time by the products' time of the same round, so that a
+machine that gets slower or faster meanwhile changes both. The order turns by one from round to round.
 
     python -m benchmarks.ratios
     python -m benchmarks.ratios --tokens 512 --hidden 256 --vocab 8192 --dtype bf16 --repeats 3
@@ -14,58 +14,53 @@ import statistics
 import time
 from pathlib import Path
 
-from benchmarks.contestants import CONTESTANTS, DEVICE, DTYPES, PRODUCTS, Problem, train_step, why_not
-from benchmarks.report import conditions, print_conditions, print_table, write
+from benchmarks.report import conditions, dump, print_conditions, print_table
+from chunked_ce.cli.implementations import DEVICE, DTYPES, PRODUCTS, select, train_step
+from chunked_ce.cli.synthetic_inputs import LossInputs
 
 __all__ = ["measure"]
 
 
-def measure(problem: Problem, contestants: list[str], repeats: int) -> dict[str, list[float]]:
-    """The seconds of each contestant in each round, after a round to warm up."""
-    seconds = {contestant: [] for contestant in contestants}
+def measure(inputs: LossInputs, names: list[str], repeats: int) -> dict[str, list[float]]:
+    """The seconds of each implementation in each round, after a round to warm up."""
+    seconds = {name: [] for name in names}
     for turn in range(-1, repeats):
-        at = turn % len(contestants)
-        for contestant in contestants[at:] + contestants[:at]:
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
             start = time.perf_counter()
-            train_step(contestant, problem)
+            train_step(name, inputs)
             if turn >= 0:
-                seconds[contestant].append(time.perf_counter() - start)
+                seconds[name].append(time.perf_counter() - start)
     return seconds
 
 
 def main() -> None:
     arguments = _arguments()
-    contestants, missing = [], {}
-    for contestant in CONTESTANTS:
-        reason = why_not(contestant)
-        if reason is None:
-            contestants.append(contestant)
-        else:
-            missing[contestant] = reason
+    names, missing = select()
     where = conditions()
     print_conditions(where)
     sizes = {"tokens": arguments.tokens, "hidden": arguments.hidden, "vocab": arguments.vocab}
     print(*(f"{size} {name}," for name, size in sizes.items()), f"medians of {arguments.repeats} rounds")
-    for contestant, reason in missing.items():
-        print(f"left out {contestant}: {reason}")
+    for name, reason in missing.items():
+        print(f"left out {name}: {reason}")
 
     results = []
     for dtype in arguments.dtype:
         for ignored in arguments.ignored:
-            problem = Problem.random(*sizes.values(), DTYPES[dtype], ignored=ignored, device=DEVICE)
-            seconds = measure(problem, contestants, arguments.repeats)
-            found = [
-                sizes | {"dtype": dtype, "ignored": ignored, "contestant": name} | _summary(taken, seconds[PRODUCTS])
-                for name, taken in seconds.items()
+            inputs = LossInputs.random(*sizes.values(), DTYPES[dtype], ignored=ignored, device=DEVICE)
+            seconds = measure(inputs, names, arguments.repeats)
+            rows = [
+                sizes | {"dtype": dtype, "ignored": ignored, "contestant": name} | _summary(own, seconds[PRODUCTS])
+                for name, own in seconds.items()
             ]
-            results += found
+            results += rows
             print()
             print_table(
                 (f"{dtype}, {ignored:.0%} ignored", "seconds", "ratio", "least", "most"),
-                [(r["contestant"], *(f"{r[name]:.3f}" for name in _SUMMARY)) for r in found],
+                [(row["contestant"], *(f"{row[name]:.3f}" for name in _SUMMARY)) for row in rows],
             )
             if arguments.json:
-                write(arguments.json, where, results)
+                dump({"conditions": where, "results": results}, arguments.json)
 
 
 _SUMMARY = ("seconds", "ratio", "ratio_least", "ratio_most")
@@ -82,10 +77,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--vocab", type=int, default=50257)
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
     parser.add_argument("--ignored", nargs="+", type=float, default=[0.0, 0.5], help="shares of ignored tokens")
     parser.add_argument("--repeats", type=int, default=7, help="rounds that count")
-    parser.add_argument("--json", type=Path, help="where to write the results too")
+    parser.add_argument("--json", type=Path, help="file for the results")
     return parser.parse_args()
 
 

@@ -10,13 +10,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from chunked_ce.cli.report import MIB, conditions, conditions_text, write
+from chunked_ce.cli.report import MIB, conditions, conditions_text, dump
 
-__all__ = ["MIB", "conditions", "markdown", "print_conditions", "print_table", "write"]
+__all__ = ["MIB", "conditions", "dump", "markdown", "print_conditions", "print_table"]
 
 
-def print_conditions(found: dict[str, object]) -> None:
-    print(conditions_text(found), flush=True)
+def print_conditions(where: dict[str, object]) -> None:
+    print(conditions_text(where), flush=True)
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -29,18 +29,17 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def markdown(document: dict[str, object]) -> str:
-    """What ``chunked-ce bench --json`` wrote, as a table: a row for each contestant, two columns for each case.
+    """The results of ``chunked-ce bench --json`` as a table: a row for each implementation, two columns for each case.
 
-    The first is the time as a multiple of the three products, the second the peak in MiB. What did not run says why.
+    The first is the time as a multiple of the three products, the second the peak in MiB. One that failed says why.
     """
     results = document["results"]
     cases = list(dict.fromkeys(map(_case, results)))
     header = ["contestant", *(f"{case}: {what}" for case in cases for what in ("time", "MiB"))]
     lines = [header, ["---"] * len(header)]
-    for contestant in dict.fromkeys(result["contestant"] for result in results):
-        found = {_case(result): result for result in results if result["contestant"] == contestant}
-        cells = [cell for case in cases for cell in _cells(found.get(case))]
-        lines.append([contestant, *cells])
+    for name in dict.fromkeys(result["contestant"] for result in results):
+        by_case = {_case(result): result for result in results if result["contestant"] == name}
+        lines.append([name, *(cell for case in cases for cell in _cells(by_case.get(case)))])
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"{conditions_text(document['conditions'])}\n\n{text}\n"
 
@@ -62,7 +61,7 @@ def _cells(result: dict[str, object] | None) -> tuple[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.split("\n")[0])
-    parser.add_argument("results", nargs="+", type=Path, help="what chunked-ce bench --json wrote")
+    parser.add_argument("results", nargs="+", type=Path, help="files that chunked-ce bench --json wrote")
     for path in parser.parse_args().results:
         print(markdown(json.loads(path.read_text())))
 

@@ -4,9 +4,9 @@ import functools
 
 import pytest
 
-from benchmarks.contestants import BACKWARD, DTYPES, FORWARD
 from benchmarks.memory import Case, allowed, measure, why_not
 from benchmarks.report import MIB
+from chunked_ce.cli.implementations import BACKWARD, DTYPES, FORWARD
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 
@@ -16,21 +16,21 @@ once = functools.cache(measure)
 
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("way", [FORWARD, BACKWARD])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_memory_law_holds(dtype, way, tokens):
     case = Case(way, dtype, tokens)
     assert once(case) == pytest.approx(case.prediction.peak, rel=0.1)
 
 
 @pytest.mark.parametrize("way", [FORWARD, BACKWARD])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_gradients_and_a_chunk(dtype, way):
     case = Case(way, dtype, 4096)
     assert once(case) <= allowed(case)
 
 
 @pytest.mark.parametrize("way", [FORWARD, BACKWARD])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_hardly_growing_with_tokens(dtype, way):
     """Sixteen times the tokens: their gradients, fp32 while they are summed, and 32 MiB. Full logits grow by GiB."""
     few, many = (Case(way, dtype, tokens) for tokens in (TOKENS[0], TOKENS[-1]))

@@ -1,24 +1,25 @@
-"""Forward and backward of every contestant under pytest-benchmark; a group is a dtype and a share of ignored tokens.
+"""Forward and backward of every implementation under pytest-benchmark, grouped by dtype and share of ignored tokens.
 
-Contestants run one after the other here; `benchmarks.ratios` compares them round by round. Nothing timed is asserted.
+They run one after the other here; `benchmarks.ratios` compares them round by round. Nothing timed is asserted.
 """
 
 import pytest
 
-from benchmarks.contestants import CONTESTANTS, DEVICE, DTYPES, Problem, train_step, why_not
+from chunked_ce.cli.implementations import DEVICE, DTYPES, IMPLEMENTATIONS, train_step, why_not
+from chunked_ce.cli.synthetic_inputs import LossInputs
 
 TOKENS, HIDDEN, VOCAB = 2048, 768, 50257
 ROUNDS = 5
 
 
-@pytest.mark.parametrize("contestant", CONTESTANTS)
+@pytest.mark.parametrize("contestant", IMPLEMENTATIONS)
 @pytest.mark.parametrize("ignored", [0.0, 0.5], ids=["all_counted", "half_ignored"])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_forward_and_backward(benchmark, dtype, ignored, contestant):
-    reason = why_not(contestant)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_forward_and_backward(benchmark, dtype, ignored, implementation):
+    reason = why_not(implementation)
     if reason:
         pytest.skip(reason)
-    problem = Problem.random(TOKENS, HIDDEN, VOCAB, DTYPES[dtype], ignored=ignored, device=DEVICE)
+    inputs = LossInputs.random(TOKENS, HIDDEN, VOCAB, DTYPES[dtype], ignored=ignored, device=DEVICE)
     benchmark.group = f"{dtype}, {ignored:.0%} of {TOKENS} tokens ignored, D={HIDDEN}, V={VOCAB}"
     benchmark.extra_info |= {"tokens": TOKENS, "hidden": HIDDEN, "vocab": VOCAB}
-    benchmark.pedantic(train_step, args=(contestant, problem), rounds=ROUNDS, warmup_rounds=1)
+    benchmark.pedantic(train_step, args=(implementation, inputs), rounds=ROUNDS, warmup_rounds=1)

@@ -1,9 +1,9 @@
 """The head sharded over ranks: time, collectives and memory of each rank, beside DeepSpeed's function and one rank.
 
-Every rank is a process with one thread. A round runs every contestant once, on the same ranks, and the order turns by
-one from round to round; a time is that of the slowest rank, and is divided by the time of one rank in the same round.
-Peak memory is that of a process of its own, above its hidden states: the shard of the head, its gradient, that of the
-hidden states, and all that the loss works with.
+Every rank is a process with one thread. A round runs every implementation once, on the same ranks, and the order turns
+by one from round to round. A time is that of the slowest rank, divided by the time of one rank in the same round. Peak
+memory is that of a process of its own, above its hidden states: the shard of the head, its gradient, the gradient of
+the hidden states, and the memory that the loss works with.
 
     python -m benchmarks.vocab_parallel --json benchmarks/results/vocab_parallel.json
     python -m benchmarks.vocab_parallel --tokens 256 --hidden 128 --vocab 8192 --dtype fp32 --repeats 3
@@ -12,8 +12,6 @@ hidden states, and all that the loss works with.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -24,9 +22,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks.contestants import DEEPSPEED, DTYPES, FORWARD, why_not
-from benchmarks.report import MIB, conditions, print_conditions, print_table, write
+from benchmarks.report import MIB, conditions, dump, print_conditions, print_table
 from chunked_ce import VocabShard, linear_cross_entropy
+from chunked_ce.cli import memory
+from chunked_ce.cli.implementations import DEEPSPEED, DTYPES, FORWARD, why_not
+from chunked_ce.cli.worker import WARM_UP
 from tests.distributed.counting import counted
 from tests.distributed.launch import run
 
@@ -36,7 +36,7 @@ ALONE = f"{FORWARD}, 1 rank"
 
 
 class Sizes(NamedTuple):
-    """One problem."""
+    """N, D, V and the dtype."""
 
     tokens: int
     hidden: int
@@ -44,8 +44,8 @@ class Sizes(NamedTuple):
     dtype: str
 
 
-class Part(NamedTuple):
-    """What one rank holds of it."""
+class RankInputs(NamedTuple):
+    """The tensors of one rank."""
 
     hidden: Tensor  # (N, D)
     head: Tensor  # (V_r, D)
@@ -65,38 +65,38 @@ def head_of(sizes: Sizes, rows: int) -> Tensor:
     return head.normal_(std=0.02).requires_grad_()
 
 
-def part_of(contestant: str, sizes: Sizes, tokens: tuple[Tensor, Tensor]) -> Part | None:
+def inputs_of(name: str, sizes: Sizes, tokens: tuple[Tensor, Tensor]) -> RankInputs | None:
     """None for a rank that has nothing to do."""
     hidden, target = tokens
-    if contestant == ALONE:
-        return Part(hidden, head_of(sizes, sizes.vocab), target, None) if dist.get_rank() == 0 else None
+    if name == ALONE:
+        return RankInputs(hidden, head_of(sizes, sizes.vocab), target, None) if dist.get_rank() == 0 else None
     vocab = VocabShard.split(sizes.vocab)
-    return Part(hidden, head_of(sizes, vocab.rows), target, vocab)
+    return RankInputs(hidden, head_of(sizes, vocab.rows), target, vocab)
 
 
-def step(contestant: str, part: Part | None) -> None:
+def step(name: str, inputs: RankInputs | None) -> None:
     """Forward and backward, gradients into fresh memory."""
-    if part is None:
+    if inputs is None:
         return
-    if contestant == DEEPSPEED:
+    if name == DEEPSPEED:
         from deepspeed.sequence.linear_cross_entropy import vocab_parallel_linear_cross_entropy
 
         loss = vocab_parallel_linear_cross_entropy(
-            part.hidden,
-            part.head,
-            part.target,
-            tp_group=part.vocab.group,
-            vocab_start_index=part.vocab.start,
-            vocab_end_index=part.vocab.stop,
+            inputs.hidden,
+            inputs.head,
+            inputs.target,
+            tp_group=inputs.vocab.group,
+            vocab_start_index=inputs.vocab.start,
+            vocab_end_index=inputs.vocab.stop,
         )
     else:
-        loss = linear_cross_entropy(part.hidden, part.head, part.target, vocab=part.vocab)
+        loss = linear_cross_entropy(inputs.hidden, inputs.head, inputs.target, vocab=inputs.vocab)
     loss.backward()
-    part.hidden.grad = part.head.grad = None
+    inputs.hidden.grad = inputs.head.grad = None
 
 
-def start(contestants: list[str]) -> None:
-    if DEEPSPEED in contestants:
+def start(names: list[str]) -> None:
+    if DEEPSPEED in names:
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled, for a minute
@@ -107,7 +107,7 @@ class Taken(NamedTuple):
     """Seconds of the slowest rank."""
 
     wall: float
-    processor: float  # what it worked, whoever else was on the machine
+    processor: float  # of processor time, whoever else was on the machine
 
 
 def slowest(function: Callable[[], None]) -> Taken:
@@ -120,60 +120,47 @@ def slowest(function: Callable[[], None]) -> Taken:
 
 
 def measure_time(
-    rank: int, world_size: int, sizes: Sizes, contestants: list[str], repeats: int
+    rank: int, world_size: int, sizes: Sizes, names: list[str], repeats: int
 ) -> tuple[dict[str, list[Taken]], dict[str, tuple[int, int]]]:
-    """The seconds of each contestant in each round, and the number and bytes of the collectives of one step."""
-    start(contestants)
+    """The seconds of each implementation in each round, and the number and bytes of the collectives of one step."""
+    start(names)
     tokens = tokens_of(sizes)
-    parts = {contestant: part_of(contestant, sizes, tokens) for contestant in contestants}
-    seconds, sent = {contestant: [] for contestant in contestants}, {}
-    for contestant, part in parts.items():  # to warm up
+    inputs = {name: inputs_of(name, sizes, tokens) for name in names}
+    seconds, sent = {name: [] for name in names}, {}
+    for name in names:  # to warm up
         with counted() as collectives:
-            step(contestant, part)
-            sent[contestant] = len(collectives()), sum(collective.bytes for collective in collectives())
+            step(name, inputs[name])
+            sent[name] = len(collectives()), sum(collective.bytes for collective in collectives())
     for turn in range(repeats):
-        at = turn % len(contestants)
-        for contestant in contestants[at:] + contestants[:at]:
-            taken = slowest(lambda name=contestant: step(name, parts[name]))
-            seconds[contestant].append(taken)
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            seconds[name].append(slowest(lambda name=name: step(name, inputs[name])))
     return seconds, sent
 
 
-def measure_memory(rank: int, world_size: int, sizes: Sizes, contestant: str) -> int:
+def measure_memory(rank: int, world_size: int, sizes: Sizes, name: str) -> int:
     """This rank's peak in bytes, of its resident memory (Linux)."""
-    start([contestant])
-    small = Sizes(64, 64, 4100, sizes.dtype)
-    step(contestant, part_of(contestant, small, tokens_of(small)))
+    start([name])
+    small = Sizes(*WARM_UP, sizes.dtype)
+    step(name, inputs_of(name, small, tokens_of(small)))
     tokens = tokens_of(sizes)
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # or the step would use free pages unseen
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _resident("VmRSS")
-    step(contestant, part_of(contestant, sizes, tokens))
-    return _resident("VmHWM") - before
+    return memory.peak_of(lambda: step(name, inputs_of(name, sizes, tokens)), "cpu")
 
 
-def _resident(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
-
-
-def results_of(sizes: Sizes, contestants: list[str], ranks: int, repeats: int) -> list[dict[str, object]]:
-    seconds, sent = run(measure_time, ranks, sizes, contestants, repeats, timeout=3600)[0]
-    peaks = {
-        contestant: max(run(measure_memory, 1 if contestant == ALONE else ranks, sizes, contestant, timeout=600))
-        for contestant in contestants
-    }
-    found = []
-    for contestant, taken in seconds.items():
+def results_of(sizes: Sizes, names: list[str], ranks: int, repeats: int) -> list[dict[str, object]]:
+    seconds, sent = run(measure_time, ranks, sizes, names, repeats, timeout=3600)[0]
+    ranks_of = {name: 1 if name == ALONE else ranks for name in names}
+    peaks = {name: max(run(measure_memory, ranks_of[name], sizes, name, timeout=600)) for name in names}
+    results = []
+    for name, taken in seconds.items():
         ratios = [own.wall / alone.wall for own, alone in zip(taken, seconds[ALONE], strict=True)]
         worked = [own.processor / alone.processor for own, alone in zip(taken, seconds[ALONE], strict=True)]
-        number, size = sent[contestant]
-        found.append(
+        number, size = sent[name]
+        results.append(
             sizes._asdict()
             | {
-                "contestant": contestant,
-                "ranks": 1 if contestant == ALONE else ranks,
+                "contestant": name,
+                "ranks": ranks_of[name],
                 "seconds": round(statistics.median(own.wall for own in taken), 4),
                 "time_to_1_rank": round(statistics.median(ratios), 3),
                 "least": round(min(ratios), 3),
@@ -181,20 +168,18 @@ def results_of(sizes: Sizes, contestants: list[str], ranks: int, repeats: int) -
                 "processor_time_to_1_rank": round(statistics.median(worked), 3),
                 "collectives": number,
                 "put_in_mib": round(size / MIB, 2),
-                "peak_mib": round(peaks[contestant] / MIB, 1),
-                "peak_to_1_rank": round(peaks[contestant] / peaks[ALONE], 3),
+                "peak_mib": round(peaks[name] / MIB, 1),
+                "peak_to_1_rank": round(peaks[name] / peaks[ALONE], 3),
                 "rounds": repeats,
             }
         )
-    return found
+    return results
 
 
 def main() -> None:
     arguments = _arguments()
-    contestants = [FORWARD, ALONE]
     reason = why_not(DEEPSPEED)
-    if reason is None:
-        contestants.insert(1, DEEPSPEED)
+    names = [FORWARD, *[DEEPSPEED] * (reason is None), ALONE]
     torch.set_num_threads(1)  # as in every rank
     where = conditions()
     print_conditions(where)
@@ -204,14 +189,14 @@ def main() -> None:
     results = []
     for dtype in arguments.dtype:
         sizes = Sizes(arguments.tokens, arguments.hidden, arguments.vocab, dtype)
-        found = results_of(sizes, contestants, arguments.ranks, arguments.repeats)
-        results += found
+        rows = results_of(sizes, names, arguments.ranks, arguments.repeats)
+        results += rows
         print()
-        columns = list(found[0])[len(Sizes._fields) + 1 :]
+        columns = list(rows[0])[len(Sizes._fields) + 1 :]
         title = f"N={sizes.tokens} D={sizes.hidden} V={sizes.vocab} {dtype}"
-        print_table((title, *columns), [(r["contestant"], *(str(r[name]) for name in columns)) for r in found])
+        print_table((title, *columns), [(row["contestant"], *(str(row[name]) for name in columns)) for row in rows])
         if arguments.json:
-            write(arguments.json, where, results)
+            dump({"conditions": where, "results": results}, arguments.json)
 
 
 def _arguments() -> argparse.Namespace:
@@ -219,10 +204,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--vocab", type=int, default=50257)
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7, help="rounds that count")
-    parser.add_argument("--json", type=Path, help="where to write the results too")
+    parser.add_argument("--json", type=Path, help="file for the results")
     return parser.parse_args()
 
 

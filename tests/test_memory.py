@@ -2,8 +2,8 @@
 
 import pytest
 
-from benchmarks.contestants import BACKWARD, FORWARD
 from benchmarks.memory import Case, allowed, measure, why_not
+from chunked_ce.cli.implementations import BACKWARD, FORWARD
 
 NOT_HERE = why_not("cpu")
 

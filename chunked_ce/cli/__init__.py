@@ -1,7 +1,7 @@
 """``chunked-ce plan | bench | check``: will it fit, what does it cost, is it right on this machine.
 
-What it needs beyond torch is in the extra ``cli``: rich for tables, psutil for the memory of this machine, matplotlib
-for plots alone. The library itself imports nothing from here.
+The extra ``cli`` holds what this needs beyond torch: rich for tables, psutil for the memory of this machine, and
+matplotlib for plots alone. The library itself imports nothing from here.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0 if all went well, 1 if a check failed, 2 for arguments that are not allowed."""
     parsed = parser().parse_args(arguments)
     _require(needed_packages(parsed))
-    command = importlib.import_module(f"chunked_ce.cli.{parsed.command}")
+    command = importlib.import_module(f"chunked_ce.cli.{parsed.command}_command")
     try:
         status = command.run(parsed)
-    except ValueError as error:  # what the arguments say together cannot be: one line, as for each of them
+    except ValueError as error:  # arguments that contradict each other: one line, as for a wrong one
         print(f"chunked-ce {parsed.command}: {error}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
@@ -36,10 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def needed_packages(parsed: argparse.Namespace) -> list[str]:
-    """What the command imports beyond torch: plots need matplotlib, and nothing else does."""
-    plots = parsed.command == "bench" and (parsed.plot or parsed.html)
-    asked = parsed.command == "plan" and (parsed.device != "cpu" or parsed.memory or parsed.budget)
-    return ["rich", *["matplotlib"] * bool(plots), *["psutil"] * (not asked)]
+    """The packages beyond torch that the command imports."""
+    draws = parsed.command == "bench" and (parsed.plot or parsed.html)
+    knows_memory = parsed.command == "plan" and (parsed.device != "cpu" or parsed.memory or parsed.budget)
+    return ["rich", *["matplotlib"] * bool(draws), *["psutil"] * (not knows_memory)]
 
 
 def _require(names: Sequence[str]) -> None:

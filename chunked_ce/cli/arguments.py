@@ -1,4 +1,4 @@
-"""The arguments of the three commands. Wrong ones end with one line that says what is allowed."""
+"""The arguments of the three commands. A wrong one ends the command with one line that says what is allowed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from chunked_ce.cli.heads import HEADS
+from chunked_ce.cli.implementations import DTYPES
 
 __all__ = ["parser", "size", "sweep"]
 
-DTYPES = ("fp32", "bf16", "fp16")
 SWEPT = ("tokens", "hidden", "vocab", "chunk")
 _UNITS = {"": 1} | {
     f"{prefix}{unit}": base**power
@@ -23,7 +23,7 @@ _UNITS = {"": 1} | {
 
 
 class Parser(argparse.ArgumentParser):
-    """One line instead of the usage and an error."""
+    """A parser whose errors are one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: {message}", file=sys.stderr)
@@ -61,10 +61,10 @@ def size(text: str) -> int:
     >>> size("2GiB") == size("2G") == 2 * 2**30, size("24GB")
     (True, 24000000000)
     """
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", text.strip().lower())
-    if found is None or found[2] not in _UNITS or float(found[1]) <= 0:
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([a-z]*)", text.strip().lower())
+    if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
         raise argparse.ArgumentTypeError(f"must be a size such as 80GiB, 24GB or 512MiB, was {text!r}")
-    return int(float(found[1]) * _UNITS[found[2]])
+    return int(float(match[1]) * _UNITS[match[2]])
 
 
 def sweep(text: str) -> tuple[str, list[int]]:
@@ -99,7 +99,7 @@ def _json(to: Parser) -> None:
 def _shape(to: Parser) -> None:
     to.add_argument("--tokens", type=integer(1), metavar="N", help="tokens in one call of the loss")
     to.add_argument("--hidden", type=integer(1), metavar="D", help="hidden size")
-    to.add_argument("--vocab", type=integer(1), metavar="V", help="words in the vocabulary")
+    to.add_argument("--vocab", type=integer(1), metavar="V", help="vocabulary entries")
     to.add_argument("--model", choices=HEADS, metavar="NAME", help=f"a known head: {', '.join(HEADS)}")
     to.add_argument("--config", type=Path, metavar="FILE", help="a Transformers config.json, for D and V")
 
@@ -112,37 +112,30 @@ def _plan(to: Parser) -> None:
     to.add_argument("--frozen-input", action="store_true", help="the hidden states need no gradient")
     to.add_argument("--tp", type=integer(1), nargs="+", default=[1, 2, 4, 8], metavar="R", help="tensor-parallel sizes")
     to.add_argument("--dp", type=integer(1), default=1, metavar="R", help="data-parallel ranks")
-    to.add_argument(
-        "--sp", type=integer(1), default=1, metavar="R", help="sequence-parallel ranks: each has N / R tokens"
-    )
+    to.add_argument("--sp", type=integer(1), default=1, metavar="R", help="sequence-parallel ranks, N / R tokens each")
     to.add_argument("--zero", type=int, choices=range(4), default=0, help="ZeRO stage")
     to.add_argument("--accumulation", type=integer(1), default=1, metavar="STEPS", help="micro-batches per step")
     to.add_argument("--chunk", type=integer(1), metavar="C", help="tokens in a chunk, instead of the plan's choice")
-    to.add_argument(
-        "--memory", type=size, metavar="SIZE", help="of the device, such as 80GiB: head and optimizer go off"
-    )
-    to.add_argument("--other", type=size, default=0, metavar="SIZE", help="what the rest of the model takes of it")
-    to.add_argument("--budget", type=size, metavar="SIZE", help="what the loss may take above what is there already")
+    to.add_argument("--memory", type=size, metavar="SIZE", help="of the device, with head and optimizer: 80GiB")
+    to.add_argument("--other", type=size, default=0, metavar="SIZE", help="memory that the rest of the model takes")
+    to.add_argument("--budget", type=size, metavar="SIZE", help="memory of the loss alone, beside head and optimizer")
     to.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where it would run (cuda)")
     _json(to)
 
 
 def _bench(to: Parser) -> None:
-    to.description = "Forward and backward of every contestant in a process of its own: time, memory and errors."
+    to.description = "Forward and backward of every implementation in a process of its own: time, memory and errors."
     _shape(to)
     to.add_argument("--dtype", choices=DTYPES, nargs="+", help="fp32 and bf16 on a CPU, else bf16")
-    to.add_argument(
-        "--sweep", type=sweep, metavar="NAME=A,B", help=f"one of {', '.join(SWEPT)}, such as vocab=32768,65536"
-    )
-    to.add_argument("--chunk", type=integer(1), metavar="C", help="tokens in a chunk, for those that can be told")
+    to.add_argument("--sweep", type=sweep, metavar="NAME=A,B", help=f"one of {', '.join(SWEPT)}: vocab=32768,65536")
+    to.add_argument("--chunk", type=integer(1), metavar="C", help="tokens in a chunk, where this can be set")
     to.add_argument("--ignored", type=share, default=0.0, help="share of tokens that do not count")
-    to.add_argument(
-        "--data", choices=("random", "trained"), default="random", help="trained: a softmax as sharp as a model's"
-    )
+    data = ("random", "trained")
+    to.add_argument("--data", choices=data, default="random", help="trained: a softmax as sharp as a trained model's")
     to.add_argument("--tensors", type=Path, metavar="FILE", help="a torch file of a dict: hidden, weight and target")
-    to.add_argument("--only", nargs="+", metavar="KEY", help="contestants, by the keys that the table shows")
+    to.add_argument("--only", nargs="+", metavar="KEY", help="implementations, by the keys that the table shows")
     to.add_argument("--rounds", type=integer(1), default=5, help="rounds that count (5)")
-    to.add_argument("--timeout", type=integer(1), default=900, metavar="SECONDS", help="for one contestant and shape")
+    to.add_argument("--timeout", type=integer(1), default=900, metavar="SECONDS", help="per implementation and shape")
     to.add_argument("--memory-limit", type=size, metavar="SIZE", help="more than this is out of memory")
     to.add_argument("--no-errors", action="store_true", help="skip the float64 reference, which costs one more step")
     to.add_argument("--plot", type=Path, metavar="FILE.png", help="memory and time; also .svg or .pdf")
@@ -151,7 +144,7 @@ def _bench(to: Parser) -> None:
 
 
 def _check(to: Parser) -> None:
-    to.description = "Every option, both ways, against float64. Exit code 1 if an error is too large."
-    to.add_argument("--device", choices=("cuda", "cpu"), nargs="+", help="all there are by default")
-    to.add_argument("--no-processes", action="store_true", help="leave out what takes two processes")
+    to.description = "Every option, gradients in forward and backward, against float64. Exit code 1 if one is wrong."
+    to.add_argument("--device", choices=("cuda", "cpu"), nargs="+", help="all devices of this machine by default")
+    to.add_argument("--no-processes", action="store_true", help="leave out the checks that need other processes")
     _json(to)

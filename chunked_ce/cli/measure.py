@@ -1,4 +1,4 @@
-"""What `chunked_ce.cli.worker` tells, gathered into one result for each contestant and case."""
+"""The messages of `chunked_ce.cli.worker`, gathered into one result for each implementation and case."""
 
 from __future__ import annotations
 
@@ -8,98 +8,76 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from chunked_ce.cli.contestants import DTYPES, LOSSES, PRODUCTS
-from chunked_ce.cli.laws import predicted
+from chunked_ce.cli.implementations import DTYPES, LOSSES, PRODUCTS
+from chunked_ce.cli.memory_models import predicted
 from chunked_ce.cli.report import MIB
 from chunked_ce.cli.worker import Preparation, Task, Worker
 
-__all__ = ["Prepared", "Result", "measure", "not_measured", "prepared"]
+__all__ = ["INTERRUPTED", "Prepared", "Result", "measure", "not_measured", "prepared"]
 
 Result = dict[str, object]
-OK, INTERRUPTED = "ok", "interrupted"
+INTERRUPTED = "interrupted"
 
 
 class Prepared(NamedTuple):
-    """A case whose files there are."""
+    """A case whose files exist."""
 
     task: Task
     softmax: dict[str, float]  # loss and entropy in nats
 
 
 def prepared(worker: Worker, case: Task, data: str, folder: Path, *, errors: bool, timeout: float) -> Prepared | str:
-    """The case, or why its inputs cannot be made; its files are written to ``folder``."""
+    """The case with its files written to ``folder``, or why its inputs cannot be made."""
     place = tempfile.mkdtemp(dir=folder)
-    for kind, found in worker.run(Preparation(case, data, place, errors), timeout):
+    for kind, content in worker.run(Preparation(case, data, place, errors), timeout):
         if kind == "prepared":
-            ready = Prepared(*found)
+            ready = Prepared(*content)
         elif kind == "failed":
-            return f"its inputs or their float64 reference: {found}"
+            return f"its inputs or their float64 reference: {content}"
     return ready
 
 
-def measure(
-    worker: Worker, task: Task, timeout: float, tick: Callable[[], None] = lambda: None
-) -> tuple[Result, KeyboardInterrupt | None]:
-    """One contestant on one case. Ctrl-C ends it with what there is by then, and is returned."""
-    result: Result = _described(task)
+def measure(worker: Worker, task: Task, timeout: float, tick: Callable[[], None] = lambda: None) -> Result:
+    """One implementation on one case. Ctrl-C ends it: the result holds what was measured, its status is INTERRUPTED."""
+    result = not_measured(task, "ok")
     rounds: list[tuple[float, float]] = []
-    status, interrupt = OK, None
     try:
-        for kind, found in worker.run(task, timeout):
+        for kind, content in worker.run(task, timeout):
             if kind == "memory":
-                result["peak_mib"] = round(found / MIB, 1)
+                result["peak_mib"] = round(content / MIB, 1)
             elif kind == "errors":
-                result |= {name: float(f"{error:.4g}") for name, error in found.items()}
+                result |= {name: float(f"{error:.4g}") for name, error in content.items()}
             elif kind == "round":
-                rounds.append(found)
+                rounds.append(content)
             elif kind == "failed":
-                status = found
+                result["status"] = content
             if kind in ("memory", "round"):
                 tick()
-    except KeyboardInterrupt as pressed:
-        status, interrupt = INTERRUPTED, pressed
-    result["status"] = status
-    return result | _times(rounds), interrupt
+    except KeyboardInterrupt:
+        result["status"] = INTERRUPTED
+    return result | _times(rounds)
 
 
-def not_measured(task: Task, why: str) -> Result:
-    return _described(task) | {"status": why}
-
-
-def _described(task: Task) -> Result:
-    law = predicted(
-        task.contestant,
-        task.tokens,
-        task.vocab,
-        task.hidden,
-        dtype=DTYPES[task.dtype],
-        device=task.device,
-        chunk=task.chunk,
-        ignored=task.ignored,
-    )
-    return {
-        "contestant": task.contestant,
-        "exact": task.contestant == PRODUCTS or LOSSES[task.contestant].exact,
-        "dtype": task.dtype,
-        "tokens": task.tokens,
-        "hidden": task.hidden,
-        "vocab": task.vocab,
-        "chunk": task.chunk,
-        "ignored": task.ignored,
-        "predicted_mib": law and round(law.peak / MIB, 1),
-    }
+def not_measured(task: Task, status: str) -> Result:
+    """The case, the memory law's prediction for it, and a status."""
+    settings = {"dtype": DTYPES[task.dtype], "device": task.device, "chunk": task.chunk, "ignored": task.ignored}
+    law = predicted(task.implementation, task.tokens, task.vocab, task.hidden, **settings)
+    exact = task.implementation == PRODUCTS or LOSSES[task.implementation].exact
+    case = {name: getattr(task, name) for name in ("dtype", "tokens", "hidden", "vocab", "chunk", "ignored")}
+    described = {"contestant": task.implementation, "exact": exact} | case
+    return described | {"predicted_mib": law and round(law.peak / MIB, 1), "status": status}
 
 
 def _times(rounds: Sequence[tuple[float, float]]) -> Result:
     """Medians over the rounds; a ratio is that of one round."""
-    own = [seconds for seconds, _ in rounds]
-    if not own:
+    if not rounds:
         return {"rounds": 0}
-    ratios = [seconds / products for seconds, products in rounds]
+    own, products = zip(*rounds, strict=True)
+    ratios = [seconds / of_products for seconds, of_products in rounds]
     return {
-        "rounds": len(own),
+        "rounds": len(rounds),
         "seconds": float(f"{statistics.median(own):.4g}"),
-        "products_seconds": float(f"{statistics.median(products for _, products in rounds):.4g}"),
+        "products_seconds": float(f"{statistics.median(products):.4g}"),
         "ratio": round(statistics.median(ratios), 3),
         "ratio_least": round(min(ratios), 3),
         "ratio_most": round(max(ratios), 3),

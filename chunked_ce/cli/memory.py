@@ -1,7 +1,7 @@
-"""Peak memory of a piece of work, and how much there is.
+"""Peak memory of a piece of work, and the memory that a device has.
 
-On CUDA the peak is that of torch's allocator. On the CPU it is that of the process's resident memory (Linux), so it
-holds what the matrix library and the C allocator keep too; measure in a process of its own.
+On CUDA the peak is that of torch's allocator. On the CPU it is that of the process's resident memory (Linux), which
+includes what the matrix library and the C allocator keep, so measure in a process of its own.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def why_not_measured(device: str) -> str | None:
 
 
 def peak_of(work: Callable[[], object], device: str) -> int:
-    """Bytes at the peak of ``work()`` above what there was before it. Warm up first."""
+    """Bytes at the peak of ``work()`` above those in use before it. Warm up first."""
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -37,7 +37,7 @@ def peak_of(work: Callable[[], object], device: str) -> int:
         before = torch.cuda.memory_allocated()
         work()
         return torch.cuda.max_memory_allocated() - before
-    # Pages that the C allocator holds free go back to the system, or the work would use them unseen.
+    # Free pages that the C allocator holds go back to the system, or the work would use them unseen.
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
     Path(_CLEAR_REFS).write_text("5")
@@ -56,7 +56,7 @@ def total(device: str) -> int:
 
 
 def available(device: str) -> int:
-    """Bytes of it that are free."""
+    """Bytes of that memory which are free."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     import psutil
@@ -65,9 +65,9 @@ def available(device: str) -> int:
 
 
 def limit_memory(size: int, device: str) -> None:
-    """From here on this process may take ``size`` bytes more: to ask for more is an error, not a swapping machine."""
+    """Let this process take ``size`` more bytes; beyond them allocation fails, instead of the machine swapping."""
     if device == "cuda":
-        torch.cuda.empty_cache()  # what the allocator holds free would count as taken
+        torch.cuda.empty_cache()  # free memory that the allocator holds would count as taken
         allowed = (torch.cuda.memory_allocated() + size) / total(device)
         torch.cuda.set_per_process_memory_fraction(min(1.0, allowed))
         return

@@ -1,4 +1,4 @@
-"""A report in one HTML file: it loads nothing from anywhere."""
+"""The results of ``chunked-ce bench`` as one HTML file, which loads nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
-from chunked_ce.cli.bench import COLUMNS, cells
 from chunked_ce.cli.plots import svg
+from chunked_ce.cli.tables import COLUMNS, cells
 
 __all__ = ["page", "save_page"]
 
@@ -30,35 +30,28 @@ _LEGEND = {
 
 
 def save_page(document: dict[str, object], path: Path) -> None:
-    """What ``chunked-ce bench`` measured, with its pictures and the conditions."""
+    """The results of ``chunked-ce bench``, with their pictures and the conditions, into a file."""
     path.write_text(page(document), encoding="utf-8")
 
 
 def page(document: dict[str, object]) -> str:
     conditions, results = document["conditions"], document["results"]
     picture = base64.b64encode(svg(document).encode()).decode()
-    facts = {
-        "date": conditions["date"],
-        "device": conditions["device"],
-        "threads": conditions["threads"],
-        "load average": conditions["load_average"],
-    } | conditions["versions"]
+    facts = {name.replace("_", " "): value for name, value in conditions.items() if name != "versions"}
+    facts |= conditions["versions"]
     cases = dict.fromkeys(map(_case, results))
     tables = "".join(_table(case, [row for row in results if _case(row) == case]) for case in cases)
-    left_out = "".join(_item(name, reason) for name, reason in document["left_out"].items())
-    data = "".join(
-        _item(str(note["case"]), f"{note['kind']}: loss {note['loss']}, entropy {note['entropy']} nats")
+    softmax = {
+        str(note["case"]): f"{note['kind']}: loss {note['loss']}, entropy {note['entropy']} nats"
         for note in document["data"]
-    )
+    }
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>chunked-ce bench</title>'
         f"<style>{_CSS}</style></head><body>\n"
         "<h1>Cross-entropy of a large vocabulary: time and memory</h1>\n"
         f'<p><img alt="Memory and time of every contestant" src="data:image/svg+xml;base64,{picture}"></p>\n'
-        f"{tables}<h2>Columns</h2><ul>{''.join(_item(*pair) for pair in _LEGEND.items())}</ul>\n"
-        f"<h2>Conditions</h2><ul>{''.join(_item(*pair) for pair in facts.items())}</ul>\n"
-        f"<h2>Softmax</h2><ul>{data}</ul>\n"
-        f"<h2>Left out</h2><ul>{left_out or '<li>nobody</li>'}</ul>\n</body></html>\n"
+        f"{tables}{_list('Columns', _LEGEND)}{_list('Conditions', facts)}{_list('Softmax', softmax)}"
+        f"{_list('Left out', document['left_out'], empty='<li>nobody</li>')}</body></html>\n"
     )
 
 
@@ -81,5 +74,6 @@ def _table(title: str, rows: Sequence[dict[str, object]]) -> str:
     )
 
 
-def _item(name: str, value: object) -> str:
-    return f"<li><b>{html.escape(name)}</b>: {html.escape(str(value))}</li>"
+def _list(title: str, items: dict[str, object], empty: str = "") -> str:
+    lines = "".join(f"<li><b>{html.escape(name)}</b>: {html.escape(str(value))}</li>" for name, value in items.items())
+    return f"<h2>{title}</h2><ul>{lines or empty}</ul>\n"

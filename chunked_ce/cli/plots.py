@@ -1,4 +1,4 @@
-"""Memory and time of every contestant, as a picture: a line against what was swept, or bars for one shape."""
+"""Memory and time of every implementation as a picture: lines against a size that was swept, or bars for one shape."""
 
 from __future__ import annotations
 
@@ -9,45 +9,45 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from chunked_ce.cli.contestants import PRODUCTS
+from chunked_ce.cli.implementations import PRODUCTS
 from chunked_ce.cli.report import GIB, MIB
 
 __all__ = ["figure", "save", "svg"]
 
 _SWEPT = {"tokens": "tokens N", "vocab": "vocabulary V", "hidden": "hidden size D", "chunk": "tokens in a chunk"}
 _MEMORY, _TIME = "peak_mib", "seconds"
+_MIB_IN_GIB = GIB / MIB
 
 
 def save(document: dict[str, object], path: Path) -> None:
-    """Into a file whose ending says the format."""
+    """Draw into a file, in the format that its ending names."""
     figure(document).savefig(path, dpi=150)
 
 
 def svg(document: dict[str, object]) -> str:
-    """As an SVG."""
+    """The picture as text."""
     buffer = io.StringIO()
     figure(document).savefig(buffer, format="svg")
     return buffer.getvalue()
 
 
 def figure(document: dict[str, object]) -> Figure:
-    """What ``chunked-ce bench`` measured: a row for each dtype, memory to the left and time to the right."""
+    """The results of ``chunked-ce bench``: a row for each dtype, memory to the left and time to the right."""
     results = document["results"]
     dtypes = list(dict.fromkeys(result["dtype"] for result in results))
     drawn = Figure(figsize=(13, 4.6 * len(dtypes)), layout="constrained")
     axes = drawn.subplots(len(dtypes), 2, squeeze=False)
     for row, dtype in zip(axes, dtypes, strict=True):
-        here = [result for result in results if result["dtype"] == dtype]
-        swept = swept_of(here)
+        of_dtype = [result for result in results if result["dtype"] == dtype]
+        swept = swept_of(of_dtype)
         for at, measured in zip(row, (_MEMORY, _TIME), strict=True):
-            limit = document["limits"]["memory_mib"] if measured == _MEMORY else None
+            limit = document["limits"]["memory_mib"] / _MIB_IN_GIB if measured == _MEMORY else None
             if swept:
-                _lines(at, here, swept, measured, limit)
+                _lines(at, of_dtype, swept, measured, limit)
             else:
-                _bars(at, here, measured, limit)
-            at.set_title(
-                f"{'peak memory above the inputs' if measured == _MEMORY else 'forward and backward'}, {dtype}"
-            )
+                _bars(at, of_dtype, measured, limit)
+            title = "peak memory above the inputs" if measured == _MEMORY else "forward and backward"
+            at.set_title(f"{title}, {dtype}")
             at.grid(alpha=0.3)
         if swept:
             lines = {line.get_label(): line for at in row for line in at.lines if line.get_label()[0] != "_"}
@@ -71,21 +71,20 @@ def _fixed(results: Sequence[dict[str, object]]) -> str:
 
 
 def _lines(at: Axes, results: Sequence[dict[str, object]], swept: str, measured: str, limit: float | None) -> None:
-    for contestant in dict.fromkeys(result["contestant"] for result in results):
-        own = sorted((r for r in results if r["contestant"] == contestant), key=lambda r: r[swept] or 0)
+    for name in dict.fromkeys(result["contestant"] for result in results):
+        own = sorted((r for r in results if r["contestant"] == name), key=lambda r: r[swept] or 0)
         points = [(r[swept], _scaled(r, measured)) for r in own if r.get(measured) is not None]
         failed = [r[swept] for r in own if str(r["status"]).startswith("out of memory")]
-        if contestant == PRODUCTS:
+        if name == PRODUCTS:
             if measured == _TIME and points:
                 at.plot(*zip(*points, strict=True), "k:", linewidth=2, label="limit: three products alone")
             continue
-        style = "-o" if contestant.startswith("chunked_ce") else "--s"
-        line = at.plot(*(zip(*points, strict=True) if points else ([], [])), style, label=contestant, markersize=4)[0]
-        top = limit / (GIB / MIB) if limit else None
-        if failed and top:  # out of memory: at the limit, and crossed
-            at.plot(failed, [top] * len(failed), "x", color=line.get_color(), markersize=8)
+        style = "-o" if name.startswith("chunked_ce") else "--s"
+        line = at.plot(*(zip(*points, strict=True) if points else ([], [])), style, label=name, markersize=4)[0]
+        if failed and limit:  # out of memory: a cross at the limit
+            at.plot(failed, [limit] * len(failed), "x", color=line.get_color(), markersize=8)
     if limit:
-        at.axhline(limit / (GIB / MIB), color="k", linestyle=":", linewidth=2, label="limit: memory there is")
+        at.axhline(limit, color="k", linestyle=":", linewidth=2, label="limit: memory there is")
     at.set_xscale("log", base=2)
     at.set_yscale("log")
     at.set_xlabel(_SWEPT[swept])
@@ -108,7 +107,7 @@ def _bars(at: Axes, results: Sequence[dict[str, object]], measured: str, limit: 
     if measured == _TIME and products:
         at.axvline(products[measured], color="k", linestyle=":", label="limit: three products alone")
     if limit:
-        at.axvline(limit / (GIB / MIB), color="k", linestyle=":", label="limit: memory there is")
+        at.axvline(limit, color="k", linestyle=":", label="limit: memory there is")
         at.set_xscale("log")
     at.invert_yaxis()
     at.margins(x=0.15)
@@ -117,5 +116,5 @@ def _bars(at: Axes, results: Sequence[dict[str, object]], measured: str, limit: 
 
 
 def _scaled(result: dict[str, object], measured: str) -> float:
-    """In the unit that is drawn."""
-    return result[measured] / (GIB / MIB) if measured == _MEMORY else result[measured]
+    """In the unit that is drawn, GiB or seconds."""
+    return result[measured] / _MIB_IN_GIB if measured == _MEMORY else result[measured]

@@ -1,4 +1,4 @@
-"""Where, when and with what something was measured, and its results as JSON."""
+"""The conditions of a measurement (where, when, with which versions), and its results as JSON."""
 
 from __future__ import annotations
 
@@ -8,45 +8,35 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from chunked_ce.cli.contestants import DEVICE
+from chunked_ce.cli.implementations import DEVICE
 
-__all__ = ["GIB", "MIB", "bytes_text", "conditions", "conditions_text", "dump", "write"]
+__all__ = ["GIB", "MIB", "bytes_text", "conditions", "conditions_text", "dump"]
 
 MIB, GIB = 2**20, 2**30
-_PACKAGES = (
-    "chunked_ce",
-    "torch",
-    "triton",
-    "deepspeed",
-    "liger-kernel",
-    "cut-cross-entropy",
-    "quack-kernels",
-    "numpy",
-)
+PACKAGES = ("chunked_ce", "torch", "triton", "deepspeed", "liger-kernel", "cut-cross-entropy", "quack-kernels", "numpy")
 
 
 def conditions(device: str = DEVICE) -> dict[str, object]:
-    """Device, threads, versions and date; nothing that names the machine."""
+    """Device, threads, versions and date, but nothing that names the machine."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "versions": {"python": platform.python_version()}
-        | {name: version for name in _PACKAGES if (version := _version(name)) is not None},
+        | {name: version for name in PACKAGES if (version := _version(name)) is not None},
     }
 
 
-def conditions_text(found: dict[str, object]) -> str:
+def conditions_text(measured: dict[str, object]) -> str:
     """Two lines for people."""
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in measured["versions"].items())
     return (
-        f"{found['date']}: {found['device']}, {found['threads']} threads, load average {found['load_average']}\n"
+        f"{measured['date']}: {measured['device']}, {measured['threads']} threads, load average {measured['load_average']}\n"
         f"{versions}"
     )
 
@@ -59,13 +49,8 @@ def bytes_text(size: float) -> str:
     return f"{size / GIB:,.2f} GiB" if size >= GIB else f"{size / MIB:,.1f} MiB"
 
 
-def write(path: Path, found: dict[str, object], results: Sequence[dict[str, object]], **more: object) -> None:
-    """Conditions and results as JSON into a file, whose folder is made."""
-    dump({"conditions": found, "results": list(results)} | more, path)
-
-
 def dump(document: dict[str, object], to: str | Path) -> None:
-    """A document as JSON into a file, or onto the output for ``"-"``."""
+    """A document as JSON into a file, whose folder is made, or onto the output for ``"-"``."""
     text = json.dumps(document, indent=1) + "\n"
     if str(to) == "-":
         sys.stdout.write(text)

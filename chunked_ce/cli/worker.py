@@ -1,9 +1,9 @@
-"""One contestant in a process of its own: its peak memory, its errors, and rounds beside the three products.
+"""One implementation in a process of its own: its peak memory, its errors, and rounds beside the three products.
 
-The process serves tasks through a pipe. Of each it tells, as they are known, ``("memory", bytes)``,
-``("errors", dict)``, ``("round", (seconds, seconds of the products))`` for every round, and ``("done", None)``, or
-``("failed", what)``. In a round the contestant and the products take turns at being first. So no two contestants need
-to be in memory at a time, and a machine that gets slower or faster changes both times of a round.
+The process serves tasks through a pipe. For each it sends messages: ``("memory", bytes)``, ``("errors", dict)``,
+``("round", (seconds, seconds of the products))`` after every round, and last ``("done", None)`` or
+``("failed", reason)``. In a round the implementation and the products take turns at being first. So no two
+implementations are in memory at a time, and a machine that gets slower or faster changes both times of a round.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from typing import NamedTuple
 
 import torch
 
-from chunked_ce.cli import memory, problems
+from chunked_ce.cli import memory, synthetic_inputs
 from chunked_ce.cli.accuracy import Reference, errors_of, reference
-from chunked_ce.cli.contestants import DTYPES, LOSSES, PRODUCTS, loss_of, train_step
-from chunked_ce.cli.problems import Problem
+from chunked_ce.cli.implementations import DTYPES, LOSSES, PRODUCTS, loss_of, train_step
+from chunked_ce.cli.synthetic_inputs import LossInputs
 
-__all__ = ["OUT_OF_MEMORY", "Preparation", "Task", "Worker"]
+__all__ = ["OUT_OF_MEMORY", "WARM_UP", "Preparation", "Task", "Worker"]
 
 OUT_OF_MEMORY = "out of memory"
-_WARM_UP = (64, 64, 4100)  # N, D and V: small, and more words than one product covers on a CPU
+WARM_UP = (64, 64, 4100)  # N, D and V: small, with more vocabulary entries than one product covers on a CPU
 _AVAILABLE = 0.9  # the share of free memory that a process may take
 
 
 class Task(NamedTuple):
-    """What to measure of a contestant."""
+    """One case, and what to measure of an implementation on it."""
 
-    contestant: str
+    implementation: str
     dtype: str
     tokens: int
     hidden: int
@@ -45,21 +45,28 @@ class Task(NamedTuple):
     device: str
     chunk: int | None = None
     ignored: float = 0.0
-    tensors: str | None = None  # a file to take the problem from
-    exact: str | None = None  # a file with the `Reference`
+    tensors: str | None = None  # the file that holds the inputs, if one does
+    exact: str | None = None  # the file that holds the `Reference`
     rounds: int = 5
     memory_limit: int | None = None  # bytes above the inputs
 
-    def problem(self) -> Problem:
+    @property
+    def title(self) -> str:
+        chunk = f" chunk={self.chunk}" if self.chunk else ""
+        ignored = f", {self.ignored:.0%} ignored" if self.ignored else ""
+        return f"N={self.tokens} D={self.hidden} V={self.vocab}{chunk} {self.dtype}{ignored}"
+
+    def inputs(self, kind: str = "random") -> LossInputs:
+        """Those of the file if there is one, else random ones or, with ``"trained"``, a sharp softmax."""
         dtype = DTYPES[self.dtype]
         if self.tensors is not None:
-            return problems.load(Path(self.tensors), dtype, self.device)
-        sizes = self.tokens, self.hidden, self.vocab
-        return Problem.random(*sizes, dtype, ignored=self.ignored, device=self.device)
+            return synthetic_inputs.load(Path(self.tensors), dtype, self.device)
+        make = LossInputs.trained if kind == "trained" else LossInputs.random
+        return make(self.tokens, self.hidden, self.vocab, dtype, ignored=self.ignored, device=self.device)
 
 
 class Preparation(NamedTuple):
-    """What to make for the tasks of a problem: it answers ``("prepared", (task, summary of the softmax))``."""
+    """The files to make for the tasks of a case; the answer is ``("prepared", (task, summary of the softmax))``."""
 
     task: Task
     data: str  # "random" or "trained"
@@ -71,16 +78,16 @@ Message = tuple[str, object]
 
 
 class Worker:
-    """The process of a contestant; it ends with the ``with`` block."""
+    """The process of an implementation; it ends with the ``with`` block."""
 
     def __init__(self, device: str) -> None:
         context = multiprocessing.get_context("spawn")
-        self._pipe, there = context.Pipe()
+        self._pipe, child_end = context.Pipe()
         descriptor, self._log = tempfile.mkstemp(prefix="chunked-ce-")
         os.close(descriptor)
-        self._process = context.Process(target=_serve, args=(there, self._log, device), daemon=True)
+        self._process = context.Process(target=_serve, args=(child_end, self._log, device), daemon=True)
         self._process.start()
-        there.close()
+        child_end.close()
 
     def __enter__(self) -> Worker:
         return self
@@ -149,53 +156,54 @@ def _serve(pipe: Connection, log: str, device: str) -> None:
             return
 
 
-def _prepared(wanted: Preparation) -> Iterator[Message]:
-    task, folder = wanted.task, Path(wanted.folder)
-    if wanted.data == "trained" and task.tensors is None:
-        sizes = task.tokens, task.hidden, task.vocab
-        problem = Problem.trained(*sizes, DTYPES[task.dtype], ignored=task.ignored, device=task.device)
+def _prepared(preparation: Preparation) -> Iterator[Message]:
+    task, folder = preparation.task, Path(preparation.folder)
+    inputs = task.inputs(preparation.data)
+    if preparation.data == "trained" and task.tensors is None:
         task = task._replace(tensors=str(folder / "tensors.pt"))
-        torch.save({name: tensor.detach() for name, tensor in problem._asdict().items()}, task.tensors)
-    else:
-        problem = task.problem()
-    if wanted.errors:
+        torch.save({name: tensor.detach() for name, tensor in inputs._asdict().items()}, task.tensors)
+    if preparation.errors:
         task = task._replace(exact=str(folder / "exact.pt"))
-        torch.save(reference(problem)._asdict(), task.exact)
-    yield "prepared", (task, problems.softmax_summary(problem))
+        torch.save(reference(inputs)._asdict(), task.exact)
+    yield "prepared", (task, synthetic_inputs.softmax_summary(inputs))
 
 
 def _measured(task: Task) -> Iterator[Message]:
-    contestant, chunk, device = task.contestant, task.chunk, task.device
-    problem = task.problem()
-    small = Problem.random(*_WARM_UP, DTYPES[task.dtype], device=device)
-    for name in (PRODUCTS, contestant):
+    implementation, chunk, device = task.implementation, task.chunk, task.device
+    inputs = task.inputs()
+    small = LossInputs.random(*WARM_UP, DTYPES[task.dtype], device=device)
+    for name in (PRODUCTS, implementation):
         at_shape = device == "cuda" or (name in LOSSES and LOSSES[name].compiles)
-        train_step(name, problem if at_shape else small, chunk)
+        train_step(name, inputs if at_shape else small, chunk)
     del small
     if task.memory_limit is not None:
         memory.limit_memory(task.memory_limit, device)
     if memory.why_not_measured(device) is None:
-        yield "memory", memory.peak_of(lambda: train_step(contestant, problem, chunk), device)
+        yield "memory", memory.peak_of(lambda: train_step(implementation, inputs, chunk), device)
     elif task.memory_limit is not None:
-        train_step(contestant, problem, chunk)
+        train_step(implementation, inputs, chunk)
     memory.limit_memory(int(_AVAILABLE * memory.available(device)), device)  # the products may take more
-    if task.exact is not None and contestant != PRODUCTS:
-        exact = Reference(**torch.load(task.exact, map_location=device, weights_only=True))
-        loss = loss_of(contestant, chunk)(*problem).mean()
-        loss.backward()
-        yield "errors", errors_of(exact, loss.detach(), problem.hidden.grad, problem.weight.grad)
-        problem.hidden.grad = problem.weight.grad = None
-        del loss
+    if task.exact is not None and implementation != PRODUCTS:
+        yield "errors", _errors(task, inputs)
     for turn in range(-1, task.rounds):
-        names = (PRODUCTS, contestant) if turn % 2 else (contestant, PRODUCTS)
-        seconds = {name: _seconds(name, problem, chunk) for name in names}
+        names = (PRODUCTS, implementation) if turn % 2 else (implementation, PRODUCTS)
+        seconds = {name: _seconds(name, inputs, chunk) for name in names}
         if turn >= 0:
-            yield "round", (seconds[contestant], seconds[PRODUCTS])
+            yield "round", (seconds[implementation], seconds[PRODUCTS])
 
 
-def _seconds(contestant: str, problem: Problem, chunk: int | None) -> float:
+def _errors(task: Task, inputs: LossInputs) -> dict[str, float]:
+    exact = Reference(**torch.load(task.exact, map_location=task.device, weights_only=True))
+    loss = loss_of(task.implementation, task.chunk)(*inputs).mean()
+    loss.backward()
+    errors = errors_of(exact, loss.detach(), inputs.hidden.grad, inputs.weight.grad)
+    inputs.hidden.grad = inputs.weight.grad = None
+    return errors
+
+
+def _seconds(implementation: str, inputs: LossInputs, chunk: int | None) -> float:
     start = time.perf_counter()
-    train_step(contestant, problem, chunk)
+    train_step(implementation, inputs, chunk)
     return time.perf_counter() - start
 
 

@@ -5,15 +5,15 @@ import torch
 import torch.nn.functional as F
 
 from chunked_ce.cli.accuracy import errors_of, reference
-from chunked_ce.cli.problems import IGNORED, TRAINED_ENTROPY, Problem, load, softmax_summary
+from chunked_ce.cli.synthetic_inputs import IGNORED, TRAINED_ENTROPY, LossInputs, load, softmax_summary
 
 
 @pytest.mark.parametrize("ignored", [0.0, 0.3, 1.0])
 def test_reference(ignored, monkeypatch):
     """Against autograd on all logits in float64, with blocks smaller than the sizes."""
     monkeypatch.setattr("chunked_ce.cli.accuracy._BLOCK_TOKENS", 32)
-    monkeypatch.setattr("chunked_ce.cli.accuracy._BLOCK_WORDS", 100)
-    problem = Problem.random(90, 16, 731, torch.float32, ignored=ignored)
+    monkeypatch.setattr("chunked_ce.cli.accuracy._BLOCK_ENTRIES", 100)
+    problem = LossInputs.random(90, 16, 731, torch.float32, ignored=ignored)
     exact = reference(problem)
     hidden, weight = (tensor.detach().double().requires_grad_() for tensor in problem[:2])
     loss = F.cross_entropy(hidden @ weight.t(), problem.target, reduction="sum")
@@ -22,7 +22,7 @@ def test_reference(ignored, monkeypatch):
     found = errors_of(exact, loss.detach(), hidden.grad, weight.grad)
     assert all(error < 1e-13 for error in found.values())
     if ignored < 1:
-        assert len(exact.words) > 100
+        assert len(exact.entries) > 100
         worse = errors_of(exact, loss.detach() + 1, 1.01 * hidden.grad, weight.grad)
         assert worse["hidden_grad_error"] == pytest.approx(0.01)
         assert worse["loss_error"] == pytest.approx(1.0)
@@ -30,7 +30,7 @@ def test_reference(ignored, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_trained_is_as_sharp_as_it_says(dtype):
-    problem = Problem.trained(512, 64, 8192, dtype, ignored=0.25)
+    problem = LossInputs.trained(512, 64, 8192, dtype, ignored=0.25)
     assert (problem.target == IGNORED).sum() == 128
     summary = softmax_summary(problem)
     assert summary["entropy"] == pytest.approx(TRAINED_ENTROPY, abs=0.1)

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from benchmarks.report import markdown
-from chunked_ce.cli import bench, main, memory, plots, worker
-from chunked_ce.cli.contestants import DEVICE, FORWARD, FULL, LOSSES, PRODUCTS, why_not
+from chunked_ce.cli import bench_command, main, memory, plots, worker
+from chunked_ce.cli.implementations import DEVICE, FORWARD, FULL, LOSSES, PRODUCTS, select, why_not
 from chunked_ce.cli.page import page
 from chunked_ce.cli.worker import Task, Worker
 
@@ -85,13 +85,13 @@ class Fake:
         yield "memory", task.vocab * 2**20
         for seconds in (3.0, 1.0, 2.0):
             yield "round", (seconds, 1.0)
-            if task.contestant == FULL and task.vocab == 200:
+            if task.implementation == FULL and task.vocab == 200:
                 raise KeyboardInterrupt
         yield "done", None
 
 
 def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "Worker", Fake)
+    monkeypatch.setattr(bench_command, "Worker", Fake)
     path = tmp_path / "bench.json"
     sweep = ("--sweep", "vocab=100,200,300", "--tokens", 64, "--dtype", "fp32", "--only", "forward", "full")
     code, printed = run((*sweep, "--json", path, "--html", tmp_path / "bench.html"), capsys)
@@ -174,9 +174,9 @@ def test_everyone_says_why_not():
         reason = why_not(name, "cpu")
         assert reason is None or (reason and "\n" not in reason)
     assert why_not("liger", "cpu") == "it runs on CUDA only"
-    assert len({contestant.key for contestant in LOSSES.values()}) == len(LOSSES)
+    assert len({implementation.key for implementation in LOSSES.values()}) == len(LOSSES)
 
 
 def test_chunk_sizes_are_for_those_that_take_one():
-    names, missing = bench.contestants_of(None, chunk_only=True)
+    names, missing = select(chunk_only=True)
     assert FORWARD in names and FULL in missing

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import gpu
-from chunked_ce.cli.contestants import BACKWARD, FILTERED, FORWARD, FULL, PRODUCTS, why_not
+from chunked_ce.cli.implementations import BACKWARD, FILTERED, FORWARD, FULL, PRODUCTS, why_not
 
 SHAPE = ["--shape", "64", "32", "500", "--rounds", "1", "--no-tests"]
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from chunked_ce.cli import check, checking, main, ranks
+from chunked_ce.cli import check_command, main, process_checks, self_checks
 
 
 def run(capsys, *arguments):
@@ -21,13 +21,13 @@ def test_all_is_right_here(capsys):
     assert (code, wrong, found["failed"]) == (0, [], {})
     assert found["passed"] and found["skipped"]
     names = {row["case"] for row in found["results"]}
-    assert names >= {*checking.OPTIONS, "frozen head", "log-probabilities", "logits that exist", "statistics"}
+    assert names >= {*self_checks.OPTIONS, "frozen head", "log-probabilities", "logits that exist", "statistics"}
     assert {"bfloat16", "float16", "float32", "float64"} == {row["where"].split(", ")[1] for row in found["results"]}
 
 
 @pytest.mark.parametrize("broken", ["loss", "gradient", "crash"])
 def test_a_mistake_is_found(broken, monkeypatch, capsys):
-    real = checking.linear_cross_entropy
+    real = self_checks.linear_cross_entropy
 
     def mistaken(hidden, *arguments, **keywords):
         if broken == "crash":
@@ -37,13 +37,11 @@ def test_a_mistake_is_found(broken, monkeypatch, capsys):
         return real(hidden + (hidden - hidden.detach()) * 1e-4, *arguments, **keywords)
 
     def only_float32(devices, alone, skipped):
-        yield (
-            "fp32",
-            lambda: list(checking._losses(checking.Inputs.random(torch.float32, "cpu"), "here", "auto", 48, ("bias",))),
-        )
+        inputs = self_checks.CheckInputs.random(torch.float32, "cpu")
+        yield "fp32", lambda: list(self_checks._losses(inputs, "here", "auto", 48, ("bias",)))
 
-    monkeypatch.setattr(checking, "linear_cross_entropy", mistaken)
-    monkeypatch.setattr(check, "parts", only_float32)
+    monkeypatch.setattr(self_checks, "linear_cross_entropy", mistaken)
+    monkeypatch.setattr(check_command, "parts", only_float32)
     code, out = run(capsys)
     assert code == 1
     assert "WRONG" in out
@@ -55,15 +53,15 @@ def test_a_mistake_is_found(broken, monkeypatch, capsys):
 
 def test_bf16_sums_over_chunks_would_be_found():
     """A head's gradient whose chunks are added in bf16: 0.5 % off, where 0.2 % is the plain loss's own."""
-    inputs = checking.Inputs.random(torch.bfloat16, "cpu", tokens=400)
-    options = checking.ChunkOptions(chunk_size=4, accumulate_dtype=torch.bfloat16, gradients="forward")
-    rows = list(checking._loss("bias", "", inputs, {"bias": True}, options))
+    inputs = self_checks.CheckInputs.random(torch.bfloat16, "cpu", tokens=400)
+    options = self_checks.ChunkOptions(chunk_size=4, accumulate_dtype=torch.bfloat16, gradients="forward")
+    rows = list(self_checks._loss("bias", "", inputs, self_checks.OPTIONS["bias"], options))
     assert [row.quantity for row in rows if row.wrong] == ["dW", "db"]
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
 def test_two_processes():
-    rows = ranks.sharded_rows(90.0)
+    rows = process_checks.sharded_rows(90.0)
     assert {row.case for row in rows} == {"sharded vocabulary", "token-weighted mean"}
     assert len(rows) == 2 * (2 * 2 * 4 + 2 * 2)
     assert not [row for row in rows if row.wrong]
@@ -71,7 +69,7 @@ def test_two_processes():
 
 def test_a_process_that_fails_says_why():
     with pytest.raises(RuntimeError, match="ZeroDivisionError"):
-        ranks._run(_fails, 1, 60.0)
+        process_checks._run(_fails, 1, 60.0)
 
 
 def _fails(rank):

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from chunked_ce.cli.bench import COLUMNS
+from chunked_ce.cli.tables import COLUMNS
 
 TEXT = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
 

@@ -8,7 +8,7 @@ import torch
 
 from chunked_ce import ChunkOptions
 from chunked_ce.cli import main
-from chunked_ce.cli.planning import BACKWARD, FORWARD, FULL, Request, largest, plan_of
+from chunked_ce.cli.capacity import BACKWARD, FORWARD, FULL, Request, cost_of, largest
 from chunked_ce.plan import predict_memory
 
 N, D, V = 8192, 4096, 128256
@@ -75,7 +75,7 @@ def test_the_largest_fits_and_one_more_does_not(way, name):
     room = 2**30
     most = largest(request, way, 2, name, lambda _: room)
     peaks = [
-        plan_of(Request(**{"tokens": 2048, "hidden": 512, "vocab": 32000} | {name: size}), way, 2).peak
+        cost_of(Request(**{"tokens": 2048, "hidden": 512, "vocab": 32000} | {name: size}), way, 2).peak
         for size in (most, most + 2)  # the words of two ranks are rounded up
     ]
     assert peaks[0] <= room < peaks[1]
@@ -120,6 +120,6 @@ def test_the_table(capsys):
 def test_chunks_explain_themselves(ranks, dtype):
     for tokens in (1, 100, 4096, 70000):
         for way in (FORWARD, BACKWARD):
-            plan = plan_of(Request(tokens=tokens, hidden=256, vocab=50257, dtype=dtype), way, ranks)
+            plan = cost_of(Request(tokens=tokens, hidden=256, vocab=50257, dtype=dtype), way, ranks)
             parts = math.ceil(tokens / plan.chunk)
             assert plan.why.startswith(f"{parts} equal chunks" if parts > 1 else "one chunk")

@@ -1,4 +1,4 @@
-"""Who runs against whom: one training step of each, on the same problem.
+"""The implementations of the loss that are compared: one training step of each, on the same inputs.
 
 A loss is a function of hidden states (N, D), head (V, D) and targets (N,); `train_step` runs it forward and backward.
 `PRODUCTS` is the yardstick: the three matrix products that no exact loss can do without, 6 N V D operations.
@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,23 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chunked_ce import ChunkOptions, linear_cross_entropy
-from chunked_ce.cli.problems import Problem
+from chunked_ce.cli.synthetic_inputs import LossInputs
 
-__all__ = [
-    "BACKWARD",
-    "CONTESTANTS",
-    "DEEPSPEED",
-    "DEVICE",
-    "DTYPES",
-    "FILTERED",
-    "FORWARD",
-    "FULL",
-    "LOSSES",
-    "PRODUCTS",
-    "Contestant",
-    "train_step",
-    "why_not",
-]
+__all__ = ["DEVICE", "DTYPES", "IMPLEMENTATIONS", "LOSSES", "PRODUCTS", "loss_of", "select", "train_step", "why_not"]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -55,40 +41,38 @@ CCE_EXACT = "cut-cross-entropy, no filter"
 CCE_PRETRAINING = "cut-cross-entropy, pretraining"
 QUACK = "quack"
 
-_YARDSTICK_BYTES = 2**31  # logits of the products alone at a time, so that they run where full logits do not fit
+_YARDSTICK_BYTES = 2**31  # of logits at a time, so that the products run where full logits do not fit
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-class Contestant(NamedTuple):
-    """One way to compute the loss."""
+class Implementation(NamedTuple):
+    """A loss, and where it can run."""
 
     key: str  # what ``--only`` takes
-    loss: Callable[[int | None], Loss]  # given the tokens in a chunk, None for its own choice
+    loss: Callable[[int | None], Loss]  # takes the tokens in a chunk, None for its own choice
     why_not: Callable[[str], str | None] = lambda device: None
     exact: bool = True  # no part of the gradient is left out or approximated on purpose
     takes_chunk: bool = False
-    compiles: bool = False  # at each shape, so that it has to be warmed up at that shape
+    compiles: bool = False  # at each shape, so it has to be warmed up at that shape
 
 
 def products(hidden: Tensor, weight: Tensor) -> None:
     """The logits and the two products with a gradient of their shape, as anyone would write them.
 
-    In slices of the tokens of 2 GiB of logits each, and the gradient of the head is summed in its own dtype.
+    Tokens go in slices of 2 GiB of logits each, and the gradient of the head is summed in its own dtype.
     """
     step = max(1, _YARDSTICK_BYTES // (len(weight) * weight.element_size()))
     with torch.no_grad():
-        hidden_grad, total = torch.empty_like(hidden), None
-        for start in range(0, len(hidden), step):
-            x = hidden[start : start + step]
+        hidden_grad, weight_grad = torch.empty_like(hidden), None
+        for x, x_grad in zip(hidden.split(step), hidden_grad.split(step), strict=True):
             logits = x @ weight.t()
-            torch.mm(logits, weight, out=hidden_grad[start : start + step])
-            total = logits.t() @ x if total is None else total.addmm_(logits.t(), x)
+            torch.mm(logits, weight, out=x_grad)
+            weight_grad = logits.t() @ x if weight_grad is None else weight_grad.addmm_(logits.t(), x)
 
 
 def _ours(chunk: int | None, **options: object) -> Loss:
-    chosen = ChunkOptions(chunk_size=chunk or "auto", **options)
-    return functools.partial(linear_cross_entropy, options=chosen)
+    return functools.partial(linear_cross_entropy, options=ChunkOptions(chunk_size=chunk or "auto", **options))
 
 
 def _full(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -129,15 +113,7 @@ def _quack(chunk: int | None) -> Loss:
     return functools.partial(quack, chunk_size=chunk) if chunk else quack
 
 
-# ---- why one cannot run ----
-
-
-def _no_filter(device: str) -> str | None:
-    try:
-        ChunkOptions(gradient_filter="auto")
-    except (TypeError, ValueError):
-        return "this version of chunked_ce has no gradient filter"
-    return None
+# ---- why an implementation cannot run ----
 
 
 def _no_compiler(device: str) -> str | None:
@@ -155,7 +131,7 @@ def _no_torch_chunks(device: str) -> str | None:
 
 
 def _no_deepspeed(device: str) -> str | None:
-    os.environ.setdefault("DS_ACCELERATOR", device)  # or it warns that it found none
+    os.environ.setdefault("DS_ACCELERATOR", device)  # without it DeepSpeed warns that it found no accelerator
     return _not_imported("deepspeed.sequence.linear_cross_entropy", "DeepSpeed with a linear_cross_entropy")
 
 
@@ -175,53 +151,75 @@ def _no_cce_preset(device: str) -> str | None:
 def _not_imported(module: str, what: str) -> str | None:
     try:
         importlib.import_module(module)
-    except Exception as error:  # whatever a peer's import raises, it cannot run here
+    except Exception as error:  # whatever the import of a peer raises, the peer cannot run
         return f"no {what}: {error}".splitlines()[0]
     return None
 
 
-_CCE_HERE = functools.partial(_needs_cuda, "cut_cross_entropy")
+_why_not_cce = functools.partial(_needs_cuda, "cut_cross_entropy")
 
-LOSSES: dict[str, Contestant] = {
-    FORWARD: Contestant("forward", _ours, takes_chunk=True),
-    BACKWARD: Contestant("backward", functools.partial(_ours, gradients="backward"), takes_chunk=True),
-    FILTERED: Contestant(
-        "filtered", functools.partial(_ours, gradient_filter="auto"), _no_filter, exact=False, takes_chunk=True
+LOSSES: dict[str, Implementation] = {
+    FORWARD: Implementation("forward", _ours, takes_chunk=True),
+    BACKWARD: Implementation("backward", functools.partial(_ours, gradients="backward"), takes_chunk=True),
+    FILTERED: Implementation(
+        "filtered", functools.partial(_ours, gradient_filter="auto"), exact=False, takes_chunk=True
     ),
-    FULL: Contestant("full", lambda chunk: _full),
-    COMPILED: Contestant("compiled", lambda chunk: torch.compile(_full), _no_compiler, compiles=True),
-    TORCH: Contestant("torch", _torch, _no_torch_chunks, takes_chunk=True),
-    TORCH_AUTO: Contestant("torch-auto", _torch_auto, _no_torch_chunks),
-    DEEPSPEED: Contestant("deepspeed", _deepspeed, _no_deepspeed),
-    LIGER: Contestant("liger", _liger, functools.partial(_needs_cuda, "liger_kernel.transformers")),
-    CCE: Contestant("cce", _cce, _CCE_HERE, exact=False),
-    CCE_EXACT: Contestant("cce-exact", functools.partial(_cce, filter_eps=None), _CCE_HERE),
-    CCE_PRETRAINING: Contestant(
+    FULL: Implementation("full", lambda chunk: _full),
+    COMPILED: Implementation("compiled", lambda chunk: torch.compile(_full), _no_compiler, compiles=True),
+    TORCH: Implementation("torch", _torch, _no_torch_chunks, takes_chunk=True),
+    TORCH_AUTO: Implementation("torch-auto", _torch_auto, _no_torch_chunks),
+    DEEPSPEED: Implementation("deepspeed", _deepspeed, _no_deepspeed),
+    LIGER: Implementation("liger", _liger, functools.partial(_needs_cuda, "liger_kernel.transformers")),
+    CCE: Implementation("cce", _cce, _why_not_cce, exact=False),
+    CCE_EXACT: Implementation("cce-exact", functools.partial(_cce, filter_eps=None), _why_not_cce),
+    CCE_PRETRAINING: Implementation(
         "cce-pretraining", functools.partial(_cce, impl="cce_kahan_full_c"), _no_cce_preset, exact=False
     ),
-    QUACK: Contestant("quack", _quack, functools.partial(_needs_cuda, "quack.linear_cross_entropy"), takes_chunk=True),
+    QUACK: Implementation(
+        "quack", _quack, functools.partial(_needs_cuda, "quack.linear_cross_entropy"), takes_chunk=True
+    ),
 }
-CONTESTANTS = (PRODUCTS, *LOSSES)
+IMPLEMENTATIONS = (PRODUCTS, *LOSSES)
 
 
-def why_not(contestant: str, device: str = DEVICE) -> str | None:
-    """Why a contestant cannot run here; None if it can."""
-    return None if contestant == PRODUCTS else LOSSES[contestant].why_not(device)
+def why_not(name: str, device: str = DEVICE) -> str | None:
+    """Why an implementation cannot run here; None if it can."""
+    return None if name == PRODUCTS else LOSSES[name].why_not(device)
+
+
+def select(only: Sequence[str] | None = None, *, chunk_only: bool = False) -> tuple[list[str], dict[str, str]]:
+    """The names of those that run, the products first, and why each of the others does not.
+
+    ``only`` holds keys; ``chunk_only`` leaves out those that choose their chunk size themselves.
+    """
+    keys = {loss.key: name for name, loss in LOSSES.items()}
+    unknown = [key for key in only or () if key not in keys]
+    if unknown:
+        raise ValueError(f"--only must name some of {', '.join(keys)}, was {unknown[0]!r}")
+    chosen = [keys[key] for key in only or keys]
+    missing = {}
+    for name in chosen:
+        reason = why_not(name)
+        if reason is None and chunk_only and not LOSSES[name].takes_chunk:
+            reason = "it cannot be told its chunk size"
+        if reason:
+            missing[name] = reason
+    return [PRODUCTS, *(name for name in chosen if name not in missing)], missing
 
 
 @functools.cache
-def loss_of(contestant: str, chunk: int | None = None) -> Loss:
-    """The loss of a contestant; what it compiles, it compiles once per shape."""
-    return LOSSES[contestant].loss(chunk)
+def loss_of(name: str, chunk: int | None = None) -> Loss:
+    """The loss of an implementation, made once: what it compiles, it compiles once per shape."""
+    return LOSSES[name].loss(chunk)
 
 
-def train_step(contestant: str, problem: Problem, chunk: int | None = None) -> None:
-    """Forward and backward, gradients into fresh memory, and all of it done on the device when it returns."""
-    hidden, weight, target = problem
-    if contestant == PRODUCTS:
+def train_step(name: str, inputs: LossInputs, chunk: int | None = None) -> None:
+    """Forward and backward, gradients into fresh memory; the device has finished all of it on return."""
+    hidden, weight, target = inputs
+    if name == PRODUCTS:
         products(hidden, weight)
     else:
-        loss_of(contestant, chunk)(hidden, weight, target).mean().backward()
+        loss_of(name, chunk)(hidden, weight, target).mean().backward()
         hidden.grad = weight.grad = None
     if hidden.is_cuda:
         torch.cuda.synchronize()

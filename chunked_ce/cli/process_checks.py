@@ -1,7 +1,8 @@
-"""What ``chunked-ce check`` runs in other processes: two ranks over gloo, DeepSpeed on them, Triton's interpreter."""
+"""The parts of ``chunked-ce check`` that need other processes: two ranks over gloo, DeepSpeed, Triton's interpreter."""
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import tempfile
@@ -13,9 +14,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from chunked_ce import ChunkOptions, TokenMean, VocabShard, linear_cross_entropy
-from chunked_ce.cli.checking import CHUNK, OPTIONS, VOCAB, Inputs, Row, compare, plain, small_cases
+from chunked_ce.cli.self_checks import CHUNK, OPTIONS, VOCAB, CheckInputs, Row, compare, plain, small_cases
 
 __all__ = ["deepspeed_rows", "interpreted_rows", "sharded_rows"]
 
@@ -23,7 +25,7 @@ RANKS = 2
 
 
 def interpreted_rows(timeout: float) -> list[Row]:
-    """The Triton kernels in its interpreter, on a CPU."""
+    """The Triton kernels in their interpreter, on a CPU."""
     with _environment(TRITON_INTERPRET="1"):
         return _run(_interpreted, 1, timeout)
 
@@ -47,66 +49,60 @@ def _interpreted(rank: int) -> Iterator[Row]:
 def _sharded(rank: int) -> Iterator[Row]:
     _join(rank)
     for dtype in (torch.float32, torch.bfloat16):
-        inputs = Inputs.random(dtype, "cpu")
-        at = f"2 gloo processes, {str(dtype).removeprefix('torch.')}"
-        for way in ("forward", "backward"):
-            yield from _vocab_parallel(inputs, f"{at}, {way}", ChunkOptions(chunk_size=CHUNK, gradients=way))
-        yield from _token_mean(rank, inputs, at)
+        inputs = CheckInputs.random(dtype, "cpu")
+        where = f"2 gloo processes, {str(dtype).removeprefix('torch.')}"
+        for gradients in ("forward", "backward"):
+            options = ChunkOptions(chunk_size=CHUNK, gradients=gradients)
+            yield from _vocab_parallel(inputs, f"{where}, {gradients}", options)
+        yield from _token_mean(rank, inputs, where)
 
 
-def _vocab_parallel(inputs: Inputs, where: str, options: ChunkOptions) -> Iterator[Row]:
-    shard = VocabShard.split(VOCAB)
-    words = slice(shard.start, shard.stop)
-    wanted = {name: value for name, value in OPTIONS["all together"].items() if value is not True}
-    hidden, head, bias = inputs.leaves()
-    part, part_bias = (t.detach()[words].clone().requires_grad_() for t in (head, bias))
-    loss = linear_cross_entropy(
-        hidden,
-        part,
-        inputs.target,
-        linear_bias=part_bias,
-        weight=inputs.class_weight,
-        token_weight=inputs.token_weight,
-        vocab=shard,
-        options=options,
-        **wanted,
-    )
-    loss.backward()
+def _vocab_parallel(inputs: CheckInputs, where: str, options: ChunkOptions) -> Iterator[Row]:
+    vocab = VocabShard.split(VOCAB)
+    rows = slice(vocab.start, vocab.stop)
+    shard = inputs._replace(head=inputs.head[rows], linear_bias=inputs.linear_bias[rows])
 
-    def whole(own: Inputs) -> tuple[torch.Tensor, ...]:
-        x, w, b = own.leaves()
-        value = plain(x, w, own.target, bias=b, class_weight=own.class_weight, token_weight=own.token_weight, **wanted)
+    def run(loss: Callable[..., Tensor], given: CheckInputs) -> tuple[Tensor, ...]:
+        own = given.leaves()
+        value = loss(own.hidden, own.head, own.target, **own.keywords(OPTIONS["all together"]))
         value.backward()
-        return value.detach(), x.grad, w.grad[words], b.grad[words]
+        return value.detach(), own.hidden.grad, own.head.grad, own.linear_bias.grad
 
-    found = loss.detach(), hidden.grad, part.grad, part_bias.grad
-    results = found, whole(inputs), whole(inputs.double())
-    dtype = inputs.hidden.dtype
-    yield from compare("sharded vocabulary", where, dtype, ("loss", "dX", "dW", "db"), *results)
+    def formula(whole: CheckInputs) -> tuple[Tensor, ...]:
+        loss, hidden_grad, head_grad, bias_grad = run(plain, whole)
+        return loss, hidden_grad, head_grad[rows], bias_grad[rows]
+
+    values = run(functools.partial(linear_cross_entropy, vocab=vocab, options=options), shard)
+    yield from compare("sharded vocabulary", where, inputs, ("loss", "dX", "dW", "db"), values, formula)
 
 
-def _token_mean(rank: int, inputs: Inputs, where: str) -> Iterator[Row]:
-    """Unevenly many tokens on the ranks, gradients averaged over them as engines do."""
-    cut = len(inputs.target) // 3
-    mine = slice(0, cut) if rank == 0 else slice(cut, None)
-    mean = TokenMean.over([inputs.target[mine]])
-    hidden, head, _ = inputs.leaves()
-    own = linear_cross_entropy(hidden[mine], head, inputs.target[mine], reduction="sum")
-    mean(own).backward()
+def _token_mean(rank: int, inputs: CheckInputs, where: str) -> Iterator[Row]:
+    """Ranks hold different numbers of tokens, and gradients are averaged over ranks as engines do."""
+    hidden, target = _own_tokens(rank, inputs)
+    mean = TokenMean.over([target])
+    head = inputs.leaves().head
+    loss_sum = linear_cross_entropy(hidden, head, target, reduction="sum")
+    mean(loss_sum).backward()
     gradient = head.grad.float()
     dist.all_reduce(gradient)
-    yield from _head_rows("token-weighted mean", where, inputs, mean.report([own.detach()]), gradient / RANKS)
+    yield from _head_rows("token-weighted mean", where, inputs, mean.report([loss_sum.detach()]), gradient / RANKS)
 
 
-def _head_rows(case: str, where: str, inputs: Inputs, loss: torch.Tensor, gradient: torch.Tensor) -> Iterator[Row]:
-    def whole(own: Inputs) -> tuple[torch.Tensor, ...]:
-        x, w, _ = own.leaves()
-        value = plain(x, w, own.target)
+def _own_tokens(rank: int, inputs: CheckInputs) -> tuple[Tensor, Tensor]:
+    """Hidden states and targets of a third of the tokens on rank 0, of the others on rank 1."""
+    cut = len(inputs.target) // 3
+    own = slice(0, cut) if rank == 0 else slice(cut, None)
+    return inputs.hidden[own], inputs.target[own]
+
+
+def _head_rows(case: str, where: str, inputs: CheckInputs, loss: Tensor, gradient: Tensor) -> Iterator[Row]:
+    def formula(whole: CheckInputs) -> tuple[Tensor, Tensor]:
+        own = whole.leaves()
+        value = plain(own.hidden, own.head, own.target)
         value.backward()
-        return value.detach(), w.grad
+        return value.detach(), own.head.grad
 
-    results = (loss, gradient), whole(inputs), whole(inputs.double())
-    yield from compare(case, where, inputs.hidden.dtype, ("loss", "dW"), *results)
+    yield from compare(case, where, inputs, ("loss", "dW"), (loss, gradient), formula)
 
 
 def _deepspeed(rank: int) -> Iterator[Row]:
@@ -117,9 +113,8 @@ def _deepspeed(rank: int) -> Iterator[Row]:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled, for a minute
     _join(rank)
-    inputs = Inputs.random(torch.float32, "cpu")
-    cut = len(inputs.target) // 3
-    mine = slice(0, cut) if rank == 0 else slice(cut, None)
+    inputs = CheckInputs.random(torch.float32, "cpu")
+    hidden, target = _own_tokens(rank, inputs)
     for stage in (1, 3):
         head = torch.nn.Linear(inputs.head.shape[1], VOCAB, bias=False)
         head.weight.data.copy_(inputs.head)
@@ -133,17 +128,12 @@ def _deepspeed(rank: int) -> Iterator[Row]:
                 "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
             },
         )
-        mean = token_mean(engine, [inputs.target[mine]])
-        own = engine(inputs.hidden[mine], inputs.target[mine])
-        engine.backward(mean(own))
-        gradient = safe_get_full_grad(head.weight)
-        yield from _head_rows(
-            "DeepSpeed's token-weighted mean",
-            f"2 gloo processes, float32, ZeRO {stage}",
-            inputs,
-            mean.report([own.detach()]),
-            gradient,
-        )
+        mean = token_mean(engine, [target])
+        loss_sum = engine(hidden, target)
+        engine.backward(mean(loss_sum))
+        results = mean.report([loss_sum.detach()]), safe_get_full_grad(head.weight)
+        where = f"2 gloo processes, float32, ZeRO {stage}"
+        yield from _head_rows("DeepSpeed's token-weighted mean", where, inputs, *results)
 
 
 class _Loss(torch.nn.Module):
@@ -153,7 +143,7 @@ class _Loss(torch.nn.Module):
         super().__init__()
         self.head = head
 
-    def forward(self, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: Tensor, target: Tensor) -> Tensor:
         return linear_cross_entropy(hidden, self.head.weight, target, reduction="sum")
 
 
@@ -168,7 +158,7 @@ def _join(rank: int) -> None:
 
 @contextmanager
 def _environment(**values: str) -> Iterator[None]:
-    """Variables for processes that start meanwhile."""
+    """Set environment variables for the processes that start within."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -193,13 +183,13 @@ def _run(function: Callable[[int], Iterator[Row]], processes: int, timeout: floa
         for process in started:
             process.kill()
             process.join()
-        found = [Path(folder, f"{rank}.pt") for rank in range(processes)]
-        if not all(path.exists() for path in found):
-            raise RuntimeError(_what_happened(folder, timeout, late=time.monotonic() >= deadline))
-        return [Row(*row) for path in found for row in torch.load(path, weights_only=True)]
+        files = [Path(folder, f"{rank}.pt") for rank in range(processes)]
+        if not all(path.exists() for path in files):
+            raise RuntimeError(_failure(folder, timeout, late=time.monotonic() >= deadline))
+        return [Row(*row) for path in files for row in torch.load(path, weights_only=True)]
 
 
-def _what_happened(folder: str, timeout: float, *, late: bool) -> str:
+def _failure(folder: str, timeout: float, *, late: bool) -> str:
     errors = [path.read_text().strip().splitlines()[-1] for path in Path(folder).glob("*.error")]
     return errors[0] if errors else f"not done after {timeout:g} s" if late else "a process ended"
 
@@ -213,7 +203,7 @@ def _main(function: Callable[[int], Iterator[Row]], rank: int, folder: str) -> N
         rows = [tuple(row) for row in function(rank)]
     except Exception:
         Path(folder, f"{rank}.error").write_text(traceback.format_exc())
-        os._exit(1)  # without a farewell that would wait for the other
+        os._exit(1)  # leaving the process group properly would wait for the other rank
     partial = Path(folder, f"{rank}.partial")
     torch.save(rows, partial)
     partial.rename(Path(folder, f"{rank}.pt"))

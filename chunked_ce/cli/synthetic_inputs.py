@@ -9,18 +9,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["IGNORED", "TRAINED_ENTROPY", "Problem", "load", "softmax_summary"]
+__all__ = ["IGNORED", "TRAINED_ENTROPY", "LossInputs", "load", "softmax_summary"]
 
 IGNORED = -100
-TRAINED_ENTROPY = 4.6  # nats; a small language model on real text over 131,072 words measured 4.63
+TRAINED_ENTROPY = 4.6  # nats; a small language model on real text measured 4.63 with 131,072 vocabulary entries
 
 _RARE = 0.125
 _SAMPLED_TOKENS = 64
-_BLOCK = 256  # tokens whose logits there are at a time
+_BLOCK = 256  # tokens whose logits exist at a time
 
 
-class Problem(NamedTuple):
-    """The leaves of a language model's loss."""
+class LossInputs(NamedTuple):
+    """Hidden states, head and targets of a language model's loss."""
 
     hidden: Tensor  # (N, D)
     weight: Tensor  # (V, D)
@@ -36,13 +36,13 @@ class Problem(NamedTuple):
         *,
         ignored: float = 0.0,  # the share of tokens that do not count
         device: str = "cpu",
-    ) -> Problem:
-        """Normal hidden states and a head of an initial model: logits of 0.02 sqrt(D), nearly uniform."""
+    ) -> LossInputs:
+        """Normal hidden states and a head as it is initialised: logits of 0.02 sqrt(D), a nearly uniform softmax."""
         generator = torch.Generator(device).manual_seed(0)
         hidden = _normal(generator, num_tokens, hidden_size).to(dtype)
         weight = _normal(generator, vocab_size, hidden_size).to(dtype).mul_(0.02)
         target = torch.randint(vocab_size, (num_tokens,), generator=generator, device=device)
-        return cls(hidden, weight, target).ignoring(ignored, generator)._leaves()
+        return cls(hidden, weight, target)._ignoring(ignored, generator)._leaves()
 
     @classmethod
     def trained(
@@ -55,14 +55,14 @@ class Problem(NamedTuple):
         ignored: float = 0.0,
         device: str = "cpu",
         entropy: float = TRAINED_ENTROPY,
-    ) -> Problem:
+    ) -> LossInputs:
         """Synthetic, but as sharp as a trained model: Zipf's frequencies times what the context adds.
 
-        One direction of the hidden states carries the words' frequencies (1 / (rank + 2.7), in random order); the
-        others are normal, and a word's row in them the smaller the rarer it is (rank ** -1/8), so that over 1,024
-        tokens and 131,072 words about a tenth of the words reach a probability of 2^-14 anywhere. Hidden states are
-        scaled until the mean entropy is ``entropy`` nats. Targets are drawn from the softmax itself, so the loss is
-        about the entropy, as it is for a model that knows its text.
+        One direction of the hidden states carries the entries' frequencies (1 / (rank + 2.7), in random order). The
+        others are normal, and an entry's row in them shrinks as the entry gets rarer (rank ** -1/8), so that over 1,024
+        tokens about a tenth of 131,072 entries reach a probability of 2^-14 anywhere. Hidden states are scaled until
+        the mean entropy is ``entropy`` nats. Targets are drawn from the softmax itself, so the loss is about the
+        entropy, as it is for a model that knows its text.
         """
         generator = torch.Generator(device).manual_seed(0)
         rank = torch.randperm(vocab_size, generator=generator, device=device)
@@ -83,40 +83,40 @@ class Problem(NamedTuple):
             least, most = (scale, most) if above else (least, scale)
         hidden = hidden_of(scale)
         target = torch.cat([_draw(x @ weight.t(), generator) for x in hidden.split(_BLOCK)])
-        return cls(hidden, weight, target).ignoring(ignored, generator)._leaves()
+        return cls(hidden, weight, target)._ignoring(ignored, generator)._leaves()
 
-    def ignoring(self, share: float, generator: torch.Generator) -> Problem:
+    def _ignoring(self, share: float, generator: torch.Generator) -> LossInputs:
         order = torch.randperm(len(self.target), generator=generator, device=self.target.device)
         self.target[order[: round(share * len(order))]] = IGNORED
         return self
 
-    def _leaves(self) -> Problem:
-        return Problem(self.hidden.requires_grad_(), self.weight.requires_grad_(), self.target)
+    def _leaves(self) -> LossInputs:
+        return LossInputs(self.hidden.requires_grad_(), self.weight.requires_grad_(), self.target)
 
 
-def load(path: Path, dtype: torch.dtype | None, device: str = "cpu") -> Problem:
-    """A problem from a torch file of a dict: ``hidden`` (N, D), ``weight`` (V, D) and ``target`` (N,).
+def load(path: Path, dtype: torch.dtype | None, device: str = "cpu") -> LossInputs:
+    """The inputs in a torch file of a dict: ``hidden`` (N, D), ``weight`` (V, D) and ``target`` (N,).
 
     Raises ``ValueError`` naming what is wrong.
     """
     try:
-        found = torch.load(path, map_location=device, weights_only=True)
+        tensors = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # a file that is not there, not torch's, or holds more than tensors
         raise ValueError(f"--tensors must be a torch file of a dict of tensors: {str(error).splitlines()[0]}") from None
-    names = Problem._fields
-    if not isinstance(found, dict) or not all(isinstance(found.get(name), Tensor) for name in names):
+    names = LossInputs._fields
+    if not isinstance(tensors, dict) or not all(isinstance(tensors.get(name), Tensor) for name in names):
         raise ValueError(f"--tensors must hold a dict with the tensors {', '.join(names)}")
-    hidden, weight, target = (found[name] for name in names)
+    hidden, weight, target = (tensors[name] for name in names)
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or target.shape != hidden.shape[:1]:
-        shapes = ", ".join(f"{name} {tuple(found[name].shape)}" for name in names)
+        shapes = ", ".join(f"{name} {tuple(tensors[name].shape)}" for name in names)
         raise ValueError(f"--tensors must have hidden (N, D), weight (V, D) and target (N,), has {shapes}")
     dtype = dtype or hidden.dtype
-    return Problem(hidden.to(dtype), weight.to(dtype), target.long())._leaves()
+    return LossInputs(hidden.to(dtype), weight.to(dtype), target.long())._leaves()
 
 
-def softmax_summary(problem: Problem) -> dict[str, float]:
+def softmax_summary(inputs: LossInputs) -> dict[str, float]:
     """Mean loss and mean entropy in nats of a few tokens that count."""
-    hidden, weight, target = (tensor.detach() for tensor in problem)
+    hidden, weight, target = (tensor.detach() for tensor in inputs)
     counted = (target != IGNORED).nonzero().squeeze(-1)[:_SAMPLED_TOKENS]
     z = (hidden[counted] @ weight.t()).float()
     loss = torch.nn.functional.cross_entropy(z, target[counted]) if len(counted) else z.new_zeros(())
@@ -133,6 +133,6 @@ def _entropies(z: Tensor) -> Tensor:
 
 
 def _draw(z: Tensor, generator: torch.Generator) -> Tensor:
-    """One word for each row from its softmax, by Gumbel's noise."""
+    """One vocabulary entry per row, drawn from the row's softmax with Gumbel noise."""
     noise = torch.rand(z.shape, generator=generator, device=z.device).clamp_(min=1e-20).log_().neg_().log_()
     return (z.float() - noise).argmax(-1)
