@@ -19,7 +19,7 @@ from pathlib import Path
 
 from benchmarks.report import conditions, markdown, print_conditions
 from chunked_ce.cli import memory, report
-from chunked_ce.cli.implementations import BACKWARD, DEVICE, DTYPES, FILTERED, FORWARD, PRODUCTS, select
+from chunked_ce.cli.implementations import BACKWARD, CHUNKED, DEVICE, DTYPES, FILTERED, FORWARD, PRODUCTS, select
 from chunked_ce.cli.measure import INTERRUPTED, Result, measure, not_measured, prepared
 from chunked_ce.cli.worker import Task, Worker
 
@@ -31,7 +31,6 @@ SHAPES = {  # N, D, V
     "Qwen-3 8B": (8192, 4096, 151936),
     "V=248320": (16384, 2048, 248320),
 }
-OURS = (FORWARD, BACKWARD, FILTERED)
 _TESTS = ("tests/engine",)
 _TESTS_SECONDS = 120.0  # reserved for the kernels' tests
 _LATE = "left out: the time was up"
@@ -75,7 +74,7 @@ def _measure(cases: list[Task], names: list[str], folder: Path, stop: float, not
             notes.append({"case": case.title, "kind": "trained"} | made.softmax)
             ready.append(made.task)
     results = []
-    for name in sorted(names, key=lambda name: name not in (PRODUCTS, *OURS)):
+    for name in sorted(names, key=lambda name: name not in (PRODUCTS, *CHUNKED)):
         worker = Worker(DEVICE)
         for task in ready:
             task = task._replace(implementation=name)
@@ -123,7 +122,9 @@ def claims(results: list[Result]) -> dict[str, bool | None]:
             peers = [
                 row[quantity]
                 for name, row in rows.items()
-                if name not in (PRODUCTS, *OURS) and (row["exact"] or not exact_only) and row.get(quantity) is not None
+                if name not in (PRODUCTS, *CHUNKED)
+                and (row["exact"] or not exact_only)
+                and row.get(quantity) is not None
             ]
             return min(own) < min(peers) if own and peers else None
 

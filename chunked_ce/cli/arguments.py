@@ -116,9 +116,9 @@ def _plan(to: Parser) -> None:
     to.add_argument("--zero", type=int, choices=range(4), default=0, help="ZeRO stage")
     to.add_argument("--accumulation", type=integer(1), default=1, metavar="STEPS", help="micro-batches per step")
     to.add_argument("--chunk", type=integer(1), metavar="C", help="tokens in a chunk, instead of the plan's choice")
-    to.add_argument("--memory", type=size, metavar="SIZE", help="of the device, with head and optimizer: 80GiB")
+    to.add_argument("--memory", type=size, metavar="SIZE", help="memory of the device, such as 80GiB")
     to.add_argument("--other", type=size, default=0, metavar="SIZE", help="memory that the rest of the model takes")
-    to.add_argument("--budget", type=size, metavar="SIZE", help="memory of the loss alone, beside head and optimizer")
+    to.add_argument("--budget", type=size, metavar="SIZE", help="memory for the loss alone, instead of --memory")
     to.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="where it would run (cuda)")
     _json(to)
 

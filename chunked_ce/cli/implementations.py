@@ -41,6 +41,11 @@ CCE_EXACT = "cut-cross-entropy, no filter"
 CCE_PRETRAINING = "cut-cross-entropy, pretraining"
 QUACK = "quack"
 
+CHUNKED: dict[str, dict[str, object]] = {  # those of this library, and their `ChunkOptions`
+    FORWARD: {},
+    BACKWARD: {"gradients": "backward"},
+    FILTERED: {"gradient_filter": "auto"},
+}
 _YARDSTICK_BYTES = 2**31  # of logits at a time, so that the products run where full logits do not fit
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -160,10 +165,8 @@ _why_not_cce = functools.partial(_needs_cuda, "cut_cross_entropy")
 
 LOSSES: dict[str, Implementation] = {
     FORWARD: Implementation("forward", _ours, takes_chunk=True),
-    BACKWARD: Implementation("backward", functools.partial(_ours, gradients="backward"), takes_chunk=True),
-    FILTERED: Implementation(
-        "filtered", functools.partial(_ours, gradient_filter="auto"), exact=False, takes_chunk=True
-    ),
+    BACKWARD: Implementation("backward", functools.partial(_ours, **CHUNKED[BACKWARD]), takes_chunk=True),
+    FILTERED: Implementation("filtered", functools.partial(_ours, **CHUNKED[FILTERED]), exact=False, takes_chunk=True),
     FULL: Implementation("full", lambda chunk: _full),
     COMPILED: Implementation("compiled", lambda chunk: torch.compile(_full), _no_compiler, compiles=True),
     TORCH: Implementation("torch", _torch, _no_torch_chunks, takes_chunk=True),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from chunked_ce import ChunkOptions
-from chunked_ce.cli.implementations import BACKWARD, FILTERED, FORWARD, FULL
+from chunked_ce.cli.implementations import CHUNKED, FULL
 from chunked_ce.plan import MemoryPrediction, predict_memory
 
 __all__ = ["full_logits", "predicted"]
@@ -56,8 +56,7 @@ def predicted(
     """The memory that an implementation takes; None for those without a model."""
     if implementation == FULL:
         return full_logits(num_tokens, vocab_size, hidden_size, dtype=dtype)
-    options = {FORWARD: {}, BACKWARD: {"gradients": "backward"}, FILTERED: {"gradient_filter": "auto"}}
-    if implementation not in options:
+    if implementation not in CHUNKED:
         return None
     return predict_memory(
         num_tokens,
@@ -65,6 +64,6 @@ def predicted(
         hidden_size,
         dtype=dtype,
         num_counted=num_tokens - round(ignored * num_tokens) if device == "cpu" else None,
-        options=ChunkOptions(chunk_size=chunk or "auto", **options[implementation]),
+        options=ChunkOptions(chunk_size=chunk or "auto", **CHUNKED[implementation]),
         device_type=device,
     )

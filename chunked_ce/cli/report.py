@@ -35,10 +35,8 @@ def conditions(device: str = DEVICE) -> dict[str, object]:
 def conditions_text(measured: dict[str, object]) -> str:
     """Two lines for people."""
     versions = ", ".join(f"{name} {version}" for name, version in measured["versions"].items())
-    return (
-        f"{measured['date']}: {measured['device']}, {measured['threads']} threads, load average {measured['load_average']}\n"
-        f"{versions}"
-    )
+    where, load = f"{measured['device']}, {measured['threads']} threads", f"load average {measured['load_average']}"
+    return f"{measured['date']}: {where}, {load}\n{versions}"
 
 
 def bytes_text(size: float) -> str:
