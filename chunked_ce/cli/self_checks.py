@@ -43,7 +43,7 @@ class Row(NamedTuple):
 
 
 class CheckInputs(NamedTuple):
-    """The tensors of a call, all floating-point inputs in one dtype; optional ones by the name of their argument."""
+    """The tensors of a call: hidden states, head and bias in one dtype, optional ones named as their argument is."""
 
     hidden: Tensor  # (N, D)
     head: Tensor  # (V, D)
