@@ -3,7 +3,8 @@
     def worker(rank, world_size, *args): ...      # at module level: the processes import it
     results = run(worker, 2, *args)               # [what rank 0 returned, what rank 1 returned]
 
-A launch costs seconds (every process imports torch), a case inside it milliseconds: put many cases into one.
+The ranks are forked from a server that has imported torch and `chunked_ce`, so that a rank need not. A launch still
+costs what its worker imports and the group's start, a case inside it milliseconds: put many cases into one.
 """
 
 import faulthandler
@@ -23,6 +24,9 @@ LOG_LINES = 40
 LAST_RESORT = 900.0  # seconds after which ranks that hang are ended, however busy the machine is
 GRACE = 60.0  # seconds for ranks to see that another one failed, which they mostly do at once
 
+SERVER = mp.get_context("forkserver")  # it starts with the first launch and ends with this process
+SERVER.set_forkserver_preload(["chunked_ce", "torch._inductor.compile_fx", __name__])
+
 
 def run(worker: Callable, world_size: int, *args, timeout: float = LAST_RESORT) -> list:
     """Each rank's `worker(rank, world_size, *args)`, in rank order; arguments and results are picklable.
@@ -32,9 +36,9 @@ def run(worker: Callable, world_size: int, *args, timeout: float = LAST_RESORT) 
     """
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         deadline = time.monotonic() + timeout
-        context = mp.get_context("spawn")
+        environment = dict(os.environ)  # the server's own is that of its start
         ranks = [
-            context.Process(target=_rank_main, args=(rank, world_size, folder, deadline, worker, args))
+            SERVER.Process(target=_rank_main, args=(rank, world_size, environment, folder, deadline, worker, args))
             for rank in range(world_size)
         ]
         for process in ranks:
@@ -66,14 +70,17 @@ def _wait(ranks: list, deadline: float) -> None:
         time.sleep(0.01)
 
 
-def _rank_main(rank: int, world_size: int, folder: str, deadline: float, worker: Callable, args: tuple):
+def _rank_main(
+    rank: int, world_size: int, environment: dict, folder: str, deadline: float, worker: Callable, args: tuple
+):
     log = _file(folder, rank, "log").open("w")
     os.dup2(log.fileno(), sys.stdout.fileno())
     os.dup2(log.fileno(), sys.stderr.fileno())
     faulthandler.enable()
     # Where a rank hangs, its stack says so before it is ended.
     faulthandler.dump_traceback_later(max(deadline - time.monotonic() - 1.0, 0.1))
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.clear()
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
     torch.set_num_threads(1)
     rendezvous = f"file://{folder}/rendezvous"
