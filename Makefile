@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test thorough fuzz lint bench clean
 
 install: $(VENV)/.installed
 
@@ -21,8 +21,18 @@ lint: install
 	$(BIN)/ruff format --check .
 
 # Two workers of one thread each: most tests wait for processes that they start.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not thorough"
+
+# What `make test` leaves out: calls compiled in more ways, and DeepSpeed's launcher.
+thorough: install
+	$(PYTEST) -m thorough
+
+# Random calls beyond those of the tests, right ones and wrong ones: some five minutes.
+fuzz: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --seed 4000 --cases 20000
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz_arguments --seed 1 --seconds 120
 
 # Well over an hour on 2 cores; nothing else should run meanwhile. The plot and the page are of the sweep.
 RESULTS := benchmarks/results

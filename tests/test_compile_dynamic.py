@@ -11,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from chunked_ce import ChunkOptions, LinearCrossEntropyLoss, cross_entropy, linear_cross_entropy, linear_logprobs
 from tests.cases import REDUCTIONS_AND_WAYS, chunks
 
+thorough = pytest.mark.thorough
 BACKEND = "aot_eager"
 COUNTS = (24, 17, 3, 40, 9, 64)
 SIZES = ((24, 6, 11), (17, 9, 13), (5, 2, 7), (40, 33, 301))  # N, D, V
@@ -53,6 +54,7 @@ CALLS = {
     "entropy": lambda h, w, y: torch.stack(linear_logprobs(h, w, y, return_entropy=True)),
     "module": lambda h, w, y: module(h, w, y),
 }
+FEW = ("auto", "everything-backward", "cross_entropy", "entropy")
 
 
 def data(n, d=6, vocab=11, dtype=torch.float32):
@@ -82,7 +84,8 @@ def counted(function, **keywords):
 # --- compilations ---
 
 
-@pytest.mark.parametrize("name", CALLS)
+# `make test` compiles the other calls below, for sizes that are marked, which asks for more.
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[thorough] * (name not in FEW)) for name in CALLS])
 def test_two_compilations_for_all_token_counts(name):
     """The first takes the count for a constant, the second is for all."""
     fast, counter = counted(CALLS[name])
@@ -104,7 +107,7 @@ def test_one_compilation_for_marked_sizes(name):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("name", ["auto", "everything-backward", "cross_entropy", "entropy"])
+@pytest.mark.parametrize("name", FEW)
 def test_vocabulary_and_width_change_too(name):
     fast, counter = counted(CALLS[name])
     for sizes in SIZES:
@@ -112,8 +115,8 @@ def test_vocabulary_and_width_change_too(name):
     assert counter.frame_count == 2
 
 
-@pytest.mark.parametrize("name", ["auto", "everything-backward", "cross_entropy", "entropy"])
-@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("dynamic", [True, pytest.param(False, marks=thorough)])
 def test_dynamic_as_asked(dynamic, name):
     fast, counter = counted(CALLS[name], dynamic=dynamic)
     assert_same(fast, CALLS[name], data(24))
@@ -124,7 +127,7 @@ def test_dynamic_as_asked(dynamic, name):
     assert counter.frame_count == (first if dynamic else 3)
 
 
-@pytest.mark.parametrize("name", ["auto", "everything-backward", "cross_entropy", "entropy"])
+@pytest.mark.parametrize("name", FEW)
 def test_one_token_and_none(name):
     """Sizes 0 and 1 have graphs of their own, as everywhere in torch; all others share one."""
     fast, counter = counted(CALLS[name])

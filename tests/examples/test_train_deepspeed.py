@@ -65,6 +65,7 @@ def test_full_logits_in_one_batch_give_the_same_losses(tmp_path, arguments, trai
     assert losses(out) == pytest.approx(losses(trained), abs=TOLERANCE, rel=0)
 
 
+@pytest.mark.thorough  # DeepSpeed's launcher; ZeRO 3 is tested by tests/integrations/test_deepspeed.py as well
 @pytest.mark.skipif(torch.cuda.is_available(), reason="DeepSpeed's launcher would take a GPU for each rank")
 def test_zero_3_by_the_deepspeed_launcher_gives_the_same_losses(tmp_path, arguments, trained):
     config = write_config(tmp_path / "zero3.json", stage=3, batch=2, micro_batches=2)
