@@ -1,12 +1,19 @@
 """Exact large-vocabulary cross-entropy in chunks: the logits never exist as a whole."""
 
-from chunked_ce.distributed.tokens import TokenMean, count_tokens
-from chunked_ce.distributed.vocab import VocabShard
-from chunked_ce.functional import LossStats, cross_entropy, linear_cross_entropy, linear_logprobs
+from chunked_ce.functional import (
+    LossStats,
+    cross_entropy,
+    linear_cross_entropy,
+    linear_logprobs,
+    linear_loss,
+    logits_loss,
+)
 from chunked_ce.lazy.logits import LazyLogits
 from chunked_ce.lm_head import LMHead
 from chunked_ce.modules import LinearCrossEntropyLoss
 from chunked_ce.options import ChunkOptions
+from chunked_ce.parallel.tokens import TokenMean, count_tokens
+from chunked_ce.parallel.vocab import VocabShard
 
 __all__ = [
     "ChunkOptions",
@@ -20,4 +27,6 @@ __all__ = [
     "cross_entropy",
     "linear_cross_entropy",
     "linear_logprobs",
+    "linear_loss",
+    "logits_loss",
 ]

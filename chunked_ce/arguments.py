@@ -1,4 +1,4 @@
-"""What every check of an argument shares: whether a value is of its kind, and how an error says what it was."""
+"""Helpers of all checks of arguments: whether a value is of its kind, and how an error describes it."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ INDICES = Kind((torch.int64, torch.int32), "int32 or int64 class indices")
 COUNTS = Kind((*_FLOATS, *_INTEGERS), f"an integer or {_FLOATS_SAID}")
 WEIGHTS = Kind((*COUNTS.dtypes, torch.bool), f"boolean, {COUNTS.said}")
 
-_WORD = 2**63  # one more than the largest number that an operator can be given
-_LONGEST = 100  # characters of a value in an error
+_INT64_END = 2**63  # one more than the largest integer that an operator takes
+_LONGEST = 100  # most characters of a value in an error
 
 
 def number(name: str, value: object, kind: str = "a number") -> float:
@@ -59,18 +59,18 @@ def integer(name: str, value: object, kind: str = "an integer") -> int:
     """``value`` as a Python integer of 64 bits; it may be a numpy scalar."""
     if not is_integer(value):
         raise TypeError(f"{name} must be {kind}, was {described(value)}")
-    if not -_WORD <= value < _WORD:
+    if not -_INT64_END <= value < _INT64_END:
         raise ValueError(f"{name} must be {kind} of 64 bits, was {described(value)}")
     return plain_integer(value)
 
 
 def plain_integer(value: int) -> int:
-    """An integer as Python's own, or as the symbol that it is."""
+    """A plain Python integer, or a symbolic one as it is."""
     return value if isinstance(value, int | torch.SymInt) else int(value)
 
 
 def is_number(value: object) -> bool:
-    """Whether ``value`` is real; a ``Fraction`` is not taken, as torch has none."""
+    """Whether ``value`` is real; a ``Fraction`` is not accepted: torch has none."""
     real = isinstance(value, Real | torch.SymInt | torch.SymFloat) and not isinstance(value, bool)
     return real and (isinstance(value, Integral) or not isinstance(value, Rational))
 
@@ -80,7 +80,7 @@ def is_integer(value: object) -> bool:
 
 
 def is_one_of(value: object, names: tuple[str, ...]) -> bool:
-    """Whether ``value`` is one of ``names``: False for an array, whose comparisons are no truth values."""
+    """Whether ``value`` is one of ``names``: False for an array, whose comparison has no truth value."""
     return isinstance(value, str) and value in names
 
 
@@ -90,7 +90,7 @@ def check_flag(name: str, value: object) -> None:
 
 
 def check_tensor(name: str, value: object, kind: Kind) -> None:
-    """A tensor of this kind whose elements lie in memory, each by itself."""
+    """Raise unless ``value`` is a dense tensor of this kind."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, was {type(value).__name__}")
     if isinstance(value, UninitializedTensorMixin):
@@ -106,7 +106,7 @@ def described(value: object) -> str:
     """``value`` for an error: short, whatever it is."""
     if isinstance(value, Tensor):
         return _described_tensor(value)
-    # An array; in compiled code a numpy number is one as well.
+    # An array; in compiled code, so is a numpy number.
     shape = getattr(value, "shape", None)
     if shape or (shape is not None and torch.compiler.is_compiling()):
         return f"a {type(value).__name__} of shape {shape}"

@@ -1,8 +1,11 @@
-"""Arguments are checked at the door: each error names the argument, what it was and what is allowed."""
+"""Checks of arguments: each error names the argument, its value and the allowed ones."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,43 +19,72 @@ from chunked_ce.arguments import (
     check_tensor,
     described,
     integer,
+    is_number,
     is_one_of,
     number,
     plain_integer,
 )
-from chunked_ce.distributed.fsdp import is_flattened
-from chunked_ce.distributed.vocab import VocabShard
 from chunked_ce.engine.accumulation import has_own_dispatch, main_grad_mismatch
-from chunked_ce.engine.kernels import why_not_triton
-from chunked_ce.engine.presence import is_released, where_it_is_whole
-from chunked_ce.engine.tracing import check_values
+from chunked_ce.engine.released_parameters import is_released, where_it_is_whole
+from chunked_ce.objectives.base import Objective
+from chunked_ce.objectives.cross_entropy import check_class_weight, check_label_smoothing, check_z_loss
 from chunked_ce.options import ChunkOptions
+from chunked_ce.parallel.fsdp import is_flattened
+from chunked_ce.parallel.vocab import VocabShard
+from chunked_ce.rows.backend import why_not_triton
+from chunked_ce.rows.statistics import STATISTICS, work_dtype
+from chunked_ce.tracing import check_values
 
 __all__ = [
     "check_accumulation",
     "check_backend",
+    "check_call",
     "check_class_weight",
     "check_keywords",
     "check_layer",
     "check_num_tokens",
+    "check_objective",
     "check_options",
-    "check_tensors",
     "check_vocab",
+    "compute_dtype_of",
 ]
+
+_ARGUMENTS = {"input", "logits", "linear_weight", "linear_bias", "target", "weight", "token_weight"}
+
+
+def check_call(
+    tensors: dict[str, Tensor | None],
+    keywords: dict[str, Any],
+    vocab: VocabShard | None,
+    options: ChunkOptions | None,
+    flags: dict[str, bool],
+    objective: Objective | None,
+    per_token: dict[str, Tensor],
+    transformed: bool,  # by `torch.func`
+) -> ChunkOptions:
+    """Check all arguments of a call, by name; returns the options, the default ones for None."""
+    name = "input" if "linear_weight" in tensors else "logits"
+    check_per_token(objective, per_token)
+    check_tensors(tensors, vocab, name, per_token)
+    check_keywords(**{key: value for key, value in keywords.items() if key != "num_tokens"})
+    for flag, value in flags.items():
+        check_flag(flag, value)
+    dtype = compute_dtype_of(tensors[name]) if name == "input" else tensors[name].dtype
+    check_num_tokens(keywords.get("num_tokens"), work_dtype(dtype))
+    options = check_options(options, keywords["reduction"])
+    check_backend(options, tensors[name].device, dtype)
+    check_accumulation(options, tensors.get("linear_weight"), vocab, transformed=transformed)
+    return options
 
 
 def check_tensors(
-    input: Tensor,
-    linear_weight: Tensor | None,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    weight: Tensor | None,
-    token_weight: Tensor | None,
-    vocab: VocabShard | None = None,
-    *,
-    input_name: str = "input",  # "logits": they exist, there is no linear_weight
+    tensors: dict[str, Tensor | None],
+    vocab: VocabShard | None,
+    input_name: str,  # "logits" if they exist: there is no linear_weight
+    per_token: Iterable[str] = (),
 ) -> None:
-    """Shapes, dtypes and devices of the tensors."""
+    """Check shapes, dtypes and devices of the tensors."""
+    input, linear_weight, target = tensors[input_name], tensors.get("linear_weight"), tensors["target"]
     check_tensor(input_name, input, FLOATING)
     if input.dim() < 1:
         raise ValueError(f"{input_name} must have at least one dimension, had shape {_shape(input)}")
@@ -83,12 +115,11 @@ def check_tensors(
             f"target must have the shape of {input_name} without its last dimension, {_shape(input, -1)}, "
             f"had {_shape(target)}"
         )
-    words = [(rows,)] if vocab is None else [(rows,), (vocab.rows,), (vocab.total,)]
-    for name, tensor, kind, shapes in (
-        ("linear_bias", linear_bias, FLOATING, [(rows,)]),
-        ("weight", weight, FLOATING, words),
-        ("token_weight", token_weight, WEIGHTS, [_shape(target)]),
-    ):
+    weight_shapes = [(rows,)] if vocab is None else [(rows,), (vocab.rows,), (vocab.total,)]
+    of_tokens = ["token_weight", *per_token]
+    others = [("linear_bias", FLOATING, [(rows,)]), ("weight", FLOATING, weight_shapes)]
+    for name, kind, shapes in [*others, *((name, WEIGHTS, [_shape(target)]) for name in of_tokens)]:
+        tensor = tensors.get(name)
         if tensor is None:
             continue
         check_tensor(name, tensor, kind)
@@ -96,20 +127,12 @@ def check_tensors(
         if not any(_shape(tensor) == shape for shape in shapes):
             allowed = " or ".join(map(str, dict.fromkeys(map(str, shapes))))
             raise ValueError(f"{name} must have shape {allowed}, had {_shape(tensor)}")
-    for name, tensor in (("weight", weight), ("token_weight", token_weight)):
-        if tensor is not None and tensor.requires_grad:
+        if name != "linear_bias" and tensor.requires_grad:
             raise ValueError(
                 f"{name} requires grad, but the loss is not differentiated in it: detach it, or use "
                 "reduction='none' and weight the losses"
             )
-    others = {
-        "linear_weight": linear_weight,
-        "target": target,
-        "linear_bias": linear_bias,
-        "weight": weight,
-        "token_weight": token_weight,
-    }
-    for name, tensor in others.items():
+    for name, tensor in tensors.items():
         if tensor is not None and tensor.device != input.device:
             raise ValueError(f"{name} must be on {input_name}'s device {input.device}, was on {tensor.device}")
 
@@ -123,14 +146,12 @@ def check_keywords(
     softcap: float | None = None,
     logit_scale: float = 1.0,
 ) -> None:
-    """Values of the options of the loss."""
+    """Check the values of the loss's keywords."""
     if not is_one_of(reduction, ("mean", "sum", "none")):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', was {described(reduction)}")
     integer("ignore_index", ignore_index)
-    if not 0.0 <= number("label_smoothing", label_smoothing) <= 1.0:
-        raise ValueError(f"label_smoothing must be in [0, 1], was {described(label_smoothing)}")
-    if not 0.0 <= number("z_loss", z_loss) < math.inf:
-        raise ValueError(f"z_loss must be finite and >= 0, was {described(z_loss)}")
+    check_label_smoothing(label_smoothing)
+    check_z_loss(z_loss)
     if softcap is not None and not 0.0 < number("softcap", softcap) < math.inf:
         raise ValueError(f"softcap must be None or finite and > 0, was {described(softcap)}")
     if not -math.inf < number("logit_scale", logit_scale) < math.inf:
@@ -138,14 +159,14 @@ def check_keywords(
 
 
 def check_num_tokens(num_tokens: float | Tensor | None, dtype: torch.dtype) -> None:
-    """Whether the mean's denominator is a number >= 0 of ``dtype``, that of the loss."""
+    """Check that the mean's denominator is a number >= 0 in the range of ``dtype``, that of the loss."""
     if num_tokens is None:
         return
     limits = torch.finfo(dtype)
 
     def fits(value: float | Tensor) -> bool | Tensor:
         in_range = (value >= limits.smallest_normal * limits.eps) & (value <= limits.max)
-        return (value == 0) | (in_range & (value < math.inf))  # the largest float64 is inf beside a float32 tensor
+        return (value == 0) | (in_range & (value < math.inf))  # beside a float32 tensor, the largest float64 is inf
 
     allowed = f"num_tokens must be finite and >= 0, within the range of {dtype}"
     if not isinstance(num_tokens, Tensor):
@@ -165,21 +186,41 @@ def check_vocab(vocab: VocabShard | None) -> None:
         raise TypeError(f"vocab must be a VocabShard or None, was {type(vocab).__name__}")
 
 
-def check_class_weight(weight: Tensor | None) -> None:
-    """Class weights, before a call says how many words there are."""
-    if weight is None:
-        return
-    check_tensor("weight", weight, FLOATING)
-    if weight.dim() != 1:
-        raise ValueError(f"weight must have shape (V,), had {_shape(weight)}")
-    if weight.requires_grad:
-        raise ValueError("weight requires grad, but the loss is not differentiated in it: detach it")
+def check_objective(objective: Objective) -> Objective:
+    """Check that an objective can be passed to an operator."""
+    if not isinstance(objective, Objective):
+        raise TypeError(f"objective must be a chunked_ce.objectives.Objective, was {described(objective)}")
+    for name in [field.name for field in dataclasses.fields(objective) if field.compare]:
+        value = getattr(objective, name)
+        is_plain = value is None or isinstance(value, bool | str) or (is_number(value) and value == value)
+        if not is_plain:
+            kinds = "a number, a string, a bool or None"
+            raise TypeError(f"{name} of {type(objective).__name__} must be {kinds}, was {described(value)}")
+    reserved = _ARGUMENTS.intersection(objective.per_token)
+    if reserved:
+        raise ValueError(f"objective.per_token must not name an argument of the loss, had {reserved.pop()!r}")
+    unknown = [name for name in objective.statistics if name not in STATISTICS]
+    if unknown:
+        raise ValueError(f"objective.statistics must be names among {tuple(STATISTICS)}, had {unknown[0]!r}")
+    return objective
+
+
+def check_per_token(objective: Objective | None, per_token: dict[str, Tensor]) -> None:
+    """Check that the per-token tensors that an objective needs are given, and no others."""
+    required = () if objective is None else objective.per_token
+    for name in per_token:
+        if name not in required:
+            taken = ", ".join(required) or "none"
+            raise TypeError(f"{name} is no tensor of {type(objective).__name__}: for each token it takes {taken}")
+    for name in required:
+        if per_token.get(name) is None:
+            raise TypeError(f"{name} must be a tensor in the shape of target for {type(objective).__name__}, was None")
 
 
 def check_layer(
     in_features: int, vocab_size: int, bias: bool, device: object, dtype: torch.dtype | None
 ) -> tuple[int, int]:
-    """What makes a head's layer; the two sizes as Python's own integers."""
+    """Check the arguments that make a head's layer; returns the two sizes as Python integers."""
     for name, size in (("in_features", in_features), ("vocab_size", vocab_size)):
         if integer(name, size, "an integer >= 1") < 1:
             raise ValueError(f"{name} must be an integer >= 1, was {described(size)}")
@@ -194,7 +235,7 @@ def check_layer(
 
 
 def check_options(options: ChunkOptions | None, reduction: str | None) -> ChunkOptions:
-    """The options, those that choose well for None; ``reduction`` is None where there is none to choose."""
+    """Check the options, the default ones for None; ``reduction`` is None for functions without one."""
     if options is None:
         return ChunkOptions()
     if not isinstance(options, ChunkOptions):
@@ -214,7 +255,7 @@ def check_accumulation(
     *,
     transformed: bool,  # by `torch.func`
 ) -> None:
-    """Whether there is a ``main_grad`` to add to, where one was asked for and a gradient is wanted."""
+    """Check that there is a ``main_grad`` to add to, if the options ask for it and the head needs a gradient."""
     if options.accumulate_into != "main_grad" or linear_weight is None:
         return
     if not linear_weight.requires_grad or not torch.is_grad_enabled():
@@ -231,7 +272,7 @@ def check_accumulation(
 
 
 def _no_main_grad(linear_weight: Tensor, vocab: VocabShard | None, transformed: bool) -> str | None:
-    """Why nothing can be added to a ``main_grad``, whether there is one or not."""
+    """Why no gradient can be added to a ``main_grad`` of this weight, whether it has one or not."""
     if torch.compiler.is_compiling():
         return "compiling=True"
     if transformed:
@@ -246,12 +287,20 @@ def _no_main_grad(linear_weight: Tensor, vocab: VocabShard | None, transformed: 
 
 
 def check_backend(options: ChunkOptions, device: torch.device, dtype: torch.dtype) -> None:
-    """Whether the row kernels that were asked for can run on products in ``dtype``."""
+    """Check that the requested row kernels can run on products in ``dtype``."""
     if options.backend != "triton":
         return
     reason = why_not_triton(device, dtype)
     if reason is not None:
         raise ValueError(f"options.backend='triton' cannot run here: {reason}; use 'auto' or 'torch'")
+
+
+def compute_dtype_of(input: Tensor) -> torch.dtype:
+    """The dtype of the products of hidden states."""
+    device_type = input.device.type
+    if input.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
+        return input.dtype
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else input.dtype
 
 
 def _rows(linear_weight: Tensor, input: Tensor, vocab: VocabShard | None) -> int:

@@ -15,12 +15,12 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from chunked_ce.arguments import described
 from chunked_ce.checks import check_layer
-from chunked_ce.distributed.dtensors import is_dtensor
-from chunked_ce.engine.tracing import not_compiled
 from chunked_ce.lazy.classes import TokenAdapter, in_front, joined, without
 from chunked_ce.lazy.head import LazyHead, Settings
 from chunked_ce.lazy.logits import LazyLogits
 from chunked_ce.lazy.source import Call
+from chunked_ce.parallel.dtensors import is_dtensor
+from chunked_ce.tracing import not_compiled
 
 __all__ = ["LMHead"]
 

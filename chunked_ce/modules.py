@@ -8,15 +8,15 @@ from torch import Tensor, nn
 
 from chunked_ce.arguments import check_flag
 from chunked_ce.checks import check_class_weight, check_keywords, check_options, check_vocab
-from chunked_ce.distributed.vocab import VocabShard
 from chunked_ce.functional import LossStats, linear_cross_entropy
 from chunked_ce.options import ChunkOptions
+from chunked_ce.parallel.vocab import VocabShard
 
 __all__ = ["LinearCrossEntropyLoss"]
 
 
 class LinearCrossEntropyLoss(nn.Module):
-    """`chunked_ce.linear_cross_entropy` as a module: the options stand at its making, the tensors at each call.
+    """`chunked_ce.linear_cross_entropy` as a module: options are given when it is made, tensors at each call.
 
     Takes every keyword of the function but the tensors ``linear_bias``, ``token_weight`` and ``num_tokens``, which
     belong to a call. ``weight``, the class weights (V,), is a buffer that moves with the module.

@@ -17,10 +17,10 @@ _NAMES = {"gradients": ("auto", "forward", "backward"), "backend": ("auto", "tor
 
 @dataclasses.dataclass(frozen=True)
 class ChunkOptions:
-    """How the chunked loss spends memory and time; but for ``gradient_filter``, the result does not depend on it
+    """How the chunked loss spends memory and time; except for ``gradient_filter``, no option changes the result
     beyond rounding.
 
-    Raises ``ValueError`` or ``TypeError`` when it is made with a value that is not allowed.
+    Raises ``ValueError`` or ``TypeError`` for a value that is not allowed.
 
     >>> ChunkOptions(chunk_size=512, gradients="backward").chunk_size
     512
@@ -39,28 +39,29 @@ class ChunkOptions:
     gradients: Literal["auto", "forward", "backward"] = "auto"
     """When gradients are computed: with the loss (6 N V D operations, sums and means only) or in the backward
     from recomputed logits (8 N V D, the least memory); ``"auto"`` takes ``"forward"`` where it can, unless
-    ``accumulate_into`` asks for the other."""
+    ``accumulate_into`` requires ``"backward"``."""
 
     accumulate_dtype: torch.dtype = torch.float32
-    """What gradients of the head are summed in over chunks, where it is wider than the products' dtype."""
+    """The dtype in which gradients of the head are summed over chunks, if it is wider than the products' dtype."""
 
     gradient_filter: float | Literal["auto"] | None = None
-    """Words whose probability is at most this at every token of a chunk take part in the gradients as one average
-    word; None is exact. ``"auto"`` (see `filter_threshold`) is chosen so that the error measured on trained language
-    models stays below the rounding of the products' dtype, which is no guarantee. On an accelerator the host waits for
-    the device once per chunk."""
+    """Vocabulary entries, other than targets, whose probability is at most this at every token of a chunk enter the
+    gradients as a few averages; None is exact. The threshold of ``"auto"`` (see `filter_threshold`) keeps the error
+    measured on trained language models below the rounding of the products' dtype, which is no guarantee. On an
+    accelerator the host waits for the device several times per chunk."""
 
     backend: Literal["auto", "torch", "triton"] = "auto"
     """Which row kernels run: ``"auto"`` takes Triton's on CUDA devices (fp32, bf16 and fp16, if it is installed), else
     torch's; ``"triton"`` raises ``ValueError`` in a call where Triton cannot run."""
 
     accumulate_into: Literal["grad", "main_grad"] | None = None
-    """Where the backward way adds the head's gradient, block by block, instead of returning it to autograd: into the
-    ``grad`` of the head's weight once there is one, or into its ``main_grad``, which may be wider. A second gradient
-    never exists; but hooks on the weight's gradient do not run, so an engine that relies on them (DDP, FSDP, ZeRO)
-    must not be given it. Only a backward that accumulates into the weight adds to it: ``torch.autograd.grad`` returns
-    what it is asked for. ``"grad"`` takes the usual way in the first step, with a sparse ``grad``, for a weight that is
-    not a leaf, under ``create_graph=True`` and in compiled code; ``"main_grad"`` raises where it cannot be served."""
+    """Where recomputation adds the head's gradient, block by block, instead of returning it to autograd: to the
+    ``grad`` of the head's weight once there is one, or to its ``main_grad``, which may be wider. No second gradient
+    exists; but hooks on the weight's gradient do not run, so it does not work under an engine that relies on them
+    (DDP, FSDP, ZeRO). Only a backward that accumulates into the weight adds to it; ``torch.autograd.grad`` returns
+    the gradients that it is asked for. ``"grad"`` still returns the gradient in the first step, with a sparse
+    ``grad``, for a weight that is not a leaf, under ``create_graph=True`` and in compiled code; ``"main_grad"`` raises
+    where it is not supported."""
 
     def __post_init__(self) -> None:
         if not is_one_of(self.chunk_size, ("auto",)):
@@ -82,16 +83,16 @@ class ChunkOptions:
             raise ValueError(f"accumulate_into={into!r} needs gradients 'backward' or 'auto', was 'forward'")
 
     def _set(self, name: str, value: float) -> None:
-        """A number as Python's own, which hashes, pickles and compiles as one."""
+        """Store a plain Python number, which can be hashed, pickled and compiled."""
         object.__setattr__(self, name, value)
 
     @property
     def in_backward(self) -> bool:
-        """Whether gradients are asked for in the backward."""
+        """Whether gradients are to be computed in the backward."""
         return self.gradients == "backward" or self.accumulate_into is not None
 
     def filter_threshold(self, dtype: torch.dtype) -> float | None:
-        """The largest probability of a dropped word for products in ``dtype``, None if none is dropped.
+        """The largest probability of a dropped vocabulary entry for products in ``dtype``, None if none is dropped.
 
         ``"auto"`` is 2**-7 of the dtype's machine epsilon.
 

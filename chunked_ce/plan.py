@@ -1,26 +1,23 @@
-"""How many tokens a chunk holds, and the memory that follows from it.
+"""How many tokens a chunk holds, and the memory that a loss takes.
 
-The work on a chunk of C tokens needs C * V logits. Few tokens starve the products, and the gradient of the head is
-read and written once per chunk; many tokens cost memory. So a chunk takes what its budget allows, and chunks are of
-equal size.
+A chunk of C tokens has C * V logits. Small chunks make inefficient products, and each chunk reads and writes the
+gradient of the head once; large chunks cost memory. So a chunk is as large as its budget allows, and chunks have equal
+sizes.
 
-The budget, unless a user sets one, is 64 MiB, or two thirds of an fp32 gradient of the head where that is more: by
-then the head's gradient decides the peak. On a CUDA device it is at most a quarter of the memory that is free. Where
-the head's gradient is narrower than the sum over several chunks has to be, one chunk needs no such sum, so its logits
-may take the sum's memory as well.
+The budget, unless a user sets one, is 64 MiB, or two thirds of an fp32 gradient of the head if that is more: by then
+the head's gradient decides the peak. On a CUDA device it is at most a quarter of the free memory. If the head's
+gradient is narrower than a sum over several chunks has to be, a single chunk needs no such sum, and its logits may take
+the sum's memory as well.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
 import torch
 
-from chunked_ce.engine.filtered import GROUPS
-from chunked_ce.engine.kernels import triton_runs
-from chunked_ce.engine.products import (
+from chunked_ce.devices import (
     PROJECTED_ROWS,
     adds_in_product,
     product_rows,
@@ -28,142 +25,198 @@ from chunked_ce.engine.products import (
     rounds_within,
     unrounded,
 )
-from chunked_ce.engine.rows import rows_in_flight, work_dtype
 from chunked_ce.options import ChunkOptions
+from chunked_ce.rows.backend import triton_runs
+from chunked_ce.rows.statistics import work_dtype
+from chunked_ce.rows.torch_rows import rows_in_flight
 
 __all__ = [
+    "GROUPS",
+    "KEPT_SHARE",
+    "Budget",
     "MemoryPrediction",
+    "Plan",
+    "Settings",
+    "budget",
     "budget_within",
-    "head_sum_dtype",
     "predict_memory",
     "tokens_per_chunk",
-    "vocab_per_block",
 ]
 
+KEPT_SHARE = 0.08  # share of the vocabulary that the gradient filter keeps in a chunk of a trained model
+GROUPS = 4  # rank of the tail that replaces a filtered chunk's dropped columns
 _LEAST_BUDGET = 64 * 2**20
-_ALIGNED = 16  # words: rows of a block begin where an accelerator reads fastest
-# What the matrix library of a CPU keeps of a block of the head's rows while it multiplies: at most so many columns, and
-# only from so many tokens on. Measured with torch 2.13 on one and two threads; fp32 is MKL's, bf16 oneDNN's.
+_ALIGNED = 16  # vocabulary entries: rows of a block begin where an accelerator reads fastest
+# While it multiplies, the matrix library of a CPU keeps a copy of a block of the head's rows: at most so many columns,
+# and only from so many tokens on. Measured with torch 2.13 on one and two threads; fp32 is MKL's, bf16 oneDNN's.
 _PACKED_COLUMNS = {torch.float32: 384, torch.bfloat16: 256}
 _PACKED_FROM_TOKENS = {torch.float32: 192, torch.bfloat16: 1}
 
 
-def _budget(vocab_size: int, hidden_size: int, memory_budget: int | None, sums_head: bool) -> int:
+class Settings(NamedTuple):
+    """How to compute, as `ChunkOptions` and the autocast state say; None lets the plan choose."""
+
+    compute_dtype: torch.dtype
+    accumulate_dtype: torch.dtype = torch.float32
+    chunk_size: int | None = None
+    memory_budget: int | None = None
+    backend: str = "auto"
+    gradient_filter: float | None = None
+    accumulate_into: str | None = None
+    head_sum_dtype: torch.dtype | None = None  # of head gradients computed in the forward; None: the plan's
+
+    @classmethod
+    def of(cls, options: ChunkOptions, compute_dtype: torch.dtype) -> Settings:
+        return cls(
+            compute_dtype,
+            options.accumulate_dtype,
+            None if options.chunk_size == "auto" else options.chunk_size,
+            options.memory_budget,
+            options.backend,
+            options.filter_threshold(compute_dtype),
+            options.accumulate_into,
+        )
+
+    @property
+    def wide_dtype(self) -> torch.dtype:
+        """The dtype in which gradients are summed over chunks and ranks."""
+        return torch.promote_types(self.accumulate_dtype, self.compute_dtype)
+
+
+class Budget(NamedTuple):
+    """Bytes that the logits of a chunk may take, and the reason."""
+
+    size: int
+    reason: str
+
+
+def budget(vocab_size: int, hidden_size: int, memory_budget: int | None = None, *, sums_head: bool) -> Budget:
+    """The memory budget; ``sums_head``: whether a gradient of the head (V, D) is a sum over chunks.
+
+    >>> budget(262144, 512, sums_head=False)
+    Budget(size=67108864, reason='the least budget')
+    """
     if memory_budget is not None:
-        return memory_budget
-    return max(_LEAST_BUDGET, 8 * vocab_size * hidden_size // 3) if sums_head else _LEAST_BUDGET
+        return Budget(memory_budget, "as asked")
+    by_head = 8 * vocab_size * hidden_size // 3
+    if sums_head and by_head > _LEAST_BUDGET:
+        return Budget(by_head, "two thirds of an fp32 gradient of the head")
+    return Budget(_LEAST_BUDGET, "the least budget")
 
 
 def budget_within(free: int, vocab_size: int, hidden_size: int, sums_head: bool) -> int | None:
-    """The memory budget on a device with ``free`` bytes: a quarter of them where the usual one is more, else None.
+    """The memory budget on a device with ``free`` bytes: a quarter of them if the usual budget is more, else None.
 
     >>> budget_within(2**40, 262144, 512, True), budget_within(2**20, 262144, 512, True)
     (None, 262144)
     """
-    return max(1, free // 4) if _budget(vocab_size, hidden_size, None, sums_head) > free // 4 else None
+    most = free // 4
+    return max(1, most) if budget(vocab_size, hidden_size, sums_head=sums_head).size > most else None
+
+
+class Plan(NamedTuple):
+    """How a call is cut into chunks of tokens and blocks of the vocabulary, and the dtypes of its gradients' sums."""
+
+    tokens: int  # in a chunk
+    entries: int | None  # vocabulary entries in a block, None for all
+    in_flight: int  # chunks whose logits exist at a time
+    budget: Budget
+    head_sum: torch.dtype  # of the head's gradients over chunks
+    hidden_sum: torch.dtype  # of the hidden states' gradient over blocks
+
+    @classmethod
+    def by_tokens(
+        cls,
+        num_tokens: int,
+        num_counted: int,
+        vocab_size: int,
+        hidden_size: int,
+        settings: Settings,
+        *,
+        head_dtype: torch.dtype | None,
+        in_flight: int = 1,
+    ) -> Plan:
+        """Chunks of tokens with the logits of the whole vocabulary.
+
+        ``head_dtype`` is the dtype of the head's gradient, None if it is not a sum over chunks. The dtype of that sum
+        does not depend on how many tokens count.
+        """
+        tokens, wide = (
+            tokens_per_chunk(n, vocab_size, hidden_size, settings, head_dtype=head_dtype, in_flight=in_flight)
+            for n in (num_counted, num_tokens)
+        )
+        one_chunk = num_tokens <= wide and head_dtype == settings.compute_dtype != torch.float16
+        head_sum = head_dtype if one_chunk else settings.wide_dtype
+        most = budget(vocab_size, hidden_size, settings.memory_budget, sums_head=head_dtype is not None)
+        return cls(tokens, None, in_flight, most, head_sum, settings.compute_dtype)
+
+    @classmethod
+    def by_vocabulary(cls, num_counted: int, vocab_size: int, settings: Settings, head_dtype: torch.dtype) -> Plan:
+        """All counted tokens at once, with the logits of one block of the vocabulary after another.
+
+        A block has as many logits as a chunk of ``chunk_size`` tokens and the whole vocabulary would have.
+        """
+        most = budget(vocab_size, 0, settings.memory_budget, sums_head=False)
+        size = most.size // max(1, num_counted * settings.compute_dtype.itemsize)
+        if settings.chunk_size is not None:
+            size = settings.chunk_size * vocab_size // max(1, num_counted)
+        if size > _ALIGNED:
+            size -= size % _ALIGNED
+        entries = _even(vocab_size, max(1, size))
+        entries = entries if entries <= _ALIGNED else min(vocab_size, entries + -entries % _ALIGNED)
+        hidden_sum = settings.wide_dtype if entries < vocab_size else settings.compute_dtype
+        return cls(max(1, num_counted), entries, 1, most, head_dtype, hidden_sum)
 
 
 def tokens_per_chunk(
     num_tokens: int,
     vocab_size: int,
     hidden_size: int,
+    settings: Settings,
     *,
-    compute_dtype: torch.dtype,
     head_dtype: torch.dtype | None = None,
-    accumulate_dtype: torch.dtype = torch.float32,
-    chunk_size: int | None = None,
-    memory_budget: int | None = None,
     in_flight: int = 1,
 ) -> int:
     """Tokens in a chunk, at least 1.
 
-    ``compute_dtype`` is the products' dtype, ``head_dtype`` that of the head's gradient where chunks add up to one
-    (the forward way with a trainable head), ``in_flight`` how many chunks' logits there are at a time.
+    ``head_dtype`` is that of the head's gradient if it is a sum over chunks, ``in_flight`` the number of chunks whose
+    logits exist at a time.
 
-    >>> tokens_per_chunk(8192, 262144, 512, compute_dtype=torch.bfloat16)
+    >>> tokens_per_chunk(8192, 262144, 512, Settings(torch.bfloat16))
     128
-    >>> tokens_per_chunk(8192, 262144, 512, compute_dtype=torch.bfloat16, chunk_size=1000)
+    >>> tokens_per_chunk(8192, 262144, 512, Settings(torch.bfloat16, chunk_size=1000))
     1000
     """
-    if chunk_size is not None:
-        return chunk_size
-    budget = _budget(vocab_size, hidden_size, memory_budget, head_dtype is not None)
+    if settings.chunk_size is not None:
+        return settings.chunk_size
+    compute_dtype, accumulate_dtype = settings.compute_dtype, settings.accumulate_dtype
+    most = budget(vocab_size, hidden_size, settings.memory_budget, sums_head=head_dtype is not None).size
     token_bytes = max(1, vocab_size * compute_dtype.itemsize)
-    if memory_budget is None and head_dtype == compute_dtype != torch.float16:
-        sum_bytes = vocab_size * hidden_size * accumulate_dtype.itemsize
-        spared = sum_bytes if head_dtype.itemsize < accumulate_dtype.itemsize else 0
-        if num_tokens * token_bytes <= budget + spared:
+    # A single chunk needs no wide sum of a narrow head's gradient: its logits may take that memory.
+    # An fp16 gradient is always summed wide: before it is divided by the token count it can overflow.
+    if settings.memory_budget is None and head_dtype == compute_dtype != torch.float16:
+        spared = vocab_size * hidden_size * accumulate_dtype.itemsize
+        spared = spared if head_dtype.itemsize < accumulate_dtype.itemsize else 0
+        if num_tokens * token_bytes <= most + spared:
             return max(1, num_tokens)
-    return _even(num_tokens, max(1, budget // in_flight // token_bytes))
-
-
-def head_sum_dtype(
-    num_tokens: int,
-    vocab_size: int,
-    hidden_size: int,
-    *,
-    compute_dtype: torch.dtype,
-    head_dtype: torch.dtype | None,
-    accumulate_dtype: torch.dtype = torch.float32,
-    chunk_size: int | None = None,
-    memory_budget: int | None = None,
-    in_flight: int = 1,
-) -> torch.dtype:
-    """The dtype that the gradients of head and bias are summed in over chunks: the head's if there is only one chunk.
-
-    An fp16 gradient is always summed in ``accumulate_dtype``: before it is divided by the token count it can overflow.
-    """
-    chunk = tokens_per_chunk(
-        num_tokens,
-        vocab_size,
-        hidden_size,
-        compute_dtype=compute_dtype,
-        head_dtype=head_dtype,
-        accumulate_dtype=accumulate_dtype,
-        chunk_size=chunk_size,
-        memory_budget=memory_budget,
-        in_flight=in_flight,
-    )
-    if num_tokens <= chunk and head_dtype == compute_dtype != torch.float16:
-        return head_dtype
-    return torch.promote_types(accumulate_dtype, compute_dtype)
-
-
-def vocab_per_block(
-    num_tokens: int,
-    vocab_size: int,
-    *,
-    compute_dtype: torch.dtype,
-    chunk_size: int | None = None,
-    memory_budget: int | None = None,
-) -> int:
-    """Words in a block of the vocabulary in the backward way, at least 1.
-
-    A block of all tokens is given as many logits as a chunk of ``chunk_size`` tokens and all words would have.
-
-    >>> vocab_per_block(8192, 262144, compute_dtype=torch.bfloat16)
-    4096
-    """
-    if chunk_size is not None:
-        most = chunk_size * vocab_size // max(1, num_tokens)
-    else:
-        most = _budget(vocab_size, 0, memory_budget, False) // max(1, num_tokens * compute_dtype.itemsize)
-    if most > _ALIGNED:
-        most -= most % _ALIGNED
-    size = _even(vocab_size, max(1, most))
-    return size if size <= _ALIGNED else min(vocab_size, size + -size % _ALIGNED)
+    return _even(num_tokens, max(1, most // in_flight // token_bytes))
 
 
 class MemoryPrediction(NamedTuple):
-    """Bytes that one loss and its backward take above their inputs, by name, in each of the two phases."""
+    """Bytes by name that one loss and its backward take besides their inputs, in each of the two phases."""
 
     forward: dict[str, int]
     backward: dict[str, int]
 
     @property
+    def peak_terms(self) -> dict[str, int]:
+        """The terms of the worse of the two phases."""
+        return max(self, key=lambda terms: sum(terms.values()))
+
+    @property
     def peak(self) -> int:
         """Bytes at the worse of the two phases."""
-        return max(sum(self.forward.values()), sum(self.backward.values()))
+        return sum(self.peak_terms.values())
 
 
 def predict_memory(
@@ -180,7 +233,7 @@ def predict_memory(
     options: ChunkOptions | None = None,
     device_type: str = "cpu",
     ranks: int = 1,
-    kept_share: float = 0.08,
+    kept_share: float = KEPT_SHARE,
 ) -> MemoryPrediction:
     """The memory law: what `chunked_ce.linear_cross_entropy` allocates for a loss and a backward.
 
@@ -189,21 +242,21 @@ def predict_memory(
         dtype: of the input; ``head_dtype`` of the head and ``compute_dtype`` of the products (autocast) if they differ.
         num_counted: tokens that are not ignored; all by default.
         train_input, train_head: whether they need a gradient.
-        options: ``gradients="auto"`` stands for the forward way, which sums and means take. ``accumulate_into`` stands
-            for a step that adds to a sum that exists, the head's ``grad`` or an fp32 ``main_grad``; it is an input.
+        options: ``gradients="auto"`` means gradients in the forward, as for sums and means. ``accumulate_into`` means a
+            step that adds to an existing sum, the head's ``grad`` or an fp32 ``main_grad``, which is an input.
         device_type: where it runs.
-        kept_share: of the words, what the gradient filter keeps in a chunk; a small model of 131,072 words kept 6 %.
-        ranks: that share the vocabulary evenly (`chunked_ce.VocabShard`); the prediction is for the one with most rows.
+        kept_share: of the vocabulary, kept by the gradient filter in a chunk; a small model of 131,072 kept 6 %.
+        ranks: how many share the vocabulary evenly (`chunked_ce.VocabShard`); the prediction is for the largest shard.
 
-    Terms in bytes: ``logits`` of one chunk, ``rows`` in flight in fp32, ``hidden_grad`` (in the forward phase as it is
-    kept, in fp32 at least), ``head_sum`` (the head's gradient as it is summed over chunks), ``head_grad`` (as it is
-    returned, where that is another tensor), ``products`` before they are added to a wider sum, and as wide as it,
-    ``hidden_sum`` (what ``hidden_grad`` is rounded from in the backward, where that is another tensor), ``head_copy``
-    and ``hidden_copy`` in the products' dtype, and ``statistics`` of the tokens. With several ranks, two chunks'
-    ``logits``, and ``collectives``: what is gathered and reduced, without what the backend keeps for itself.
+    Terms in bytes: ``logits`` of one chunk, ``rows`` in flight in fp32, ``hidden_grad`` (kept in fp32 at least
+    until the backward), ``head_sum`` (the head's gradient as it is summed over chunks), ``head_grad`` (as it is
+    returned, if that is another tensor), ``products`` before they are added to a wider sum, in both dtypes,
+    ``hidden_sum`` (which the backward rounds to ``hidden_grad``, if that is another tensor), ``head_copy`` and
+    ``hidden_copy`` in the products' dtype, and ``statistics`` of the tokens. With several ranks, two chunks'
+    ``logits``, and ``collectives``: the tensors gathered and reduced, without the backend's own buffers.
     With a gradient filter, ``kept`` columns, their rows of the head and of its gradient, and ``tails`` for all chunks.
-    ``packed`` is a block of the head as the matrix library of a CPU rearranges it. Not in it is what else that library
-    and the C allocator keep for themselves: 1 to 8 MiB on two cores.
+    ``packed`` is a block of the head as the matrix library of a CPU rearranges it. Other memory of that library and of
+    the C allocator is left out: 1 to 8 MiB on two cores.
 
     >>> law = predict_memory(4096, 131072, 256, dtype=torch.float32)
     >>> law.forward["logits"] // 2**20, law.forward["head_sum"] // 2**20
@@ -212,51 +265,37 @@ def predict_memory(
     options = options or ChunkOptions()
     head_dtype = head_dtype or dtype
     compute_dtype = compute_dtype or dtype
+    settings = Settings.of(options, compute_dtype)
     counted = num_tokens if num_counted is None else num_counted
     sharded = ranks > 1
     vocab_size = math.ceil(vocab_size / ranks)
-    settings = {
-        "compute_dtype": compute_dtype,
-        "chunk_size": None if options.chunk_size == "auto" else options.chunk_size,
-        "memory_budget": options.memory_budget,
-    }
-    accumulate_dtype = options.accumulate_dtype
-    wide = torch.promote_types(accumulate_dtype, compute_dtype)
-    work = work_dtype(compute_dtype)
+    wide, work = settings.wide_dtype, work_dtype(compute_dtype)
     head_elements = vocab_size * hidden_size
     in_forward = not options.in_backward
-    filtered = options.filter_threshold(compute_dtype) is not None
-    added = options.accumulate_into is not None and train_head  # to a sum that exists: the backward holds no other
+    filtered = settings.gradient_filter is not None
+    added = options.accumulate_into is not None and train_head  # to an existing sum: the backward holds no other
 
-    head_sum_of = functools.partial(
-        head_sum_dtype,
+    plan = Plan.by_tokens(
         num_tokens,
-        vocab_size,
-        hidden_size,
-        head_dtype=head_dtype,
-        accumulate_dtype=accumulate_dtype,
-    )
-    in_flight = 2 if sharded else 1
-    chunk = tokens_per_chunk(
         num_tokens if sharded else counted,
         vocab_size,
         hidden_size,
+        settings,
         head_dtype=head_dtype if (in_forward or filtered) and train_head else None,
-        accumulate_dtype=accumulate_dtype,
-        in_flight=in_flight,
-        **settings,
+        in_flight=2 if sharded else 1,
     )
-    chunk = min(chunk, counted)
-    at_a_time = min(in_flight, math.ceil(counted / max(1, chunk)))
+    chunk = min(plan.tokens, counted)
+    at_a_time = min(plan.in_flight, math.ceil(counted / max(1, chunk)))
+    blocks = Plan.by_vocabulary(counted, vocab_size, settings, head_dtype)
 
     on_cuda = device_type == "cuda" and options.backend != "torch"
     in_registers = on_cuda and triton_runs(torch.device(device_type), compute_dtype)
 
-    def rows_and_logits(tokens: int, words: int, buffers: int = 1, keeps: bool = False) -> dict[str, int]:
+    def rows_and_logits(tokens: int, entries: int, buffers: int = 1, keeps: bool = False) -> dict[str, int]:
         copies = not in_registers and (keeps or compute_dtype != work)
         return {
-            "logits": buffers * tokens * words * compute_dtype.itemsize,
-            "rows": copies * min(tokens, rows_in_flight(words, device_type)) * words * work.itemsize,
+            "logits": buffers * tokens * entries * compute_dtype.itemsize,
+            "rows": copies * min(tokens, rows_in_flight(entries, device_type)) * entries * work.itemsize,
         }
 
     def product(total_rows: int, inner: int, wider: torch.dtype, adds: bool, apart: bool = False) -> int:
@@ -271,18 +310,18 @@ def predict_memory(
         return part + adds * widened
 
     def products_of(input_product: int, head_product: int, tokens: int) -> int:
-        """Of the products for input and head, with the targets' terms where these are apart."""
+        """The larger of the products for input and head, with the targets' terms where these are separate."""
         terms = tokens * hidden_size * (compute_dtype.itemsize + 4) * rounds_products(device_type, compute_dtype)
         return max(train_input * (input_product + terms), train_head * (head_product or terms))
 
     common = {"statistics": num_tokens * (3 * work.itemsize + 16)}
     if in_forward:
-        tokens, words = chunk, vocab_size
+        tokens, entries = chunk, vocab_size
     else:
-        tokens, words = counted, min(vocab_size, vocab_per_block(counted, vocab_size, **settings))
-    forward = rows_and_logits(tokens, words, at_a_time if in_forward else 1, sharded and in_forward) | common
+        tokens, entries = counted, min(vocab_size, blocks.entries)
+    forward = rows_and_logits(tokens, entries, at_a_time if in_forward else 1, sharded and in_forward) | common
     if device_type == "cpu" and tokens >= _PACKED_FROM_TOKENS.get(compute_dtype, math.inf):
-        block = min(words, PROJECTED_ROWS) * min(hidden_size, _PACKED_COLUMNS[compute_dtype])
+        block = min(entries, PROJECTED_ROWS) * min(hidden_size, _PACKED_COLUMNS[compute_dtype])
         common = common | {"packed": block * compute_dtype.itemsize}
         forward |= common
     if sharded:
@@ -290,14 +329,14 @@ def predict_memory(
         parts = compute_dtype.itemsize * (wide != compute_dtype) + wide.itemsize
         forward["collectives"] = gathered + in_forward * train_input * chunk * hidden_size * parts
     if head_dtype != compute_dtype:
-        forward["head_copy"] = words * hidden_size * compute_dtype.itemsize
+        forward["head_copy"] = entries * hidden_size * compute_dtype.itemsize
     if counted < num_tokens or dtype != compute_dtype:
         forward["hidden_copy"] = tokens * hidden_size * compute_dtype.itemsize
 
     def filter_terms(total: torch.dtype) -> dict[str, int]:
         kept = math.ceil(kept_share * vocab_size)
         rows = kept * hidden_size * max(compute_dtype.itemsize, train_head * total.itemsize)
-        columns = vocab_size * (4 + 4 * GROUPS) * work.itemsize  # of the chunk at hand, indices of 8 bytes among them
+        columns = vocab_size * (4 + 4 * GROUPS) * work.itemsize  # of the current chunk, including indices of 8 bytes
         chunks = math.ceil(counted / max(1, chunk))
         return {
             "kept": chunk * kept * compute_dtype.itemsize + rows,
@@ -307,7 +346,7 @@ def predict_memory(
     hidden_elements = train_input * num_tokens * hidden_size
     gradients = {"hidden_grad": hidden_elements * dtype.itemsize}
     if in_forward:
-        total_dtype, hidden_total = head_sum_of(in_flight=in_flight, **settings), unrounded(dtype)
+        total_dtype, hidden_total = plan.head_sum, unrounded(dtype)
         sums = {
             "hidden_grad": hidden_elements * hidden_total.itemsize,
             "head_sum": train_head * head_elements * total_dtype.itemsize,
@@ -326,32 +365,31 @@ def predict_memory(
     main_dtype = torch.promote_types(head_dtype, torch.float32)
     into = main_dtype if options.accumulate_into == "main_grad" else head_dtype
     if filtered:
-        total_dtype = head_sum_of(**settings)
+        total_dtype = plan.head_sum
         sums = train_head and not (added and torch.promote_types(into, total_dtype) == into)
         total_dtype = total_dtype if sums else into
         backward = rows_and_logits(chunk, vocab_size, keeps=True) | common | gradients | filter_terms(total_dtype)
         backward["head_sum"] = sums * head_elements * total_dtype.itemsize
         backward["head_grad"] = (sums and not added and total_dtype != head_dtype) * head_elements * head_dtype.itemsize
-        widens = sums and added and device_type == "cpu"  # the sum that exists, to add to it
+        widens = sums and added and device_type == "cpu"  # a copy of the existing sum, to add in a wider dtype
         backward["products"] = widens * head_elements * total_dtype.itemsize
         backward |= {name: size for name, size in forward.items() if name in ("head_copy", "hidden_copy")}
         return MemoryPrediction(forward, backward)
 
-    hidden_total = compute_dtype if words == vocab_size else wide
     gradients["head_grad"] = (train_head and not added) * head_elements * head_dtype.itemsize
-    backward = rows_and_logits(counted, words) | gradients | common
-    backward["hidden_sum"] = train_input * counted * hidden_size * hidden_total.itemsize
+    backward = rows_and_logits(counted, entries) | gradients | common
+    backward["hidden_sum"] = train_input * counted * hidden_size * blocks.hidden_sum.itemsize
     backward["products"] = products_of(
-        product(counted, words, hidden_total, words < vocab_size),
-        product(words, counted, into if added else head_dtype, added, apart=added),
-        math.ceil(counted * words / vocab_size) * (words < vocab_size),
+        product(counted, entries, blocks.hidden_sum, entries < vocab_size),
+        product(entries, counted, into if added else head_dtype, added, apart=added),
+        math.ceil(counted * entries / vocab_size) * (entries < vocab_size),
     )
     if sharded:
         backward["collectives"] = train_input * num_tokens * hidden_size * wide.itemsize
     if counted < num_tokens or dtype != compute_dtype:
         backward["hidden_copy"] = counted * hidden_size * compute_dtype.itemsize
     if head_dtype != compute_dtype:
-        backward["head_copy"] = words * hidden_size * compute_dtype.itemsize
+        backward["head_copy"] = entries * hidden_size * compute_dtype.itemsize
     return MemoryPrediction(forward, backward)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from chunked_ce import ChunkOptions, linear_cross_entropy, plan
-from chunked_ce.engine import linear
+from chunked_ce.engine import sources
 from tests.cases import WAYS, assert_equal, gradients, problem
 
 BUDGET = 4 * 40 * 101  # 40 tokens
@@ -17,7 +17,7 @@ class Device:
 
     def __init__(self, monkeypatch, most):
         self.asked = []
-        make = linear.logits_scratch
+        make = sources.logits_scratch
 
         def limited(tokens, words, *, dtype, device):
             self.asked.append(tokens * words * dtype.itemsize)
@@ -25,7 +25,7 @@ class Device:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more than there is.")
             return make(tokens, words, dtype=dtype, device=device)
 
-        monkeypatch.setattr(linear, "logits_scratch", limited)
+        monkeypatch.setattr(sources, "logits_scratch", limited)
 
 
 def step(case, options):
@@ -104,10 +104,10 @@ def test_one_chunk_in_bf16_becomes_several(monkeypatch):
 def test_the_budget_comes_from_what_is_free(monkeypatch):
     case = problem(80, 6, 101, ignored=0.0)
     device = Device(monkeypatch, most=2**40)
-    monkeypatch.setattr("chunked_ce.functional.free_bytes", lambda device: 16 * 4 * 101)
+    monkeypatch.setattr("chunked_ce.engine.dispatch.free_bytes", lambda device: 16 * 4 * 101)
     step(case, None)
     assert device.asked == [4 * 4 * 101]
-    monkeypatch.setattr("chunked_ce.functional.free_bytes", lambda device: 2**40)
+    monkeypatch.setattr("chunked_ce.engine.dispatch.free_bytes", lambda device: 2**40)
     step(case, None)
     step(case, ChunkOptions(memory_budget=3 * 4 * 101))
     assert device.asked[1:] == [80 * 4 * 101, 3 * 4 * 101]

@@ -13,7 +13,7 @@ from chunked_ce import ChunkOptions
 from chunked_ce.cli.implementations import DTYPES
 from chunked_ce.cli.memory_models import full_logits
 from chunked_ce.cli.report import bytes_text
-from chunked_ce.plan import predict_memory, tokens_per_chunk
+from chunked_ce.plan import KEPT_SHARE, Plan, Settings, predict_memory
 
 __all__ = ["ESTIMATED", "HELD", "TERMS", "WAYS", "RankCost", "Request", "cost_of", "largest"]
 
@@ -39,7 +39,6 @@ TERMS = {  # by name in the memory law, in the order of the table
     "collectives": "collective buffers",
 }
 HELD = {"head": "head", "held_grad": "dW kept between micro-batches", "optimizer": "AdamW's state of the head"}
-KEPT_SHARE = 0.08  # as the memory law has it
 ESTIMATED = (
     "Exact: operations, what is put into the loss's collectives, and the tensors of the chunked ways (the memory law, "
     "tested against measurements). Estimated: what collectives buffer, matrix libraries and allocators keep, full "
@@ -119,7 +118,7 @@ def cost_of(request: Request, way: str, tensor: int) -> RankCost:
             **trained,
         )
         chunk, why = _chunk(request, way, tensor, rows, dtype)
-    phase = max(prediction, key=lambda terms: sum(terms.values()))
+    phase = prediction.peak_terms
     return RankCost(
         way,
         tensor,
@@ -134,28 +133,25 @@ def cost_of(request: Request, way: str, tensor: int) -> RankCost:
 
 def _chunk(request: Request, way: str, tensor: int, rows: int, dtype: torch.dtype) -> tuple[int, str]:
     """Tokens in a chunk of the loss's forward, and why."""
-    n, in_flight = request.local_tokens, 1 if tensor == 1 else 2
-    sums_head = request.train_head and way != BACKWARD
-    chunk = tokens_per_chunk(
+    n = request.local_tokens
+    plan = Plan.by_tokens(
+        n,
         n,
         rows,
         request.hidden,
-        compute_dtype=dtype,
-        head_dtype=dtype if sums_head else None,
-        chunk_size=request.chunk,
-        in_flight=in_flight,
+        Settings(dtype, chunk_size=request.chunk),
+        head_dtype=dtype if request.train_head and way != BACKWARD else None,
+        in_flight=1 if tensor == 1 else 2,
     )
     if way == FILTERED:
-        return chunk, "at most; the filter may take fewer"
+        return plan.tokens, "at most; the filter may take fewer"
     if request.chunk:
-        return chunk, "as asked"
-    least, by_head = 64 * 2**20, sums_head * 8 * rows * request.hidden // 3  # bytes
-    budget = max(least, by_head)
-    of = "two thirds of an fp32 gradient of the head" if by_head > least else "the least budget"
-    limit = f"{bytes_text(budget)} ({of}{', two chunks at a time' if in_flight > 1 else ''})"
-    if chunk < n:
-        return chunk, f"{math.ceil(n / chunk)} equal chunks with logits of at most {limit}"
-    if n * rows * dtype.itemsize * in_flight <= budget:
+        return plan.tokens, "as asked"
+    together = ", two chunks at a time" if plan.in_flight > 1 else ""
+    limit = f"{bytes_text(plan.budget.size)} ({plan.budget.reason}{together})"
+    if plan.tokens < n:
+        return plan.tokens, f"{math.ceil(n / plan.tokens)} equal chunks with logits of at most {limit}"
+    if n * rows * dtype.itemsize * plan.in_flight <= plan.budget.size:
         return n, f"one chunk: all logits keep to {limit}"
     return n, "one chunk: its logits take less than the budget and the fp32 sum of dW over several chunks would"
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from chunked_ce.cli import process_checks, report
 from chunked_ce.cli.self_checks import Row, cases
 from chunked_ce.cli.tables import simple_table, wide_console
-from chunked_ce.engine.kernels import triton_runs
+from chunked_ce.rows.backend import triton_runs
 
 __all__ = ["run"]
 

@@ -1,4 +1,4 @@
-"""Where the gradient of the head's weight goes: added to a tensor that exists, or returned to autograd."""
+"""Where the gradient of the head's weight goes: added to an existing tensor, or returned to autograd."""
 
 from __future__ import annotations
 
@@ -7,28 +7,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from chunked_ce.engine.tracing import is_recorded
+from chunked_ce.tracing import is_recorded
 
 __all__ = ["Destination", "destination", "has_own_dispatch", "leaf_to_keep", "main_grad_mismatch"]
 
 
 class Destination(NamedTuple):
-    """What a backward does with the gradient of the weight."""
+    """Whether a backward computes the gradient of the weight, and where it goes."""
 
-    formed: bool
-    sum: Tensor | None = None  # (V, D), which it is added to; None: it is returned
+    formed: bool  # whether it is computed
+    sum: Tensor | None = None  # (V, D) that the gradient is added to; None: it is returned
 
 
 def has_own_dispatch(weight: Tensor) -> bool:
-    """Whether ``weight`` is traced, or of a class that computes in its own way."""
+    """Whether ``weight`` is traced, or of a class with its own ``__torch_dispatch__``."""
     return type(weight).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def leaf_to_keep(weight: Tensor, accumulate_into: str | None) -> Tensor | None:
-    """The weight for `destination`, as the object that has ``grad`` and ``main_grad``: what is saved may be unpacked
-    as another one."""
-    wanted = accumulate_into is not None and weight.requires_grad and weight.is_leaf
-    return weight if wanted and not has_own_dispatch(weight) else None
+    """The weight itself, which has ``grad`` and ``main_grad``: a saved weight may be unpacked as another object."""
+    accumulates = accumulate_into is not None and weight.requires_grad and weight.is_leaf
+    return weight if accumulates and not has_own_dispatch(weight) else None
 
 
 def destination(
@@ -37,10 +36,10 @@ def destination(
     accumulate_into: str | None,
     needed: bool,
 ) -> Destination:
-    """Where the running backward is to leave the gradient of the weight.
+    """Where the running backward puts the gradient of the weight.
 
-    Nothing is added unless this backward accumulates into the weight: ``torch.autograd.grad`` gets what it asks for,
-    and a backward that was given other ``inputs`` forms no gradient of the weight.
+    It is added only if this backward accumulates into the weight: ``torch.autograd.grad`` gets it returned, and a
+    backward with other ``inputs`` does not compute it.
     """
     if not needed or accumulate_into is None:
         return Destination(needed)
@@ -55,9 +54,9 @@ def destination(
     if not accumulates:
         return Destination(accumulates is None)
     if not into_main:
-        found = leaf.grad
-        usual = found is None or found.layout != torch.strided or torch.is_grad_enabled()
-        return Destination(True, None if usual else found)
+        grad = leaf.grad
+        is_returned = grad is None or grad.layout != torch.strided or torch.is_grad_enabled()
+        return Destination(True, None if is_returned else grad)
     if torch.is_grad_enabled():
         raise RuntimeError("options.accumulate_into='main_grad' has no second derivatives: not with create_graph=True")
     mismatch = main_grad_mismatch(leaf)
@@ -67,14 +66,14 @@ def destination(
 
 
 def main_grad_mismatch(weight: Tensor) -> str | None:
-    """Why nothing can be added to ``weight.main_grad``, None where it can."""
-    found = getattr(weight, "main_grad", None)
-    was = f"a {type(found).__name__}" if found is not None else "None"
-    if isinstance(found, Tensor):
-        alike = found.shape == weight.shape and found.device == weight.device and found.layout == torch.strided
-        if alike and found.is_floating_point():
+    """Why no gradient can be added to ``weight.main_grad``; None if one can."""
+    total = getattr(weight, "main_grad", None)
+    was = f"a {type(total).__name__}" if total is not None else "None"
+    if isinstance(total, Tensor):
+        alike = total.shape == weight.shape and total.device == weight.device and total.layout == torch.strided
+        if alike and total.is_floating_point():
             return None
-        was = f"{found.layout} {found.dtype} {tuple(found.shape)} on {found.device}"
+        was = f"{total.layout} {total.dtype} {tuple(total.shape)} on {total.device}"
     return (
         "options.accumulate_into='main_grad' needs linear_weight.main_grad, a dense floating-point tensor on "
         f"{weight.device} of shape {tuple(weight.shape)}, was {was}"
@@ -89,4 +88,4 @@ def _accumulates(leaf: Tensor) -> bool | None:
     except RuntimeError as error:
         if "leaf node" not in str(error):
             raise
-        return None  # torch.autograd.grad was asked for it
+        return None  # torch.autograd.grad asks for this gradient

@@ -1,39 +1,40 @@
 """The gradient filter: a chunk's gradient products over the columns that matter, and a tail of low rank for the rest.
 
-docs/numerics.md has the formulas. In the logit gradients G (C, V) of a chunk, without what label smoothing adds, the
-columns of likely words and of the targets are kept: products over them are a gather of the head's rows and two small
-products. In place of the dropped columns the products take a few matrices of rank one with the same sums over rows and
-over columns. What label smoothing adds to all columns is of rank one already. The words' side of these tails meets
-the head's gradient once for all chunks.
+docs/numerics.md has the formulas. In the logit gradients G (C, V) of a chunk, without the term of label smoothing, the
+columns of likely vocabulary entries and of the targets are kept: products over them are a gather of the head's rows and
+two small products. A few rank-one matrices with the same sums over rows and over columns replace the dropped columns.
+The term of label smoothing has rank one already. The tails are added to the head's gradient once for all chunks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from chunked_ce.engine.columns import ColumnSums
 from chunked_ce.engine.products import add_product_
-from chunked_ce.engine.rows import Slopes, work_dtype
+from chunked_ce.engine.specification import Specification
+from chunked_ce.plan import GROUPS
+from chunked_ce.rows.columns import ColumnSums
+from chunked_ce.rows.statistics import STATISTICS, RowStatistics, work_dtype
 
-__all__ = ["GROUPS", "Filter", "Kept"]
+__all__ = ["Filter", "FilteredChunk", "can_filter"]
 
-# The products are dense where more than this share of the columns is kept: the gathers cost more than is saved.
+# The products are dense if more than this share of the columns is kept: the gathers would cost more than they save.
 _MOST_KEPT = 0.4
-# And where more than this share of the probability would be dropped, or of that of one token: the error of the tail
-# is in proportion to it. A model that knows nothing yet drops all of it. Models of 131,072 words trained on 0.1 to 0.6
-# million tokens dropped 3 to 6 %, and of one token 17 to 42 %.
+# They are also dense if more than this share of the probability would be dropped, in all or for one token: the tail's
+# error is proportional to it. An untrained model would drop all of it. Models with 131,072 vocabulary entries, trained
+# on 0.1 to 0.6 million tokens, dropped 3 to 6 %, and at most 17 to 42 % for one token.
 _MOST_DROPPED = 0.1
 _MOST_DROPPED_OF_A_TOKEN = 0.5
-GROUPS = 4
-_SUMMED_WORDS = 4096  # whose share of the tail is rounded before it is added
+_SUMMED_ENTRIES = 4096  # of the vocabulary: their part of the tail is rounded before it is added
 _TINY = torch.finfo(torch.float32).tiny
 
 
-class Kept(NamedTuple):
-    """What the products of a chunk run over: some columns, or all, and a tail, ``left`` times ``right``."""
+class FilteredChunk(NamedTuple):
+    """The factors of a chunk's products: some columns, or all, and a tail, ``left @ right.T``."""
 
     index: Tensor | None  # (K,), None for all columns
     gradients: Tensor  # (C, K)
@@ -49,7 +50,7 @@ class Filter:
         weight: Tensor,  # (V, D) in the products' dtype
         class_weight: Tensor | None,  # (V,)
         eps: float,
-        share: float = 1.0,  # of the whole vocabulary that the columns are
+        share: float = 1.0,  # of the whole vocabulary that this rank holds
     ) -> None:
         self._weight = weight
         self._class_weight = class_weight
@@ -58,27 +59,27 @@ class Filter:
         self._rights: list[Tensor] = []  # (V, k) of each chunk's tail
         self._lefts: list[Tensor] = []  # (k, D + 1): left.T @ [x, 1]
 
-    def new_columns(self) -> ColumnSums:
+    def column_sums(self) -> ColumnSums:
         return ColumnSums(len(self._weight), work_dtype(self._weight.dtype), self._weight.device)
 
     def keep(
         self,
         gradients: Tensor,  # (C, V) without label smoothing
         columns: ColumnSums,
-        target: Tensor,  # (C,) a column, -1 where it is none of these
-        slopes: Slopes,  # (C,) each
-    ) -> Kept | None:
-        """What the products run over. None is all columns and no tail, as of a model that is not trained yet."""
+        target: Tensor,  # (C,) a column, -1 where it is in another shard
+        slopes: RowStatistics,  # (C,) each
+    ) -> FilteredChunk | None:
+        """The factors of the products. None means all columns and no tail, as for an untrained model."""
         if gradients.numel() == 0:
             return None
         smoothing = None if slopes.weighted is None else self._smoothing(slopes.weighted)
-        dense = None if smoothing is None else Kept(None, gradients, *smoothing)
+        dense = None if smoothing is None else FilteredChunk(None, gradients, *smoothing)
         size = slopes.log_sum.abs()
         kept = columns.largest > self._eps * size.amax()
         kept[target[target >= 0]] = True
         index = kept.nonzero().squeeze(1)
         tail = columns.total.masked_fill(kept, 0)
-        # In this form a tail that is not finite is dense too, and says so in the gradients.
+        # Written so that a tail that is not finite is dense too, and shows in the gradients.
         if len(index) > _MOST_KEPT * len(kept) or not tail.sum() <= self._most_dropped * size.sum():
             return dense
         groups, right = _groups(tail, kept)
@@ -87,41 +88,41 @@ class Filter:
             return dense
         if smoothing is not None:
             left, right = torch.cat([left, smoothing[0]], 1), torch.cat([right, smoothing[1]], 1)
-        return Kept(index, gradients.gather(1, index.expand(len(gradients), -1)), left, right)
+        return FilteredChunk(index, gradients.gather(1, index.expand(len(gradients), -1)), left, right)
 
     def _smoothing(self, slope: Tensor) -> tuple[Tensor, Tensor]:
-        """What label smoothing adds to the logit gradients, as ``left`` (C, 1) and ``right`` (V, 1)."""
-        words = slope.new_ones(len(self._weight)) if self._class_weight is None else self._class_weight
-        largest = torch.exp2(torch.log2(words.abs().amax().clamp(min=_TINY)).ceil())  # weights of all sizes fit in fp16
-        size = largest * 2.0 ** len(words).bit_length()  # a power of two: what is equal for all words is not rounded
-        return (slope * size).unsqueeze(1), (words / size).unsqueeze(1)
+        """The term of label smoothing in the logit gradients, as ``left`` (C, 1) and ``right`` (V, 1)."""
+        weights = slope.new_ones(len(self._weight)) if self._class_weight is None else self._class_weight
+        most = torch.exp2(torch.log2(weights.abs().amax().clamp(min=_TINY)).ceil())  # weights of any size fit in fp16
+        size = most * 2.0 ** len(weights).bit_length()  # a power of two, so that equal weights are not rounded
+        return (slope * size).unsqueeze(1), (weights / size).unsqueeze(1)
 
-    def hidden_gradient(self, kept: Kept) -> Tensor:
+    def hidden_gradient(self, kept: FilteredChunk) -> Tensor:
         """The gradient of a chunk's hidden states, (C, D)."""
         weight = self._weight
         scale = 2.0 ** (len(weight).bit_length() // 2)  # keeps 1 / V in the range of fp16
         right, left = kept.right.t() * scale, kept.left / scale
-        words = right.new_zeros(len(right), weight.shape[1])  # (k, D)
-        for start in range(0, len(weight), _SUMMED_WORDS):
-            block = slice(start, start + _SUMMED_WORDS)
-            words += right[:, block].to(weight.dtype) @ weight[block]
+        rows = right.new_zeros(len(right), weight.shape[1])  # (k, D)
+        for start in range(0, len(weight), _SUMMED_ENTRIES):
+            block = slice(start, start + _SUMMED_ENTRIES)
+            rows += right[:, block].to(weight.dtype) @ weight[block]
         if kept.index is None:
-            tail, rest = _in_two(left @ words, weight.dtype)
+            tail, rest = _in_two(left @ rows, weight.dtype)
             return tail.addmm_(kept.gradients, weight).add_(rest)
-        # One product, since kept columns and tail may cancel out; the tail in two parts, as if it were not rounded.
-        (left, left_rest), (words, words_rest) = (_in_two(part, weight.dtype) for part in (left, words))
+        # One product, since kept columns and tail may cancel out; the tail in two parts, so that it is not rounded.
+        (left, left_rest), (rows, rows_rest) = (_in_two(part, weight.dtype) for part in (left, rows))
         gradients = torch.cat([kept.gradients, left, left, left_rest], 1)
-        return gradients @ torch.cat([weight.index_select(0, kept.index), words, words_rest, words])
+        return gradients @ torch.cat([weight.index_select(0, kept.index), rows, rows_rest, rows])
 
     def add_head_gradients(
         self,
         weight: Tensor | None,  # (V, D)
         bias: Tensor | None,  # (V,)
         x: Tensor,  # (C, D)
-        kept: Kept,
-        scale: Tensor | None = None,  # () of what is added; the tails are without it
+        kept: FilteredChunk,
+        scale: Tensor | None = None,  # () factor of the sums; tails are stored without it
     ) -> None:
-        """Add a chunk's kept columns to the gradients of weight and bias, and remember its tail."""
+        """Add a chunk's kept columns to the gradients of weight and bias, and store its tail."""
         if weight is None and bias is None:
             return
         if scale is not None:
@@ -161,10 +162,10 @@ def _groups(
     total: Tensor,  # (V,) the sums of the dropped columns, 0 where kept
     kept: Tensor,  # (V,)
 ) -> tuple[Tensor, Tensor]:
-    """Which dropped columns are in which group, as zeros and ones (V, g), and each one's share of it (V, g).
+    """The groups of dropped columns, as zeros and ones (V, g), and each column's share of its group (V, g).
 
-    Groups are of equal mass, from rare words to frequent ones: at the threshold of bf16 four of them left a third of
-    the error that one leaves, and took no longer.
+    Groups have equal mass, from rare entries to frequent ones: at the threshold of bf16 four of them left a third of
+    the error of a single one, and took no longer.
     """
     order = total.argsort()
     reached = total[order].cumsum(0)
@@ -174,3 +175,15 @@ def _groups(
     groups[kept] = 0
     share = groups * total.unsqueeze(1)
     return groups, share / share.sum(0).clamp(min=_TINY)
+
+
+def can_filter(specification: Specification, slopes: Iterable[str]) -> bool:
+    """Whether a gradient filter is set, and a tail of low rank serves losses with ``slopes`` in these statistics.
+
+    The slope of an entropy gives gradients of both signs, and under a softcap the term of label smoothing does not
+    have rank one.
+    """
+    if specification.settings.gradient_filter is None:
+        return False
+    capped = specification.logits.softcap is not None
+    return not any(STATISTICS[name].keeps_relative or (STATISTICS[name].adds and capped) for name in slopes)

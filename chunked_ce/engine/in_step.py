@@ -1,10 +1,10 @@
-"""The loops of `chunked_ce.engine.sharded` on ranks that fail alone: all ranks fail, and are in step afterwards.
+"""The sweep on ranks that may fail alone: when one fails, all ranks fail, and they stay in step.
 
 A rank that runs out of memory in a chunk, or finds a bad target, would leave the others waiting in a collective, and
-its next call would be read as the rest of this one. So it goes through with what is left of the call's collectives,
-giving NaN for what it has not, and raises then. On the CPU the ranks tell each other at the end whether they got
-through, and the others raise too, with the name of the rank that failed and what it said. On an accelerator that would
-be a wait of the host: there the others get NaN.
+they would take its next call for the rest of this one. So it first issues the remaining collectives of the call, with
+NaN for the values that it lacks, and then raises. On the CPU the ranks exchange at the end whether they succeeded, and
+the others raise too, naming the rank that failed and its message. On an accelerator the host would have to wait for
+this: there the others get NaN.
 """
 
 from __future__ import annotations
@@ -17,23 +17,22 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from chunked_ce import plan
-from chunked_ce.distributed.collectives import Collectives
-from chunked_ce.engine import sharded
-from chunked_ce.engine.backprop import Gradients
-from chunked_ce.engine.counted import drops_ignored
-from chunked_ce.engine.linear import Head, Settings
-from chunked_ce.engine.rows import Wanted, work_dtype
-from chunked_ce.engine.sharded import Shard
-from chunked_ce.objective import RowStatistics
+from chunked_ce import devices
+from chunked_ce.engine import sweep
+from chunked_ce.engine.call import Call
+from chunked_ce.engine.gradient_products import Gradients
+from chunked_ce.engine.ranks import HIDDEN_GRADIENT, STATISTICS
+from chunked_ce.engine.sources import HIDDEN
+from chunked_ce.parallel.collectives import Collectives
+from chunked_ce.rows.statistics import RowStatistics, num_columns, work_dtype
 
-__all__ = ["gradients", "logits_statistics", "loss_and_gradients", "statistics"]
+__all__ = ["gradients", "loss_and_gradients", "statistics"]
 
-_Found = TypeVar("_Found")
+_Result = TypeVar("_Result")
 
 
 class _Step(NamedTuple):
-    """A collective of a call, and what each rank puts in."""
+    """A collective of a call, and the tensor that each rank contributes."""
 
     kind: str  # a method of `Collectives`
     what: str  # as errors name it
@@ -41,151 +40,118 @@ class _Step(NamedTuple):
     dtype: torch.dtype
 
 
-def statistics(hidden: Tensor, head: Head, target: Tensor, ignore_index: int, wanted: Wanted, *rest) -> RowStatistics:
-    """`sharded.statistics`."""
-    settings, shard = rest
-
-    def steps() -> Iterator[_Step]:
-        chunks = _Chunks(hidden, head, target, ignore_index, settings, shard, sums_head=_is_sequence(shard))
-        return chunks.steps(wanted=wanted)
-
-    return _together(steps, shard, hidden, sharded.statistics, hidden, head, target, ignore_index, wanted, *rest)
+def statistics(call: Call) -> RowStatistics:
+    """`sweep.statistics`."""
+    return _together(lambda: _Chunks(call).steps(combines=True), call, sweep.statistics, call)
 
 
 def loss_and_gradients(
-    hidden: Tensor, head: Head, target: Tensor, *rest
+    call: Call, per_token: dict[str, Tensor]
 ) -> tuple[Tensor, Gradients, Tensor | None, RowStatistics]:
-    """`sharded.loss_and_gradients`."""
-    *_, ignore_index, wanted, needed, settings, shard = rest
+    """`sweep.loss_and_gradients`."""
 
     def steps() -> Iterator[_Step]:
-        chunks = _Chunks(hidden, head, target, ignore_index, settings, shard, sums_head=needed[1])
-        return chunks.steps(wanted=wanted, reduces=needed[0])
+        return _Chunks(call).steps(combines=True, reduces=call.specification.needed[0])
 
-    return _together(steps, shard, hidden, sharded.loss_and_gradients, hidden, head, target, *rest)
-
-
-def gradients(hidden: Tensor, head: Head, target: Tensor, *rest, weight_sum: Tensor | None = None) -> Gradients:
-    """`sharded.gradients`."""
-    *_, ignore_index, needed, settings, shard = rest
-
-    def steps() -> Iterator[_Step]:
-        if _is_sequence(shard):
-            chunks = _Chunks(hidden, head, target, ignore_index, settings, shard, sums_head=True)
-            return chunks.steps(reduces=needed[0])
-        return iter(
-            [_Step("all_reduce_", sharded.HIDDEN_GRADIENT, hidden.shape, sharded.reduce_dtype(shard, settings))]
-        )
-
-    arguments = (hidden, head, target, *rest, weight_sum)
-    if not _is_sequence(shard) and (shard.input_grad == "partial" or not needed[0]):
-        return sharded.gradients(*arguments)  # no collective: each rank's affair, and it need not come together
-    return _together(steps, shard, hidden, sharded.gradients, *arguments)
+    return _together(steps, call, sweep.loss_and_gradients, call, per_token)
 
 
-def logits_statistics(products: Tensor, target: Tensor, *rest) -> RowStatistics:
-    """`sharded.logits_statistics`."""
-    *_, ignore_index, wanted, _, shard = rest
+def gradients(
+    call: Call, known: RowStatistics, slopes: RowStatistics, weight_sum: Tensor | None = None
+) -> Gradients | list[Tensor]:
+    """`sweep.gradients`."""
+    reduces = call.is_head and call.specification.needed[0] and call.specification.shard.input_grad != "partial"
+    if not (reduces or call.is_sequence):
+        return sweep.gradients(call, known, slopes, weight_sum)  # no collective: a rank that fails holds up no other
 
     def steps() -> Iterator[_Step]:
-        shape = _moved(target, ignore_index, [len(target)])[0], _columns(wanted)
-        return iter([_Step("all_gather", sharded.STATISTICS, shape, work_dtype(products.dtype))])
+        if call.is_sequence:
+            return _Chunks(call).steps(reduces=reduces)
+        return iter([_Step("all_reduce_", HIDDEN_GRADIENT, call.tensors[0].shape, call.reduce_dtype())])
 
-    return _together(steps, shard, products, sharded.logits_statistics, products, target, *rest)
+    return _together(steps, call, sweep.gradients, call, known, slopes, weight_sum)
 
 
 class _Chunks:
-    """The chunks of a call as `sharded` makes them, known from the targets and the plan alone."""
+    """The chunks of a call as its source makes them, derived from the targets and the plan alone."""
 
-    def __init__(
-        self,
-        hidden: Tensor,
-        head: Head,
-        target: Tensor,
-        ignore_index: int,
-        settings: Settings,
-        shard: Shard,
-        *,
-        sums_head: bool,
-    ) -> None:
-        self._width, self._settings, self._shard = hidden.shape[1], settings, shard
-        self._ranks = Collectives(shard.group_name).size
-        shape, keywords = shard.planned(len(target), head.weight, settings, sums_head=sums_head)
-        size = plan.tokens_per_chunk(*shape, **keywords)
-        if _is_sequence(shard):
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        self._ranks = Collectives(call.specification.shard.group_name).size
+        target, num_tokens = call.target, len(call.target)
+        if not call.is_head:
+            (counted,) = _num_moved(target, call.ignore_index, [num_tokens])
+            self._rows = [counted]
+            return
+        size = call.plan_by_tokens(num_tokens, sums_head=call.sums_head).tokens
+        if call.is_sequence:
             windows = target.view(self._ranks, -1).split(max(1, size // self._ranks), dim=1)
             target = torch.cat([window.flatten() for window in windows])
             self._tokens = [window.numel() for window in windows if window.numel()]
-            self._rows = _moved(target, ignore_index, self._tokens)
+            self._rows = _num_moved(target, call.ignore_index, self._tokens)
         else:
-            (counted,) = _moved(target, ignore_index, [len(target)])
+            (counted,) = _num_moved(target, call.ignore_index, [num_tokens])
             self._rows = self._tokens = [min(size, counted - at) for at in range(0, counted, size)]
 
-    def steps(self, *, wanted: Wanted | None = None, reduces: bool = False) -> Iterator[_Step]:
-        """The collectives in their order: of hidden states a chunk ahead, of their gradients a chunk behind that of
-        the statistics, if any are ``wanted``."""
-        reduces = reduces and self._shard.input_grad != "partial"
+    def steps(self, *, combines: bool = False, reduces: bool = False) -> Iterator[_Step]:
+        """The collectives in order: hidden states are gathered a chunk ahead, and their gradients are reduced a chunk
+        behind the statistics, if these are combined."""
+        reduces = reduces and self._call.specification.shard.input_grad != "partial"
         last = len(self._rows) - 1
-        behind = wanted is not None
-        if last >= 0 and _is_sequence(self._shard):
+        if last >= 0 and self._call.is_sequence:
             yield self._hidden(0)
         for at in range(last + 1):
-            if at < last and _is_sequence(self._shard):
+            if at < last and self._call.is_sequence:
                 yield self._hidden(at + 1)
-            if wanted is not None:
-                shape = self._rows[at], _columns(wanted)
-                yield _Step("all_gather", sharded.STATISTICS, shape, work_dtype(self._settings.compute_dtype))
-            if reduces and at >= behind:
-                yield self._reduction(at - behind)
-        if reduces and behind and last >= 0:
+            if combines:
+                yield self._statistics(at)
+            if reduces and at >= combines:
+                yield self._reduction(at - combines)
+        if reduces and combines and last >= 0:
             yield self._reduction(last)
 
+    def _statistics(self, at: int) -> _Step:
+        specification = self._call.specification
+        shape = self._rows[at], num_columns(specification.names)
+        return _Step("all_gather", STATISTICS, shape, work_dtype(specification.settings.compute_dtype))
+
     def _hidden(self, at: int) -> _Step:
-        shape = self._tokens[at] // self._ranks, self._width
-        return _Step("all_gather", sharded.HIDDEN, shape, self._settings.compute_dtype)
+        shape = self._tokens[at] // self._ranks, self._call.tensors[0].shape[1]
+        return _Step("all_gather", HIDDEN, shape, self._call.specification.settings.compute_dtype)
 
     def _reduction(self, at: int) -> _Step:
-        kind = "reduce_scatter" if _is_sequence(self._shard) else "all_reduce_"
-        dtype = sharded.reduce_dtype(self._shard, self._settings)
-        return _Step(kind, sharded.HIDDEN_GRADIENT, (self._tokens[at], self._width), dtype)
+        kind = "reduce_scatter" if self._call.is_sequence else "all_reduce_"
+        shape = self._tokens[at], self._call.tensors[0].shape[1]
+        return _Step(kind, HIDDEN_GRADIENT, shape, self._call.reduce_dtype())
 
 
-def _moved(target: Tensor, ignore_index: int, sizes: list[int]) -> list[int]:
+def _num_moved(target: Tensor, ignore_index: int, sizes: list[int]) -> list[int]:
     """How many of each chunk's tokens have statistics: those that count, or all where none is dropped."""
-    if not drops_ignored(target.device):
+    if not devices.drops_ignored(target.device):
         return sizes
     return [int((chunk != ignore_index).sum()) for chunk in target.split(sizes)]
 
 
-def _columns(wanted: Wanted) -> int:
-    return 3 + 2 * wanted.weighted + wanted.mean + wanted.correct
-
-
-def _is_sequence(shard: Shard) -> bool:
-    return shard.input_grad == "sequence"
-
-
-def _together(
-    steps: Callable[[], Iterator[_Step]], shard: Shard, like: Tensor, work: Callable[..., _Found], *arguments
-) -> _Found:
-    """``work(*arguments)``, whose collectives are ``steps``; an error on one rank is one on every rank."""
-    collectives = Collectives(shard.group_name)
-    found = failure = None
+def _together(steps: Callable[[], Iterator[_Step]], call: Call, work: Callable[..., _Result], *arguments) -> _Result:
+    """``work(*arguments)``, whose collectives are ``steps``; an error on one rank is raised on every rank."""
+    collectives = Collectives(call.specification.shard.group_name)
+    result = failure = None
+    like = call.tensors[0]
     with Collectives.counted() as issued:
         try:
-            found = work(*arguments)
+            result = work(*arguments)
         except Exception as error:
             if issued.broken:
-                raise  # the others are lost
+                raise  # the other ranks cannot be reached
             failure = error
         if failure is not None:
-            traceback.clear_frames(failure.__traceback__)  # which hold what the memory ran out for
+            traceback.clear_frames(failure.__traceback__)  # frames hold the tensors that filled the memory
             _go_through(itertools.islice(steps(), issued.number, None), collectives, like)
     if like.device.type == "cpu" and collectives.size > 1:
         _raise_together(failure, collectives)
     if failure is not None:
         raise failure
-    return found
+    return result
 
 
 def _go_through(steps: Iterator[_Step], collectives: Collectives, like: Tensor) -> None:
@@ -194,11 +160,11 @@ def _go_through(steps: Iterator[_Step], collectives: Collectives, like: Tensor) 
 
 
 def _raise_together(failure: Exception | None, collectives: Collectives) -> None:
-    """Raise on every rank if one failed: its own error, or one that names a rank and what it said."""
+    """Raise on every rank if one failed: its own error, or one that names a failed rank and its message."""
     if not collectives.any_failed(failure is not None):
         return
-    said = collectives.gather_objects(None if failure is None else f"{type(failure).__name__}: {failure}")
+    messages = collectives.gather_objects(None if failure is None else f"{type(failure).__name__}: {failure}")
     if failure is not None:
         raise failure
-    rank, what = next((rank, what) for rank, what in enumerate(said) if what is not None)
-    raise RuntimeError(f"vocab: rank {rank} of the group failed in this call, and all ranks with it: {what}")
+    rank, message = next((rank, message) for rank, message in enumerate(messages) if message is not None)
+    raise RuntimeError(f"vocab: rank {rank} of the group failed in this call, and all ranks with it: {message}")

@@ -1,54 +1,14 @@
-"""The three matrix products, with sums over chunks in a wider dtype than the products'."""
+"""The three matrix products, with sums over chunks in a dtype that may be wider than the factors'."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = [
-    "PROJECTED_ROWS",
-    "add_product_",
-    "adds_in_product",
-    "product_rows",
-    "project",
-    "rounds_products",
-    "rounds_within",
-    "unrounded",
-    "wide_product",
-]
+from chunked_ce import devices
+from chunked_ce.devices import PROJECTED_ROWS
 
-# Rows of the head in one product on a CPU. A block of the head is packed once and stays in cache: with 512 tokens,
-# D=768 and V=50257 on two cores, the logits took 0.084 s in bf16 and 0.430 s in fp32, one product 0.124 and 0.467.
-# Smaller blocks are no faster, and much slower where other work keeps one of the cores busy.
-PROJECTED_ROWS = 8192
-# Rows of a sum in another dtype than its products: product and sum meet in cache.
-_SUMMED_ROWS = 2048
-
-
-def product_rows(rows: int, device_type: str) -> int:
-    """How many rows of a sum in another dtype than its products one product covers."""
-    return min(rows, _SUMMED_ROWS) if device_type == "cpu" else rows
-
-
-def adds_in_product(device_type: str, total: torch.dtype, factor: torch.dtype) -> bool:
-    """Whether the device adds products of such factors to a sum in the dtype of ``total`` as it forms them."""
-    return device_type == "cuda" and factor in (torch.bfloat16, torch.float16) and total == torch.float32
-
-
-def unrounded(dtype: torch.dtype) -> torch.dtype:
-    """What a gradient in ``dtype`` is kept in until the upstream gradient is known, so that it is rounded once."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def rounds_products(device_type: str, factor: torch.dtype) -> bool:
-    """Whether the device rounds products of such factors to the factors' own, narrow dtype."""
-    return device_type == "cpu" and factor in (torch.bfloat16, torch.float16)
-
-
-def rounds_within(device_type: str, dtype: torch.dtype) -> bool:
-    """Whether the device rounds to the precision of a total in ``dtype`` with every few terms that a product adds to
-    it. Narrow totals are added to a sum of all terms."""
-    return device_type == "cpu" and dtype.itemsize >= 4
+__all__ = ["add_product_", "project", "wide_product"]
 
 
 def project(
@@ -57,7 +17,7 @@ def project(
     bias: Tensor | None,  # (V,)
     out: Tensor,  # (n, V)
 ) -> Tensor:
-    """``hidden @ weight.T + bias`` into ``out``."""
+    """Write ``hidden @ weight.T + bias`` to ``out``."""
     step = PROJECTED_ROWS if weight.device.type == "cpu" else max(1, len(weight))
     for start in range(0, len(weight), step):
         block = slice(start, start + step)
@@ -72,11 +32,11 @@ def wide_product(
     left: Tensor,  # (m, j)
     right: Tensor,  # (j, k)
 ) -> Tensor:
-    """``left @ right`` (m, k) in float32 where a device can form it in that, in the factors' dtype elsewhere.
+    """``left @ right`` (m, k) in float32 where a device can form it so, else in the factors' dtype.
 
     An fp16 product, which could overflow, is always formed in float32.
     """
-    if adds_in_product(left.device.type, torch.float32, left.dtype):
+    if devices.adds_in_product(left.device.type, torch.float32, left.dtype):
         return torch.mm(left, right, out_dtype=torch.float32)
     if left.dtype != torch.float16:
         return left @ right
@@ -98,19 +58,19 @@ def add_product_(
 ) -> None:
     """``total += left @ right``, or ``total = left @ right`` if it is the first of a sum.
 
-    With ``apart`` nothing is added within the product where `rounds_within` says that this costs precision: the total
-    may be much larger than what is added.
+    With ``apart``, the product is formed before it is added, where `rounds_within` says that adding within it costs
+    precision: the total may be much larger than the product.
 
     Where ``total`` is wider than the factors, a CUDA device adds in fp32 within the product. Elsewhere a bf16 product
     is rounded to bf16 before it is added; an fp16 product, which could overflow, is formed in the dtype of ``total``.
     """
-    if total.dtype == left.dtype and not (apart and rounds_within(total.device.type, total.dtype)):
+    if total.dtype == left.dtype and not (apart and devices.rounds_within(total.device.type, total.dtype)):
         if first:
             torch.mm(left, right, out=total)
         else:
             total.addmm_(left, right)
         return
-    if adds_in_product(total.device.type, total.dtype, left.dtype):
+    if devices.adds_in_product(total.device.type, total.dtype, left.dtype):
         if first:
             torch.mm(left, right, out_dtype=total.dtype, out=total)
         else:
@@ -118,8 +78,8 @@ def add_product_(
         return
     factors = torch.promote_types(total.dtype, left.dtype) if left.dtype == torch.float16 else left.dtype
     right = right.to(factors)
-    step = max(1, product_rows(len(total), total.device.type))
-    # Scratch of one address: the C allocator hardly ever gives an aligned block just freed to a request of its size.
+    step = max(1, devices.product_rows(len(total), total.device.type))
+    # One scratch tensor: the C allocator rarely reuses an aligned block just freed for a request of the same size.
     part = total.new_empty(step, total.shape[1], dtype=factors)
     wide = None if first or factors == total.dtype else total.new_empty(step, total.shape[1])
     for start in range(0, len(total), step):

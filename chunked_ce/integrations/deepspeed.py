@@ -1,4 +1,4 @@
-"""The token-weighted mean under DeepSpeed: what its engine divides by, read off the engine.
+"""The token-weighted mean under DeepSpeed, with the divisor read off its engine.
 
 Between the loss and the gradient that the optimizer sees, DeepSpeed (0.19.8) divides by
 
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 from torch import Tensor
 
-from chunked_ce.distributed.tokens import TokenMean
+from chunked_ce.parallel.tokens import TokenMean
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -52,13 +52,13 @@ def token_mean(
         targets_of_the_window: this rank's targets, one tensor per micro-batch, or one tensor of any shape
             with the targets of all of them.
         ignore_index: the target that marks a token as not counted.
-        scale_wrt_gas: what `engine.backward` is given.
+        scale_wrt_gas: the value that `engine.backward` is given.
 
     Raises:
         TypeError: engine is not a DeepSpeed engine.
         ValueError: the number of micro-batches is not the engine's gradient_accumulation_steps (not checked
-            where the caller sets the accumulation boundary), or the engine is set up so that no divisor makes
-            its gradients right.
+            where the caller sets the accumulation boundary), or the engine is configured so that no divisor
+            makes its gradients right.
     """
     _check_engine(engine)
     if not isinstance(targets_of_the_window, Tensor) and isinstance(targets_of_the_window, Iterable):
@@ -140,7 +140,7 @@ def _check_sequence_ranks(engine: DeepSpeedEngine, group: dist.ProcessGroup) -> 
 
 
 def _check_predivide(engine: DeepSpeedEngine, group: dist.ProcessGroup) -> None:
-    """DeepSpeed takes a predivide factor equal to the ranks for the whole division, even where it is not."""
+    """DeepSpeed takes a predivide factor equal to the number of ranks for the whole division, even if it is not."""
     factor, ranks = engine.gradient_predivide_factor(), dist.get_world_size(group)
     predivides = engine.gradient_average and engine.postscale_gradients() and not engine.zero_reduce_scatter()
     if not predivides or factor != ranks or ranks == 1:

@@ -17,7 +17,7 @@ from chunked_ce.lazy import values
 from chunked_ce.lazy.follow import follows
 from chunked_ce.lazy.logits import Lazy, LazyLogits, LazyLogProbs
 from chunked_ce.lazy.source import Operation
-from chunked_ce.objective import Logits
+from chunked_ce.rows.statistics import Logits
 
 __all__ = []
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
-from chunked_ce.engine.tracing import not_compiled
 from chunked_ce.lazy.graph import HiddenGradient
 from chunked_ce.lazy.logits import Lazy
+from chunked_ce.tracing import not_compiled
 
 __all__ = ["dispatch", "follows", "functions", "is_followed"]
 

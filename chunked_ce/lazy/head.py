@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from chunked_ce.arguments import described, is_one_of
 from chunked_ce.checks import check_keywords, check_options, check_vocab
-from chunked_ce.distributed.dtensors import is_dtensor
-from chunked_ce.distributed.vocab import VocabShard
-from chunked_ce.objective import Logits
 from chunked_ce.options import ChunkOptions
+from chunked_ce.parallel.dtensors import is_dtensor
+from chunked_ce.parallel.vocab import VocabShard
+from chunked_ce.rows.statistics import Logits
 
 __all__ = ["LazyHead", "Settings", "check_whole", "is_whole"]
 

@@ -17,7 +17,7 @@ from chunked_ce.lazy.graph import attach, detour, is_attached
 from chunked_ce.lazy.head import LazyHead
 from chunked_ce.lazy.product import Rows, with_layout
 from chunked_ce.lazy.source import Call, Operation, Root, version
-from chunked_ce.objective import Logits
+from chunked_ce.rows.statistics import Logits
 
 __all__ = ["Lazy", "LazyLogProbs", "LazyLogits"]
 

@@ -78,9 +78,7 @@ class Product:
 
 def rows_per_block(num_rows: int, vocab_size: int, hidden_size: int, dtype: torch.dtype, options: ChunkOptions) -> int:
     """The number of rows of logits that are computed at a time."""
-    chunk_size = None if options.chunk_size == "auto" else options.chunk_size
-    limits = {"chunk_size": chunk_size, "memory_budget": options.memory_budget}
-    return plan.tokens_per_chunk(num_rows, vocab_size, hidden_size, compute_dtype=dtype, **limits)
+    return plan.tokens_per_chunk(num_rows, vocab_size, hidden_size, plan.Settings.of(options, dtype))
 
 
 class _WithGradient(torch.autograd.Function):

@@ -17,8 +17,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from chunked_ce.lazy.head import LazyHead, check_whole, is_whole
 from chunked_ce.lazy.product import Product, rows_per_block, unsafe_view, with_gradient, with_layout
-from chunked_ce.objective import Logits
 from chunked_ce.options import ChunkOptions
+from chunked_ce.rows.statistics import Logits
 
 __all__ = ["Call", "Operation", "Root", "version"]
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from chunked_ce.functional import linear_logprobs
 from chunked_ce.lazy.product import Rows
-from chunked_ce.objective import Logits
 from chunked_ce.options import ChunkOptions
+from chunked_ce.rows.statistics import Logits
 
 __all__ = ["check_index", "logsumexp", "logsumexp_and_best", "of_rows", "selected", "with_gradient_of"]
 

@@ -3,8 +3,8 @@ import itertools
 import pytest
 import torch
 
-from chunked_ce.distributed import checksum as module
-from chunked_ce.distributed.checksum import checksum
+from chunked_ce.parallel import checksum as module
+from chunked_ce.parallel.checksum import checksum
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.bool)
 

@@ -5,8 +5,8 @@ import collections
 import pytest
 import torch
 
-from chunked_ce.distributed.collectives import Collectives
 from chunked_ce.engine import in_step
+from chunked_ce.parallel.collectives import Collectives
 from tests.distributed.launch import run
 from tests.distributed.threads import run_threads
 from tests.distributed.vocab_failures import ODD_ONE, RANKS, Call, Scene, run_all, scenes

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from chunked_ce.distributed.tokens import TokenMean, count_tokens
+from chunked_ce.parallel.tokens import TokenMean, count_tokens
 from tests.distributed.launch import run
 from tests.distributed.token_training import (
     COUNTED,

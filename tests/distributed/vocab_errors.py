@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from chunked_ce import ChunkOptions, VocabShard, cross_entropy, functional, linear_cross_entropy, linear_logprobs
-from chunked_ce.distributed.collectives import Collectives
+from chunked_ce import ChunkOptions, VocabShard, cross_entropy, linear_cross_entropy, linear_logprobs
+from chunked_ce.parallel import agreement
+from chunked_ce.parallel.collectives import Collectives
 
 RANKS = 3
 SHARDS = ((0, 3), (3, 4), (4, 9))
@@ -75,7 +76,7 @@ def changed(values: torch.Tensor) -> torch.Tensor:
 
 def without_memory(message: str):
     """A call of a rank that cannot form what it compares with the others."""
-    return mock.patch.object(functional, "checksum", side_effect=torch.OutOfMemoryError(message))
+    return mock.patch.object(agreement, "checksum", side_effect=torch.OutOfMemoryError(message))
 
 
 # What the odd one does otherwise, by the argument that the error must name.

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 
 from chunked_ce import VocabShard, cross_entropy, linear_cross_entropy, linear_logprobs
-from chunked_ce.engine import rows, sharded
-from chunked_ce.engine.backprop import Backprop
+from chunked_ce.engine import sources, sweep
+from chunked_ce.engine.gradient_products import ChunkProducts
+from chunked_ce.rows import torch_rows as rows
 from tests.cases import chunks, problem
 from tests.distributed.vocab_errors import Failure, failure
 
@@ -20,12 +21,12 @@ VOCAB, WIDTH, TOKENS, CHUNK = 11, 5, 24, 6
 PLACES = {
     "statistics": (rows, "shard_statistics"),
     "gradients": (rows, "logit_gradients"),
-    "head": (Backprop, "add_head"),
-    "hidden": (Backprop, "hidden"),
-    "start": (sharded, "empty_statistics"),
-    "sums": (sharded, "Sums"),
-    "backward": (sharded, "local_gradients"),
-    "tokens": (sharded, "CountedTokens"),
+    "head": (ChunkProducts, "add_head"),
+    "hidden": (ChunkProducts, "hidden"),
+    "start": (sweep, "zero_statistics"),
+    "sums": (sweep, "ForwardTotals"),
+    "backward": (sweep, "_destination"),
+    "tokens": (sources, "CountedTokens"),
 }
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from chunked_ce import ChunkOptions, VocabShard, cross_entropy
-from chunked_ce.engine import counted, triton_rows
+from chunked_ce import ChunkOptions, VocabShard, cross_entropy, devices, linear_loss
+from chunked_ce.rows import triton_rows
 from tests.cases import (
     REDUCTIONS_AND_WAYS,
     WAYS,
@@ -26,6 +26,7 @@ from tests.cases import (
     problem,
 )
 from tests.engine.interpreter import round_as_devices_do
+from tests.objectives.users_own import OBJECTIVES, expected, per_token
 from tests.precision import assert_gradients_no_worse, assert_no_worse, plain_and_expected
 
 round_as_devices_do()
@@ -42,7 +43,7 @@ TERMS = (
 def ignored(request, monkeypatch):
     """Ignored tokens as on a CPU, and as on an accelerator."""
     if request.param == "kept":
-        monkeypatch.setattr(counted, "drops_ignored", lambda device: False)
+        monkeypatch.setattr(devices, "drops_ignored", lambda device: False)
     return request.param
 
 
@@ -55,10 +56,10 @@ def launches(monkeypatch):
         seen.add(kernel.__name__)
         return kernel(*args, **keywords)
 
-    for name in ("_find", "logit_gradients"):
+    for name in ("_part", "logit_gradients"):
         monkeypatch.setattr(triton_rows, name, functools.partial(spy, getattr(triton_rows, name)))
     yield
-    assert seen == {"_find", "logit_gradients"}
+    assert seen == {"_part", "logit_gradients"}
 
 
 @pytest.mark.parametrize("terms", TERMS, ids=lambda terms: "-".join(terms) or "plain")
@@ -66,6 +67,19 @@ def launches(monkeypatch):
 def test_linear_cross_entropy(reduction, way, terms, ignored):
     case = problem(13, 5, 11, bias=True)
     check_loss(case, reduction=reduction, options=chunks(4, way, backend="triton"), **terms)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("way", WAYS)
+def test_objectives_that_a_user_writes(name, way, ignored):
+    case = problem(13, 5, 11, bias=True)
+    options = chunks(4, way, backend="triton")
+    arguments = OBJECTIVES[name], case.hidden, case.head, case.target
+    value = linear_loss(*arguments, linear_bias=case.bias, options=options, **per_token(name, 13))
+    want, expected_gradients = expected(name, case)
+    torch.testing.assert_close(value.double(), want, rtol=2e-5, atol=2e-6)
+    for ours, right in zip(torch.autograd.grad(value, case.leaves()), expected_gradients, strict=True):
+        torch.testing.assert_close(ours.double(), right, rtol=2e-5, atol=2e-6)
 
 
 def test_linear_logprobs(ignored):

@@ -11,12 +11,18 @@ import mmap
 import pytest
 import torch
 
-from chunked_ce.engine import counted, triton_rows
-from chunked_ce.engine import rows as torch_rows
-from chunked_ce.engine.columns import ColumnSums
-from chunked_ce.engine.kernels import INTERPRETED
-from chunked_ce.engine.rows import Slopes, Wanted
-from chunked_ce.objective import Logits, RowStatistics, combine_shards
+from chunked_ce import devices
+from chunked_ce.rows import torch_rows, triton_rows
+from chunked_ce.rows.backend import INTERPRETED
+from chunked_ce.rows.columns import ColumnSums
+from chunked_ce.rows.statistics import (
+    Logits,
+    RowStatistics,
+    merge_shards,
+    names_of,
+    num_columns,
+    statistics_of,
+)
 from tests.cases import array
 from tests.engine.interpreter import round_as_devices_do
 from tests.precision import MAX_SLACK
@@ -27,7 +33,7 @@ DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Rows and columns: one of each, below a block, at its edge, over several blocks.
 SHAPES = ((1, 1), (1, 7), (3, 128), (5, 129), (2, 4096), (2, 4097), (3, 9000))
-ALL = Wanted(True, True, True)
+ALL = names_of(("weighted", "mean", "correct"))
 LOGITS = (Logits(), Logits(0.7), Logits(1.5, 5.0))
 
 
@@ -49,7 +55,7 @@ def weights_of(vocab):
 
 def slopes_of(n, *, weighted=True, mean=True):
     values = normal(4, n, seed=3).float().to(DEVICE)
-    return Slopes(values[0], values[1], values[2] if weighted else None, values[3] if mean else None)
+    return RowStatistics(None, values[0], values[1], values[2] if weighted else None, values[3] if mean else None)
 
 
 def double(parts):
@@ -117,13 +123,13 @@ def test_shapes(dtype, logits):
         check_gradients(*arguments, slopes_of(n), known)
 
 
-@pytest.mark.parametrize("wanted", [Wanted(), Wanted(weighted=True), Wanted(mean=True), Wanted(correct=True)], ids=str)
+@pytest.mark.parametrize("wanted", [(), ("weighted",), ("mean",), ("correct",)], ids=str)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_what_is_asked_for(wanted, weighted):
     for logits in LOGITS:
         arguments = products_of(3, 4500, torch.bfloat16), targets_of(3, 4500), weights_of(4500) if weighted else None
-        check_statistics(*arguments, logits, wanted)
-        check_gradients(*arguments, logits, slopes_of(3, weighted=wanted.weighted, mean=wanted.mean))
+        check_statistics(*arguments, logits, names_of(wanted))
+        check_gradients(*arguments, logits, slopes_of(3, weighted="weighted" in wanted, mean="mean" in wanted))
 
 
 def test_large_offset():
@@ -152,9 +158,9 @@ def test_a_confident_row():
     products = torch.zeros(2, 300, device=DEVICE, dtype=torch.bfloat16)
     products[:, 7] = 14.0
     target = torch.tensor([7, 9], device=DEVICE)
-    slopes = Slopes(torch.ones(2, device=DEVICE), -torch.ones(2, device=DEVICE))
+    slopes = RowStatistics(None, torch.ones(2, device=DEVICE), -torch.ones(2, device=DEVICE))
     check_gradients(products, target, None, Logits(), slopes)
-    known = triton_rows.statistics(products, target, None, Logits(), Wanted(), overwrite=False)
+    known = triton_rows.statistics(products, target, None, Logits(), names_of(()), overwrite=False)
     triton_rows.logit_gradients(products, target, None, Logits(), slopes, known, products)
     assert -1e-3 < products[0, 7] < 0
 
@@ -163,7 +169,12 @@ def test_softcap_of_small_values():
     """tanh keeps the relative precision of values near 0."""
     products = torch.logspace(-6, 1, 60, device=DEVICE).unsqueeze(-1)
     found = triton_rows.statistics(
-        products, torch.zeros(60, dtype=torch.int64, device=DEVICE), None, Logits(1.0, 2.0), Wanted(), overwrite=False
+        products,
+        torch.zeros(60, dtype=torch.int64, device=DEVICE),
+        None,
+        Logits(1.0, 2.0),
+        names_of(()),
+        overwrite=False,
     )
     expected = Logits(1.0, 2.0)(products.double()).squeeze(-1)
     error = (found.maximum.double() - expected).abs() / expected
@@ -176,7 +187,7 @@ def test_masked_words(kept):
     products = torch.full((2, 9000), -torch.inf, device=DEVICE)
     products[:, kept] = products_of(2, kept.stop - kept.start, torch.float32)
     target = torch.full((2,), kept.start, device=DEVICE)
-    check_statistics(products, target, None, Logits(), Wanted(mean=True, correct=True))
+    check_statistics(products, target, None, Logits(), names_of(("mean", "correct")))
     check_gradients(products, target, None, Logits(), slopes_of(2, weighted=False))
     found = triton_rows.statistics(products, target, None, Logits(), ALL, overwrite=False)
     assert (found.weighted == -torch.inf).all()
@@ -186,7 +197,7 @@ def test_rows_without_a_finite_logit():
     for value in (-torch.inf, torch.inf, torch.nan):
         products = torch.zeros(2, 300, device=DEVICE)
         products[0] = value
-        found = triton_rows.statistics(products, targets_of(2, 300), None, Logits(), Wanted(), overwrite=False)
+        found = triton_rows.statistics(products, targets_of(2, 300), None, Logits(), names_of(()), overwrite=False)
         assert found.nll.isnan().tolist() == [True, False]
 
 
@@ -201,7 +212,7 @@ def test_first_of_equals():
     products[1, [5, 6, 8999]] = products[2, [4095, 4096]] = 2.0
     products[3] = -torch.inf
     target = torch.tensor([0, 5, 4096, 0], device=DEVICE)
-    found = triton_rows.statistics(products, target, None, Logits(), Wanted(correct=True), overwrite=False)
+    found = triton_rows.statistics(products, target, None, Logits(), names_of(("correct",)), overwrite=False)
     assert found.correct.tolist() == [1.0, 1.0, 0.0, 1.0]
 
 
@@ -258,7 +269,7 @@ def test_shards(dtype, logits):
     target[0] = 5500
     products[1] = 0.0  # equals in all shards
     target[1] = 0
-    for wanted in (Wanted(), Wanted(mean=True, correct=True), ALL):
+    for wanted in (names_of(()), names_of(("mean", "correct")), ALL):
         parts = []
         for kernels in (triton_rows, torch_rows):
             of_shards = []
@@ -268,16 +279,15 @@ def test_shards(dtype, logits):
                 of_shards.append(
                     kernels.shard_statistics(
                         products[:, start:stop],
-                        column.where(here, 0),
-                        here,
+                        column.where(here, -1),
                         weight[start:stop],
                         logits,
                         wanted,
                         start,
                     )
                 )
-            assert all(part.shape == (n, 3 + 2 * wanted[0] + wanted[1] + wanted[2]) for part in of_shards)
-            parts.append(combine_shards(torch.stack(of_shards), target, **wanted._asdict()))
+            assert all(part.shape == (n, num_columns(wanted)) for part in of_shards)
+            parts.append(statistics_of(merge_shards(torch.stack(of_shards), wanted), target, wanted))
         expected = torch_rows.statistics(products.double(), target, weight.double(), logits, wanted, overwrite=False)
         for name, ours, twin, right in zip(RowStatistics._fields, *parts, expected, strict=True):
             if right is None or name in ("maximum", "correct"):
@@ -293,11 +303,11 @@ def test_rows_without_slopes_are_not_read(monkeypatch):
     """What an ignored token's logits hold reaches no gradient."""
     products = products_of(3, 4200, torch.float32)
     products[1] = torch.nan
-    slopes = Slopes(*(values.clone() for values in slopes_of(3)))
-    for values in slopes:
+    slopes = slopes_of(3).map(torch.Tensor.clone)
+    for values in slopes.named().values():
         values[1] = 0.0
     known = torch_rows.statistics(products, targets_of(3, 4200), weights_of(4200), Logits(), ALL, overwrite=False)
-    monkeypatch.setattr(counted, "drops_ignored", lambda device: False)
+    monkeypatch.setattr(devices, "drops_ignored", lambda device: False)
     for kernels in (triton_rows, torch_rows):
         out = torch.full_like(products, torch.nan)
         kernels.logit_gradients(products, targets_of(3, 4200), weights_of(4200), Logits(), slopes, known, out)
@@ -323,10 +333,12 @@ def test_statistics_and_gradients(dtype):
         return slopes.at(rows)
 
     gradients = products.clone()
-    found = triton_rows.statistics_and_gradients_(gradients, target, None, Logits(0.7, 9.0), Wanted(True), of)
+    found = triton_rows.statistics_and_gradients_(
+        gradients, target, None, Logits(0.7, 9.0), names_of(("weighted",)), of
+    )
     twin = products.clone()
-    torch_rows.statistics_and_gradients_(twin, target, None, Logits(0.7, 9.0), Wanted(True), of)
-    known = check_statistics(products, target, None, Logits(0.7, 9.0), Wanted(True))
+    torch_rows.statistics_and_gradients_(twin, target, None, Logits(0.7, 9.0), names_of(("weighted",)), of)
+    known = check_statistics(products, target, None, Logits(0.7, 9.0), names_of(("weighted",)))
     expected = torch.empty_like(products, dtype=torch.float64)
     torch_rows.logit_gradients(products.double(), target, None, Logits(0.7, 9.0), double(slopes), known, expected)
     assert seen[0] == slice(None)
@@ -380,7 +392,13 @@ def test_nothing_to_do():
         target = torch.zeros(n, dtype=torch.int64, device=DEVICE)
         zeros = torch.zeros(n, device=DEVICE)
         triton_rows.logit_gradients(
-            products, target, None, Logits(), Slopes(zeros, zeros), RowStatistics(zeros, zeros, zeros), products
+            products,
+            target,
+            None,
+            Logits(),
+            RowStatistics(None, zeros, zeros),
+            RowStatistics(zeros, zeros, zeros),
+            products,
         )
     found = triton_rows.statistics(products.new_empty(0, 5), target[:0], None, Logits(), ALL, overwrite=False)
     assert [len(part) for part in found] == [0] * 6

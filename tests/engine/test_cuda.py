@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from chunked_ce import ChunkOptions, cross_entropy, linear_cross_entropy, linear_logprobs
-from chunked_ce.engine import kernels, products
+from chunked_ce import devices as products
+from chunked_ce.rows import backend as kernels
 from tests.cases import (
     REDUCTIONS_AND_WAYS,
     WAYS,

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from chunked_ce import ChunkOptions, VocabShard, linear_cross_entropy
-from chunked_ce.engine.columns import ColumnSums
-from chunked_ce.engine.filtered import GROUPS, Filter
+from chunked_ce.engine.filtered import Filter
+from chunked_ce.plan import GROUPS
+from chunked_ce.rows.columns import ColumnSums
 from tests.cases import Problem, gradients, problem
 from tests.distributed.threads import run_threads
 from tests.precision import errors

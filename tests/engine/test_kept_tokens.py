@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from chunked_ce import ChunkOptions, cross_entropy
-from chunked_ce.engine import counted, linear
+from chunked_ce import ChunkOptions, cross_entropy, devices
+from chunked_ce.engine import sources
 from tests.cases import (
     REDUCTIONS_AND_WAYS,
     WAYS,
@@ -30,8 +30,8 @@ def kept(monkeypatch):
     def padded(tokens, words, *, dtype, device):
         return torch.full((tokens, words + 5), torch.nan, dtype=dtype, device=device)[:, :words]
 
-    monkeypatch.setattr(counted, "drops_ignored", lambda device: False)
-    monkeypatch.setattr(linear, "logits_scratch", padded)
+    monkeypatch.setattr(devices, "drops_ignored", lambda device: False)
+    monkeypatch.setattr(sources, "logits_scratch", padded)
 
 
 @pytest.mark.parametrize("terms", TERMS, ids=lambda terms: "-".join(terms) or "plain")

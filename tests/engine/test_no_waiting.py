@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from chunked_ce import cross_entropy, linear_cross_entropy, linear_logprobs
-from chunked_ce.engine import linear, logits, ops, products
-from chunked_ce.engine.linear import Head, Settings
-from chunked_ce.engine.rows import Slopes, Wanted
-from chunked_ce.objective import Logits, Objective
+from chunked_ce import cross_entropy, devices, linear_cross_entropy, linear_logprobs
+from chunked_ce.engine import operators, sweep
+from chunked_ce.engine.call import Call
+from chunked_ce.engine.specification import Specification
+from chunked_ce.objectives import CrossEntropy
+from chunked_ce.plan import Settings
+from chunked_ce.rows.statistics import Logits, RowStatistics, names_of
 from tests.cases import REDUCTIONS_AND_WAYS, chunks
 
 N, D, V = 24, 8, 40
@@ -97,7 +99,7 @@ def test_cross_entropy_and_logprobs():
 def launches(monkeypatch):
     """Kernels that are launched but do nothing, and sums in the product."""
     pytest.importorskip("triton")
-    from chunked_ce.engine import kernels, triton_rows
+    from chunked_ce.rows import backend, triton_rows
 
     seen = []
 
@@ -110,8 +112,8 @@ def launches(monkeypatch):
 
     names = [name for name in vars(triton_rows.kernels) if name.endswith("_kernel")]
     monkeypatch.setattr(triton_rows, "kernels", SimpleNamespace(**{name: Kernel(name) for name in names}))
-    monkeypatch.setattr(kernels, "why_not_triton", lambda device, dtype: None)
-    monkeypatch.setattr(products, "adds_in_product", lambda device_type, total, factor: total != factor)
+    monkeypatch.setattr(backend, "why_not_triton", lambda device, dtype: None)
+    monkeypatch.setattr(devices, "adds_in_product", lambda device_type, total, factor: total != factor)
     return seen
 
 
@@ -120,22 +122,22 @@ def launches(monkeypatch):
 def test_the_chunk_loops(dtype, backend, launches):
     """What the operators run: operators themselves are opaque to fake tensors."""
     hidden, weight, bias, target = tensors(dtype)
-    head = Head(weight, bias, Logits(0.5, 3.0), torch.empty(V, device="meta"))
-    settings = Settings(dtype, torch.float32, 5, None, backend)
-    wanted = Wanted(True, True, True)
+    names, settings = names_of(("weighted", "mean", "correct")), Settings(dtype, chunk_size=5, backend=backend)
+    whole = Specification("head", names, Logits(0.5, 3.0), settings, needed=(True,) * 3)
+    forward = whole._replace(objective=CrossEntropy(0.1, 0.1))
+    call = Call((hidden, weight, bias), torch.empty(V, device="meta"), target, -100, forward)
     coefficient = torch.empty(N, dtype=torch.float64, device="meta")
-    loss, grads, _, _ = linear.loss_and_gradients(
-        hidden, head, target, coefficient, Objective(0.1, 0.1, V), -100, wanted, (True,) * 3, settings
-    )
+    loss, grads, _, _ = sweep.loss_and_gradients(call, {"_coefficient": coefficient})
     assert loss.shape == () and [g.dtype for g in grads] == [torch.float32] * 3
-    known = linear.statistics(hidden, head, target, -100, wanted, settings)
-    slopes = Slopes(*(torch.empty(N, device="meta") for _ in range(4)))
-    grads = linear.gradients(hidden, head, target, known, slopes, -100, (True,) * 3, settings)
+    call = call._replace(specification=whole)
+    known = sweep.statistics(call)
+    slopes = RowStatistics(None, *(torch.empty(N, device="meta") for _ in range(4)))
+    grads = sweep.gradients(call, known, slopes)
     assert all(grad.device.type == "meta" for grad in grads)
     scores = torch.empty(N, V, dtype=dtype, device="meta")
-    arguments = scores, target, head.class_weight, head.logits
-    known = logits.statistics(*arguments, -100, wanted, backend)
-    assert logits.gradients(*arguments, known, slopes, -100, backend).shape == scores.shape
+    call = call._replace(tensors=(scores,), specification=whole._replace(source="logits", needed=()))
+    known = sweep.statistics(call)
+    assert sweep.gradients(call, known, slopes)[0].shape == scores.shape
     assert (set(launches) >= {"statistics_kernel", "gradients_kernel"}) == (backend == "triton")
 
 
@@ -143,5 +145,5 @@ def test_saved_gradients(launches):
     """The kernel that scales a gradient gets the factor from the device."""
     total, ratio = torch.empty(V, D, device="meta"), torch.empty((), device="meta")
     for backend in BACKENDS:
-        assert ops._rescaled(total, ratio, torch.bfloat16, backend).dtype == torch.bfloat16
+        assert operators._rescaled(total, ratio, torch.bfloat16, backend).dtype == torch.bfloat16
     assert launches == ["scale_kernel"]

@@ -9,16 +9,15 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from chunked_ce.engine import triton_rows  # noqa: E402
-from chunked_ce.engine.columns import ColumnSums  # noqa: E402
-from chunked_ce.engine.kernels import INTERPRETED  # noqa: E402
-from chunked_ce.engine.rows import Slopes, Wanted  # noqa: E402
-from chunked_ce.objective import Logits, RowStatistics  # noqa: E402
+from chunked_ce.rows import triton_rows  # noqa: E402
+from chunked_ce.rows.backend import INTERPRETED  # noqa: E402
+from chunked_ce.rows.columns import ColumnSums  # noqa: E402
+from chunked_ce.rows.statistics import Logits, RowStatistics, names_of  # noqa: E402
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CAPABILITY = 90
 LOGITS = (Logits(0.7), Logits(1.0, 30.0))
-PLAIN, ALL = Wanted(), Wanted(True, True, True)
+PLAIN, ALL = names_of(()), names_of(("weighted", "mean", "correct"))
 
 
 class Programs(list):
@@ -76,8 +75,7 @@ def find(dtype, logits=LOGITS[0], wanted=PLAIN, *, n=3, vocab=512, weighted=Fals
     target = torch.zeros(n, dtype=torch.int64)
     class_weight = torch.ones(vocab) if weighted else None
     if shard:
-        here = target == 0
-        triton_rows.shard_statistics(products, target, here, class_weight, logits, wanted, 0)
+        triton_rows.shard_statistics(products, target, class_weight, logits, wanted, 0)
     else:
         triton_rows.statistics(products, target, class_weight, logits, wanted, overwrite=False)
 
@@ -87,7 +85,7 @@ def differentiate(dtype, logits=LOGITS[0], *, n=3, vocab=512, everything=False, 
     products = torch.zeros(n, vocab, dtype=dtype) if products is None else products
     rows = slice(None) if rows is None else rows
     parts = torch.zeros(9, n + (rows.start or 0)).unbind()
-    slopes = Slopes(*parts[:4]) if everything else Slopes(*parts[:2])
+    slopes = RowStatistics(None, *(parts[:4] if everything else parts[:2]))
     known = RowStatistics(*parts[4:7], mean=parts[7])
     triton_rows.logit_gradients(
         products,

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from chunked_ce import ChunkOptions, cross_entropy, linear_logprobs
-from chunked_ce.engine import kernels, rows
 from chunked_ce.plan import predict_memory
+from chunked_ce.rows import backend as kernels
+from chunked_ce.rows import torch_rows as rows
 from tests.cases import problem
 
 pytest.importorskip("triton")

@@ -1,0 +1,51 @@
+"""How the work differs by device and dtype."""
+
+import torch
+
+__all__ = [
+    "PROJECTED_ROWS",
+    "adds_in_product",
+    "drops_ignored",
+    "product_rows",
+    "rounds_products",
+    "rounds_within",
+    "unrounded",
+]
+
+# Rows of the head in one product on a CPU. A block of the head is packed once and stays in cache: with 512 tokens,
+# D=768 and V=50257 on two cores, the logits took 0.084 s in bf16 and 0.430 s in fp32, as one product 0.124 and 0.467.
+# Smaller blocks are no faster, and much slower if other work keeps one of the cores busy.
+PROJECTED_ROWS = 8192
+# Rows, at a time, of a sum whose dtype differs from its products': product and sum meet in cache.
+_SUMMED_ROWS = 2048
+
+
+def product_rows(rows: int, device_type: str) -> int:
+    """How many rows of a sum one product covers, if their dtypes differ."""
+    return min(rows, _SUMMED_ROWS) if device_type == "cpu" else rows
+
+
+def adds_in_product(device_type: str, total: torch.dtype, factor: torch.dtype) -> bool:
+    """Whether products of factors in dtype ``factor`` add to a sum in dtype ``total`` as they are formed."""
+    return device_type == "cuda" and factor in (torch.bfloat16, torch.float16) and total == torch.float32
+
+
+def unrounded(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a gradient until the upstream gradient is known, so that it is rounded to ``dtype`` once."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def rounds_products(device_type: str, factor: torch.dtype) -> bool:
+    """Whether the device rounds products of factors in dtype ``factor`` to this, narrow, dtype."""
+    return device_type == "cpu" and factor in (torch.bfloat16, torch.float16)
+
+
+def rounds_within(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether a product that adds to a total in ``dtype`` rounds to it after every few terms. For narrow totals the
+    device sums all terms first."""
+    return device_type == "cpu" and dtype.itemsize >= 4
+
+
+def drops_ignored(device: torch.device) -> bool:
+    """Whether ignored tokens are dropped: the host counts the others without waiting for the device."""
+    return device.type == "cpu"

@@ -1,0 +1,80 @@
+"""One call of the engine: its tensors, its specification, and the plans that follow from both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from chunked_ce.engine.specification import Specification
+from chunked_ce.parallel.collectives import Collectives
+from chunked_ce.plan import Plan
+
+__all__ = ["Call"]
+
+
+class Call(NamedTuple):
+    tensors: Sequence[Tensor]  # of the source: hidden states (N, D), weight (V, D), maybe bias (V,); or logits (N, V)
+    class_weight: Tensor | None  # (V,) of the whole vocabulary, in the work dtype
+    target: Tensor  # (N,), of all ranks if the input is a sequence shard
+    ignore_index: int
+    specification: Specification
+
+    @property
+    def is_head(self) -> bool:
+        return self.specification.source == "head"
+
+    @property
+    def rows(self) -> int:
+        """Vocabulary entries that this rank holds."""
+        return self.tensors[1].shape[0] if self.is_head else self.tensors[0].shape[-1]
+
+    @property
+    def vocab_size(self) -> int:
+        shard = self.specification.shard
+        return self.rows if shard is None else shard.total
+
+    @property
+    def start(self) -> int:
+        """Index of this rank's first vocabulary entry."""
+        shard = self.specification.shard
+        return 0 if shard is None else shard.start
+
+    @property
+    def is_sequence(self) -> bool:
+        """Whether the hidden states are only this rank's share of the tokens."""
+        shard = self.specification.shard
+        return self.is_head and shard is not None and shard.is_sequence
+
+    @property
+    def sums_head(self) -> bool:
+        """Whether the head's gradient is a sum over chunks of tokens."""
+        specification = self.specification
+        return self.is_sequence if specification.objective is None else specification.needed[1]
+
+    def local_class_weight(self) -> Tensor | None:
+        """The class weights (V_r,) of this rank's vocabulary entries."""
+        shard = self.specification.shard
+        return self.class_weight if shard is None else shard.class_weight(self.class_weight, self.rows)
+
+    def plan_by_tokens(self, num_counted: int, *, sums_head: bool) -> Plan:
+        """The plan in chunks of tokens, the same on every rank."""
+        settings, shard = self.specification.settings, self.specification.shard
+        weight, num_tokens = self.tensors[1], self.target.shape[0]
+        head_dtype = (settings.head_sum_dtype or weight.dtype) if sums_head else None
+        if shard is None:
+            return Plan.by_tokens(num_tokens, num_counted, *weight.shape, settings, head_dtype=head_dtype)
+        even = -(-shard.total // Collectives(shard.group_name).size)  # the largest of even shards
+        sizes = num_tokens, num_tokens, even, weight.shape[1]
+        return Plan.by_tokens(*sizes, settings, head_dtype=head_dtype, in_flight=2)
+
+    def plan_by_vocabulary(self, num_counted: int) -> Plan:
+        weight = self.tensors[1]
+        return Plan.by_vocabulary(num_counted, len(weight), self.specification.settings, weight.dtype)
+
+    def reduce_dtype(self) -> torch.dtype:
+        """The dtype in which the gradient of the hidden states is summed over the ranks."""
+        shard, settings = self.specification.shard, self.specification.settings
+        return shard.reduce_dtype or settings.wide_dtype

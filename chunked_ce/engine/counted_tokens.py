@@ -1,0 +1,112 @@
+"""The tokens that count: those whose target is not ignored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from chunked_ce import devices
+from chunked_ce.rows.statistics import RowStatistics
+
+__all__ = ["CountedTokens", "columns_of"]
+
+
+def columns_of(target: Tensor, start: int, size: int, counted: Tensor | None = None) -> Tensor:
+    """The targets (n,) minus ``start``, -1 where they are outside [start, start + size) or not ``counted``."""
+    column = target - start
+    is_local = (column >= 0) & (column < size)
+    return column.where(is_local if counted is None else is_local & counted, -1)
+
+
+class CountedTokens:
+    """Selects the rows of counted tokens from per-token tensors, and writes results back to their places.
+
+    On the CPU ignored tokens are dropped, so that they cost nothing. On an accelerator the host would have to wait for
+    their number: there they are kept, with hidden states and ``target`` 0, and `mask` zeroes their coefficients.
+
+    Raises ``IndexError`` for a target outside [0, vocab_size) that is not ignored; on an accelerator a device-side
+    assertion fails instead.
+    """
+
+    def __init__(self, target: Tensor, ignore_index: int, vocab_size: int) -> None:
+        self.num_tokens = len(target)  # N, including ignored ones
+        counted = target != ignore_index  # (N,)
+        out_of_range = counted & ((target < 0) | (target >= vocab_size))
+        self._index: Tensor | None = None
+        self._mask: Tensor | None = None
+        if devices.drops_ignored(target.device):
+            if out_of_range.any():
+                position = int(out_of_range.nonzero()[0])
+                raise IndexError(
+                    f"target at position {position} (of the flattened tokens) is {int(target[position])}, "
+                    f"allowed are [0, {vocab_size}) and ignore_index={ignore_index}"
+                )
+            if not counted.all():
+                self._index = counted.nonzero().squeeze(-1)
+        else:
+            torch._assert_async(out_of_range.any().logical_not(), "a target is neither in [0, V) nor ignore_index")
+            self._mask = counted
+        self.target = self.select(target)  # (n,)
+
+    def __len__(self) -> int:
+        return len(self.target)
+
+    @property
+    def all_kept(self) -> bool:
+        """Whether row i of what `select` returns is token i."""
+        return self._index is None
+
+    def blocks(self, size: int) -> Iterator[slice]:
+        """The counted tokens in blocks of ``size``; the last may be smaller."""
+        for start in range(0, len(self), size):
+            yield slice(start, min(start + size, len(self)))
+
+    def within(self, start: int, stop: int) -> slice:
+        """The counted tokens among the tokens ``start`` to ``stop``."""
+        if self._index is None:
+            return slice(start, stop)
+        bounds = torch.tensor([start, stop], device=self._index.device)
+        first, last = torch.searchsorted(self._index, bounds).tolist()
+        return slice(first, last)
+
+    def select(self, values: Tensor, rows: slice = slice(None)) -> Tensor:
+        """The rows of ``values`` (N, ...) that belong to the counted tokens ``rows``."""
+        if self._index is not None:
+            return values.index_select(0, self._index[rows])
+        if self._mask is None:
+            return values[rows]
+        mask = self._mask[rows].view(-1, *(1,) * (values.dim() - 1))
+        return values[rows].where(mask, 0)
+
+    def unmasked(self, values: Tensor, rows: slice) -> Tensor:
+        """`select`, but without zeros for ignored tokens that are kept: then a view of ``values``."""
+        return values[rows] if self._index is None else values.index_select(0, self._index[rows])
+
+    def select_from(self, part: Tensor, first: int, rows: slice) -> Tensor:
+        """`select` from ``part``, which holds the tokens from ``first`` on."""
+        if self._index is not None:
+            return part.index_select(0, self._index[rows] - first)
+        return part if self._mask is None else part.where(self._mask[rows].unsqueeze(-1), 0)
+
+    def put_into(self, part: Tensor, first: int, rows: slice, values: Tensor) -> None:
+        """`put` into ``part``, which holds the tokens from ``first`` on."""
+        part.index_copy_(0, self._index[rows] - first, values)
+
+    def put(self, values: Tensor, rows: slice, part: Tensor) -> None:
+        """Write ``part`` to the rows of ``values`` (N, ...) that belong to the counted tokens ``rows``."""
+        if self._index is None:
+            values[rows] = part
+        else:
+            values.index_copy_(0, self._index[rows], part.to(values.dtype))
+
+    def put_statistics(self, whole: RowStatistics, rows: slice, part: RowStatistics) -> None:
+        """`put` every statistic, 0 for ignored tokens."""
+        for into, values in zip(whole, part, strict=True):
+            if into is not None:
+                self.put(into, rows, self.mask(values, rows))
+
+    def mask(self, values: Tensor, rows: slice = slice(None)) -> Tensor:
+        """``values`` of the tokens ``rows``, 0 for ignored tokens that are kept."""
+        return values if self._mask is None else values.where(self._mask[rows], 0)

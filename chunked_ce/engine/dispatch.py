@@ -1,0 +1,139 @@
+"""From checked arguments to operators: the weights of tokens, the loss, and its statistics."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from chunked_ce.engine import operators, plain
+from chunked_ce.engine.call import Call
+from chunked_ce.engine.device_memory import free_bytes
+from chunked_ce.engine.loss_stats import loss_stats, plain_loss_stats
+from chunked_ce.objectives.base import Objective
+from chunked_ce.options import ChunkOptions
+from chunked_ce.parallel.vocab import VocabShard
+from chunked_ce.plan import Settings, budget_within
+from chunked_ce.rows.statistics import RowStatistics, work_dtype
+from chunked_ce.tracing import has_values, is_recorded
+
+__all__ = ["TokenWeights", "is_transformed", "loss", "settings_of", "statistics", "stats"]
+
+
+class TokenWeights(NamedTuple):
+    """The flattened targets and their weights, in the work dtype."""
+
+    target: Tensor  # (N,)
+    ignore_index: int
+    classes: Tensor | None  # (V,)
+    tokens: Tensor | None  # (N,)
+
+    @classmethod
+    def of(cls, call: Call, token_weight: Tensor | None) -> TokenWeights:
+        dtype = work_dtype(call.specification.settings.compute_dtype)
+        tokens = None if token_weight is None else token_weight.reshape(-1).to(dtype)
+        return cls(call.target, call.ignore_index, call.class_weight, tokens)
+
+    @property
+    def counted(self) -> Tensor:
+        return self.target != self.ignore_index
+
+    def shares(self) -> Tensor:
+        """The weight of every token, including ignored ones, (N,) float64."""
+        if self.tokens is None:
+            return torch.ones_like(self.target, dtype=torch.float64)
+        return self.tokens.double()
+
+    def count(self) -> Tensor:
+        """The sum of ``token_weight * weight[target]`` over the tokens that count, () float64."""
+        counted = self.counted
+        share = self.shares().where(counted, 0)
+        if self.classes is not None:
+            # The chunks report an out-of-range target; here it must only not be used as an index.
+            readable = counted & (self.target >= 0) & (self.target < self.classes.shape[0])
+            share = share * self.classes[self.target.where(readable, 0)]
+        return share.sum()
+
+    def coefficient(self, reduction: str, num_tokens: float | Tensor | None) -> Tensor:
+        """The factor of each token's loss in the value that ``reduction`` asks for, (N,) float64."""
+        if reduction != "mean":
+            return self.shares()
+        denominator = self.count() if num_tokens is None else _on_device(num_tokens, torch.float64, self.target.device)
+        return torch.where(denominator == 0, 0.0, self.shares() / denominator)
+
+
+def loss(
+    call: Call,
+    per_token: dict[str, Tensor],  # (N,) each
+    coefficient: Tensor,  # (N,) float64
+    *,
+    in_forward: bool,  # whether gradients may be computed in the forward
+    reduces: bool,  # False: the loss of each token
+) -> tuple[Tensor, RowStatistics]:
+    """The loss, () or (N,), and the statistics of every row."""
+    objective = call.specification.objective
+    if in_forward and reduces and any(call.specification.needed) and not is_transformed(call.specification.shard):
+        return operators.loss(call, {"_coefficient": coefficient} | per_token)
+    rows = statistics(call._replace(specification=call.specification._replace(objective=None)))
+    losses = _losses(call, objective, rows, coefficient, per_token)
+    dtype = work_dtype(call.specification.settings.compute_dtype)
+    return (losses.sum() if reduces else losses).to(dtype), rows
+
+
+def statistics(call: Call) -> RowStatistics:
+    """The statistics of every row, differentiable, (N,) each and 0 where ignored."""
+    return (plain if is_transformed(call.specification.shard) else operators).statistics(call)
+
+
+def stats(call: Call, weights: TokenWeights, per_token: dict[str, Tensor], rows: RowStatistics) -> list[Tensor]:
+    """The sums of a `chunked_ce.LossStats`."""
+    rows = rows.map(Tensor.detach)
+    loss_sum = _losses(call, call.specification.objective, rows, weights.shares(), per_token).sum()
+    stats_of = plain_loss_stats if is_transformed(call.specification.shard) else loss_stats
+    return stats_of(loss_sum, weights.count(), rows.lse, rows.correct, rows.entropy, weights.counted)
+
+
+def _losses(
+    call: Call, objective: Objective, rows: RowStatistics, coefficient: Tensor, per_token: dict[str, Tensor]
+) -> Tensor:
+    """The losses of all tokens times ``coefficient``, (N,); float64 has the range for a weight's inverse."""
+    arguments = call.target, call.ignore_index, call.class_weight, call.vocab_size
+    return objective.losses(rows.map(Tensor.double), *arguments, {"_coefficient": coefficient} | per_token)
+
+
+def is_transformed(sharded: object | None) -> bool:
+    """Whether a ``torch.func`` transform or forward mode is active, which need plain torch operations; an error if
+    the vocabulary is ``sharded``, not None."""
+    if torch.compiler.is_compiling():
+        return False
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if transformed and sharded is not None:
+        raise NotImplementedError("vocab: no torch.func transforms and no forward mode with a sharded vocabulary")
+    return transformed
+
+
+def settings_of(
+    options: ChunkOptions, input: Tensor, linear_weight: Tensor, compute_dtype: torch.dtype, vocab: VocabShard | None
+) -> Settings:
+    """The settings for a head, given its device and the current graph."""
+    settings = Settings.of(options, compute_dtype)
+    sizes = linear_weight.shape
+    # Ranks that share a plan may differ in free memory.
+    if settings.memory_budget is None and settings.chunk_size is None and vocab is None and has_values(*sizes):
+        free = free_bytes(input.device)
+        if free is not None:
+            budget = budget_within(free, *sizes, sums_head=linear_weight.requires_grad)
+            settings = settings._replace(memory_budget=budget)
+    if is_recorded() or not has_values(*input.shape, *sizes):  # one graph for any number of tokens
+        settings = settings._replace(head_sum_dtype=settings.wide_dtype)
+    return settings
+
+
+def _on_device(number: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number as a tensor () without waiting for the device."""
+    if isinstance(number, Tensor):
+        return number.detach().to(device, dtype, non_blocking=True).reshape(())
+    # A product, unlike `torch.full`, accepts a number that a compiler keeps as an input of its graph.
+    return torch.ones((), dtype=dtype, device=device) * float(number)

@@ -1,0 +1,380 @@
+"""The sweep as operators for autograd and ``torch.compile``, for every source of logits.
+
+An operator takes the tensors of the source, the tensors per token, and one encoded specification. Where nothing records
+operations, the same functions are called without the dispatcher, which takes as long as a small loss. Second
+derivatives go through `chunked_ce.engine.plain`.
+"""
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from chunked_ce.devices import unrounded
+from chunked_ce.engine import in_step, plain, sweep
+from chunked_ce.engine.accumulation import destination, leaf_to_keep
+from chunked_ce.engine.call import Call
+from chunked_ce.engine.counted_tokens import columns_of
+from chunked_ce.engine.device_memory import with_smaller_chunks
+from chunked_ce.engine.filtered import can_filter
+from chunked_ce.engine.gradient_products import TargetGradients
+from chunked_ce.engine.released_parameters import check_still_there
+from chunked_ce.engine.specification import Specification, decoded, encoded
+from chunked_ce.engine.totals import keeps_targets
+from chunked_ce.rows.backend import row_kernels
+from chunked_ce.rows.statistics import STATISTICS, RowStatistics, work_dtype
+from chunked_ce.tracing import is_recorded, runs_at_once
+
+__all__ = ["loss", "statistics"]
+
+
+def statistics(call: Call) -> RowStatistics:
+    """`chunked_ce.engine.sweep.statistics`, differentiable by recomputation."""
+    arguments = call.class_weight, call.target, call.ignore_index, encoded(call.specification)
+    if runs_at_once(*call.tensors):
+        if torch.is_grad_enabled():
+            outputs = _Statistics.apply(arguments, *call.tensors)
+        else:
+            outputs = _run_statistics(call.tensors, *arguments)
+    else:
+        outputs = _statistics(list(call.tensors), *arguments)
+    return RowStatistics(**dict(zip(call.specification.names, outputs, strict=True)))
+
+
+def loss(call: Call, per_token: dict[str, Tensor]) -> tuple[Tensor, RowStatistics]:
+    """`chunked_ce.engine.sweep.loss_and_gradients`, differentiable; the statistics are not."""
+    text = encoded(call.specification._replace(per_token=tuple(per_token)))
+    arguments = list(per_token.values()), call.class_weight, call.target, call.ignore_index, text
+    if runs_at_once(*call.tensors):
+        outputs = _Loss.apply(arguments, *call.tensors)
+    else:
+        outputs = _loss(list(call.tensors), *arguments)
+    names = call.specification.names
+    return outputs[0], RowStatistics(**dict(zip(names, outputs[-len(names) :], strict=True)))
+
+
+# ---- recomputation: statistics in the forward, gradients from logits computed again in the backward ----
+
+
+def _run_statistics(
+    source: Sequence[Tensor], class_weight: Tensor | None, target: Tensor, ignore_index: int, specification: str
+) -> list[Tensor]:
+    call = Call(source, class_weight, target, ignore_index, decoded(specification))
+    with _no_autocast(target.device):
+        if call.specification.shard is not None:
+            rows = in_step.statistics(call)
+        elif call.is_head:
+            rows = with_smaller_chunks(sweep.statistics, call, lambda: call.plan_by_vocabulary(len(target)))
+        else:
+            rows = sweep.statistics(call)
+    return list(rows.named().values())
+
+
+_statistics = torch.library.custom_op("chunked_ce::statistics", _run_statistics, mutates_args=())
+
+
+@_statistics.register_fake
+def _(source, class_weight, target, ignore_index, specification):
+    return _fake_statistics(target, decoded(specification))
+
+
+@torch.library.custom_op("chunked_ce::gradients", mutates_args=())
+def _gradients(
+    source: Sequence[Tensor],
+    statistics: Sequence[Tensor],
+    slopes: Sequence[Tensor],
+    class_weight: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    specification: str,
+) -> list[Tensor]:
+    call = Call(source, class_weight, target, ignore_index, decoded(specification))
+    return _filled(_recomputed(call, statistics, slopes), source)
+
+
+def _recomputed(
+    call: Call, statistics: Sequence[Tensor], slopes: Sequence[Tensor], weight_sum: Tensor | None = None
+) -> Sequence[Tensor | None]:
+    specification = call.specification
+    given = RowStatistics(None, None, None)._replace(**dict(zip(specification.slopes, slopes, strict=True)))
+    known = RowStatistics(**dict(zip(_in_gradient(specification.names), statistics, strict=True)))
+
+    def plan():
+        if not can_filter(specification, specification.slopes):
+            return call.plan_by_vocabulary(len(call.target))
+        return call.plan_by_tokens(len(call.target), sums_head=specification.needed[1])
+
+    with _no_autocast(call.target.device):
+        if specification.shard is not None:
+            return in_step.gradients(call, known, given, weight_sum)
+        if call.is_head and weight_sum is None:
+            return with_smaller_chunks(lambda again: sweep.gradients(again, known, given), call, plan)
+        return sweep.gradients(call, known, given, weight_sum)
+
+
+@_gradients.register_fake
+def _(source, statistics, slopes, class_weight, target, ignore_index, specification):
+    needed = decoded(specification).needed
+    grads = [tensor.new_empty(tensor.shape) if need else None for tensor, need in zip(source, needed, strict=True)]
+    return _filled(grads, source)
+
+
+def _save_statistics(ctx, inputs, output):
+    source, class_weight, target, ctx.ignore_index, text = inputs
+    ctx.specification = specification = decoded(text)
+    ctx.size = len(source)
+    ctx.leaf = ctx.head_shapes = None
+    if specification.source == "head":
+        ctx.leaf = leaf_to_keep(source[1], specification.settings.accumulate_into)
+        ctx.head_shapes = [tensor.shape for tensor in source[1:]]
+    rows = dict(zip(specification.names, output, strict=True))
+    kept = [rows[name] for name in _in_gradient(specification.names)]
+    ctx.save_for_backward(*source, class_weight, target, *kept)
+    ctx.mark_non_differentiable(*(part for name, part in rows.items() if not STATISTICS[name].differentiable))
+    ctx.set_materialize_grads(False)
+
+
+def _backward_of_statistics(ctx, upstream):
+    saved = ctx.saved_tensors  # may be read only once
+    source, (class_weight, target, *known) = saved[: ctx.size], saved[ctx.size :]
+    specification = ctx.specification
+    upstream = dict(zip(specification.names, upstream, strict=True))
+    needed, weight_sum = _needed(ctx), None
+    if ctx.head_shapes is not None:
+        _check_head(source[1:], ctx.head_shapes, is_read=True)
+        into = specification.settings.accumulate_into
+        needed[1], weight_sum = destination(ctx.leaf, source[1], into, needed[1])
+    names = tuple(name for name, grad in upstream.items() if grad is not None or name in ("log_sum", "target"))
+    names = tuple(name for name in names if STATISTICS[name].differentiable)
+    specification = specification._replace(needed=tuple(needed), slopes=names)
+    call = Call(source, class_weight, target, ctx.ignore_index, specification)
+    if torch.is_grad_enabled():
+        _refuse_shard(specification)
+        rows = plain.statistics(call).named()
+        pairs = [(rows[name], upstream[name]) for name in names if upstream[name] is not None]
+        grads = _plain_gradients(pairs, source, needed)
+    else:
+        zeros = torch.zeros_like(known[0])
+        slopes = [zeros if upstream[name] is None else upstream[name] for name in names]
+        if weight_sum is not None or runs_at_once(*source):
+            # With a sum, called directly: it mutates the weight's gradient, which is not an operator argument.
+            grads = _recomputed(call, known, slopes, weight_sum)
+        else:
+            arguments = class_weight, target, ctx.ignore_index, encoded(specification)
+            grads = _gradients(list(source), known, slopes, *arguments)
+    return [grad if need else None for grad, need in zip(grads, needed, strict=False)], None, None, None, None
+
+
+_statistics.register_autograd(_backward_of_statistics, setup_context=_save_statistics)
+
+
+class _Statistics(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, arguments, *source):
+        output = _run_statistics(source, *arguments)
+        _save_statistics(ctx, (source, *arguments), output)
+        return tuple(output)
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        return None, *_backward_of_statistics(ctx, upstream)[0]
+
+
+# ---- gradients computed in the forward, rescaled in the backward ----
+
+
+def _run_loss(
+    source: Sequence[Tensor],
+    per_token: Sequence[Tensor],
+    class_weight: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    specification: str,
+) -> list[Tensor]:
+    call = Call(source, class_weight, target, ignore_index, decoded(specification))
+    per_token = dict(zip(call.specification.per_token, per_token, strict=True))
+    with _no_autocast(target.device):
+        if call.specification.shard is None:
+
+            def plan():
+                return call.plan_by_tokens(len(target), sums_head=call.sums_head)
+
+            outputs = with_smaller_chunks(lambda again: sweep.loss_and_gradients(again, per_token), call, plan)
+        else:
+            outputs = in_step.loss_and_gradients(call, per_token)
+    loss, grads, targets, rows = outputs
+    if grads.weight is not None:  # smaller chunks may have another sum dtype than planned
+        grads = grads._replace(weight=grads.weight.to(_head_sum_dtype(call)))
+    targets = loss.new_empty(0, dtype=torch.float32) if targets is None else targets
+    return [loss, *_filled(grads, source), targets, *rows.named().values()]
+
+
+_loss = torch.library.custom_op("chunked_ce::loss", _run_loss, mutates_args=())
+
+
+@_loss.register_fake
+def _(source, per_token, class_weight, target, ignore_index, specification):
+    call = Call(source, class_weight, target, ignore_index, decoded(specification))
+    needed, settings = call.specification.needed, call.specification.settings
+    total_dtype = _head_sum_dtype(call)
+    dtypes = unrounded(source[0].dtype), total_dtype, torch.promote_types(total_dtype, settings.accumulate_dtype)
+    parts = zip(source, dtypes, needed, strict=False)
+    grads = [tensor.new_empty(tensor.shape, dtype=dtype) if need else None for tensor, dtype, need in parts]
+    later = keeps_targets(call, total_dtype)
+    targets = target.new_empty(target.shape if later else 0, dtype=torch.float32)
+    rows = _fake_statistics(target, call.specification)
+    return [rows[0].new_empty(()), *_filled(grads, source), targets, *rows]
+
+
+def _head_sum_dtype(call: Call) -> torch.dtype:
+    settings = call.specification.settings
+    if settings.head_sum_dtype is not None:  # sizes may be symbols, which a plan cannot compare
+        return settings.head_sum_dtype
+    return call.plan_by_tokens(len(call.target), sums_head=call.sums_head).head_sum
+
+
+def _save_loss(ctx, inputs, output):
+    source, per_token, class_weight, target, ctx.ignore_index, text = inputs
+    ctx.specification = decoded(text)
+    ctx.sizes = len(source), len(per_token)
+    ctx.head_shapes = [tensor.shape for tensor in source[1:]]
+    _, *grads = output[: len(source) + 2]  # and those of the targets' logits
+    ctx.save_for_backward(*source, *per_token, class_weight, target, *grads)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_of_loss(ctx, upstream):
+    num_tensors, num_per_token = ctx.sizes
+    grad, none = upstream[0], ([None] * num_per_token, None, None, None, None)
+    if grad is None:
+        return [None] * num_tensors, *none
+    saved = iter(ctx.saved_tensors)
+    source, per_token = ([next(saved) for _ in range(size)] for size in ctx.sizes)
+    class_weight, target, *totals, targets = saved
+    specification, needed = ctx.specification, _needed(ctx)
+    read = [tensor if need else None for tensor, need in zip(source, needed, strict=True)]
+    _check_head(read[1:], ctx.head_shapes, is_read=False)
+    call = Call(source, class_weight, target, ctx.ignore_index, specification)
+    per_token = dict(zip(specification.per_token, per_token, strict=True))
+    if torch.is_grad_enabled():
+        _refuse_shard(specification)
+        return _plain_gradients([(plain.loss(call, per_token), grad)], source, needed), *none
+    if any(need and not had for need, had in zip(needed, specification.needed, strict=True)):
+        return _unprepared_gradients(call, per_token, grad, needed), *none
+    rows = None
+    if needed[1] and targets.numel() > 0:
+        column = columns_of(target, call.start, call.rows, targets != 0)
+        terms = TargetGradients(column, targets)
+        entries, rows = terms.summed_rows(totals[1], source[0], specification.settings.compute_dtype)
+    backend = specification.settings.backend
+    grads = [
+        _rescaled(total, grad, tensor.dtype, backend) if need else None
+        for total, tensor, need in zip(totals, source, needed, strict=True)
+    ]
+    if rows is not None:
+        grads[1].index_copy_(0, entries, (rows * grad).to(grads[1].dtype))
+    return grads, *none
+
+
+def _unprepared_gradients(
+    call: Call, per_token: dict[str, Tensor], grad: Tensor, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Gradients by recomputation: an exported graph runs with tensors that need other gradients than when traced."""
+    objective, dtype = call.specification.objective, call.specification.settings.compute_dtype
+    with torch.enable_grad():
+        source = [x.detach().requires_grad_(need) for x, need in zip(call.tensors, needed, strict=True)]
+        specification = call.specification._replace(objective=None, per_token=())
+        rows = statistics(call._replace(tensors=source, specification=specification)).map(Tensor.double)
+        arguments = call.target, call.ignore_index, call.class_weight, call.vocab_size, per_token
+        loss = objective.losses(rows, *arguments).sum().to(work_dtype(dtype))
+    return _gradients_of([(loss, grad)], source, needed)
+
+
+_loss.register_autograd(_backward_of_loss, setup_context=_save_loss)
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, arguments, *source):
+        output = _run_loss(source, *arguments)
+        _save_loss(ctx, (source, *arguments), output)
+        return tuple(output)
+
+    @staticmethod
+    def backward(ctx, *upstream):
+        return None, *_backward_of_loss(ctx, upstream)[0]
+
+
+def _rescaled(
+    total: Tensor,
+    factor: Tensor,  # ()
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    """``factor * total`` in ``dtype``, in the memory of ``total`` unless the graph is kept."""
+    if type(total) is not Tensor or is_recorded():
+        return (total * factor).to(dtype)  # traced by a compiler, which places memory itself
+    last = not torch._C._autograd._get_current_graph_task_keep_graph()
+    out = total if last and total.dtype == dtype else torch.empty_like(total, dtype=dtype)
+    return row_kernels(backend, total.device, total.dtype).scale_into(total, factor, out)
+
+
+# ---- shared ----
+
+
+def _needed(ctx) -> list[bool]:
+    """Which tensors of the source need a gradient: an operator takes them as its first argument, a list; a function
+    takes them as its last ones."""
+    first, *rest = ctx.needs_input_grad
+    return list(first) if isinstance(first, list | tuple) else rest
+
+
+def _in_gradient(names: Sequence[str]) -> list[str]:
+    """The statistics that the gradients of the logits need."""
+    return [name for name in names if STATISTICS[name].in_gradient]
+
+
+def _fake_statistics(target: Tensor, specification: Specification) -> list[Tensor]:
+    dtype = work_dtype(specification.settings.compute_dtype)
+    return [target.new_empty(target.shape, dtype=dtype) for _ in specification.names]
+
+
+def _filled(grads: Sequence[Tensor | None], source: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of a source, empty where not needed, since an operator returns only tensors."""
+    pairs = zip(grads, source, strict=False)  # a head without a bias has fewer tensors
+    return [tensor.new_empty(0) if grad is None else grad for grad, tensor in pairs]
+
+
+def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Turn autocast off on devices that have it; the meta device does not."""
+    has_autocast = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if has_autocast else contextlib.nullcontext()
+
+
+def _check_head(tensors: Sequence[Tensor | None], shapes: Sequence[torch.Size], *, is_read: bool) -> None:
+    """Raise unless the backward finds the tensors of a head as the forward left them."""
+    for name, tensor, shape in zip(("linear_weight", "linear_bias"), tensors, shapes, strict=False):
+        check_still_there(name, tensor, shape, is_read=is_read)
+
+
+def _refuse_shard(specification: Specification) -> None:
+    if specification.shard is not None:
+        raise NotImplementedError("vocab: no derivatives of derivatives (create_graph=True) with a sharded vocabulary")
+
+
+def _plain_gradients(
+    pairs: Sequence[tuple[Tensor, Tensor]], source: Sequence[Tensor], needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """Differentiable gradients of a plain graph, from pairs of an output and its upstream gradient."""
+    return _gradients_of(pairs, source, needed, create_graph=True, materialize_grads=True)
+
+
+def _gradients_of(
+    pairs: Sequence[tuple[Tensor, Tensor]], source: Sequence[Tensor], needed: Sequence[bool], **keywords: bool
+) -> list[Tensor | None]:
+    outputs, upstream = zip(*pairs, strict=True)
+    leaves = [tensor for tensor, need in zip(source, needed, strict=True) if need]
+    gradients = iter(torch.autograd.grad(outputs, leaves, upstream, **keywords))
+    return [next(gradients) if need else None for need in needed]

@@ -1,0 +1,198 @@
+"""Sources of logits: each yields them in chunks of tokens and blocks of the vocabulary."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from chunked_ce.engine.call import Call
+from chunked_ce.engine.counted_tokens import CountedTokens, columns_of
+from chunked_ce.engine.products import project
+from chunked_ce.engine.scratch import logits_scratch
+from chunked_ce.parallel.collectives import Collectives, Pending
+from chunked_ce.plan import Plan
+from chunked_ce.rows.statistics import RowStatistics
+
+__all__ = ["HIDDEN", "Block", "Chunk", "HeadSource", "LogitsSource", "SequenceSource", "Source"]
+
+HIDDEN = "chunked_ce: the all-gather of hidden states"
+
+
+class Block(NamedTuple):
+    """Logits before scale and softcap, of some tokens of a chunk, for some vocabulary entries."""
+
+    products: Tensor  # (C, B)
+    column: Tensor  # (C,) of the target, -1 where it is not among these entries
+    class_weight: Tensor | None  # (B,)
+    entries: slice  # of this rank's
+    start: int  # index of the first entry in the whole vocabulary
+    rows: slice  # of the counted tokens
+    weight: Tensor | None = None  # (B, D) of the head, in the products' dtype
+
+
+class Chunk(NamedTuple):
+    rows: slice  # of the counted tokens
+    blocks: Iterable[Block]  # each is valid until the next one
+    x: Tensor | None = None  # (C, D) hidden states in the products' dtype
+    window: slice = slice(0)  # of this rank's tokens, in a sequence shard
+
+
+class Source:
+    """Where logits come from."""
+
+    owns_products = True  # whether the products of its blocks may be overwritten
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.tokens = CountedTokens(self.in_chunk_order(call.target), call.ignore_index, call.vocab_size)
+        self.class_weight = call.local_class_weight()  # (V_r,)
+        self.column = self.tokens.target  # (n,) -1 where it is in another shard
+        if call.specification.shard is not None:
+            self.column = columns_of(self.tokens.target, call.start, call.rows)
+
+    def chunks(self) -> Iterator[Chunk]:
+        """The chunks of counted tokens in order; none if no token counts."""
+        raise NotImplementedError
+
+    def in_chunk_order(self, values: Tensor) -> Tensor:
+        """``values`` (N, ...) of the tokens in the order in which the chunks take them."""
+        return values
+
+    def in_order(self, rows: RowStatistics) -> RowStatistics:
+        """The statistics (N,), from the order of the chunks to that of the targets."""
+        return rows
+
+
+class LogitsSource(Source):
+    """Existing logits: one chunk, a few rows at a time."""
+
+    owns_products = False
+
+    def chunks(self) -> Iterator[Chunk]:
+        if len(self.tokens):
+            yield Chunk(slice(0, len(self.tokens)), self._blocks())
+
+    def _blocks(self) -> Iterator[Block]:
+        (logits,) = self.call.tensors
+        row_kernels = self.call.specification.row_kernels(logits.device)
+        entries = slice(0, self.call.rows)
+        for rows in self.tokens.blocks(row_kernels.rows_in_flight(self.call.rows, logits.device.type)):
+            products = self.tokens.unmasked(logits, rows)  # the slopes of tokens that do not count are 0
+            yield Block(products, self.column[rows], self.class_weight, entries, self.call.start, rows)
+
+
+class HeadSource(Source):
+    """Logits of hidden states and a head, computed chunk by chunk or block by block."""
+
+    def __init__(self, call: Call) -> None:
+        self.hidden, self.weight, *bias = call.tensors
+        self.bias = bias[0] if bias else None
+        self.dtype = call.specification.settings.compute_dtype
+        self.plan: Plan | None = None
+        super().__init__(call)
+
+    @functools.cached_property
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        """Weight (V, D) and bias (V,) in the products' dtype."""
+        return self._head(slice(0, len(self.weight)))
+
+    def cut(self, plan: Plan) -> HeadSource:
+        """Cut the tokens and the vocabulary as ``plan`` says."""
+        self.plan = plan
+        return self
+
+    def chunks(self) -> Iterator[Chunk]:
+        rows, entries = self._largest_chunk(), len(self.weight) if self.plan.entries is None else self.plan.entries
+        head = self.head if self.plan.entries is None else None
+        buffers: list[Tensor] = []
+        for turn, (rows_of_chunk, x, window) in enumerate(self._parts()):
+            if turn < self.plan.in_flight:
+                size = rows, min(entries, len(self.weight))
+                buffers.append(logits_scratch(*size, dtype=self.dtype, device=self.hidden.device))
+            buffer = buffers[turn % self.plan.in_flight][: len(x)]
+            blocks = self._blocks(rows_of_chunk, x, buffer, head, max(1, entries))
+            yield Chunk(rows_of_chunk, tuple(blocks) if head is not None else blocks, x, window)
+
+    def _blocks(
+        self,
+        rows: slice,
+        x: Tensor,  # (C, D)
+        buffer: Tensor,  # (C, B) at least
+        head: tuple[Tensor, Tensor | None] | None,
+        size: int,
+    ) -> Iterator[Block]:
+        """The products with ``size`` vocabulary entries at a time; one empty block of an empty head."""
+        vocab_size, target, start = len(self.weight), self.tokens.target[rows], self.call.start
+        for first in range(0, max(1, vocab_size), size):
+            entries = slice(first, min(first + size, vocab_size))
+            whole = entries.stop - first == vocab_size
+            weight, bias = head or self._head(entries)
+            products = project(x, weight, bias, out=buffer[:, : len(weight)])
+            column = self.column[rows] if whole else columns_of(target, start + first, len(weight))
+            class_weight = None if self.class_weight is None else self.class_weight[entries]
+            yield Block(products, column, class_weight, entries, start + first, rows, weight)
+
+    def _head(self, entries: slice) -> tuple[Tensor, Tensor | None]:
+        """The rows ``entries`` of weight and bias in the products' dtype."""
+        bias = None if self.bias is None else self.bias[entries].to(self.dtype)
+        return self.weight[entries].to(self.dtype), bias
+
+    def _largest_chunk(self) -> int:
+        return min(self.plan.tokens, len(self.tokens))
+
+    def _parts(self) -> Iterator[tuple[slice, Tensor, slice]]:
+        """Each chunk's rows and hidden states."""
+        for rows in self.tokens.blocks(self.plan.tokens):
+            yield rows, self.tokens.select(self.hidden, rows).to(self.dtype), slice(0)
+
+
+class SequenceSource(HeadSource):
+    """Hidden states sharded by tokens over the ranks of the vocabulary, gathered chunk by chunk."""
+
+    def __init__(self, call: Call) -> None:
+        self._collectives = Collectives(call.specification.shard.group_name)
+        self._order: Tensor | None = None  # (N,) tokens in the order of the chunks
+        plan = call.plan_by_tokens(len(call.target), sums_head=call.sums_head)
+        self._share = max(1, plan.tokens // self._collectives.size)  # tokens of each rank in a chunk
+        places = torch.arange(len(call.target), device=call.target.device).view(self._collectives.size, -1)
+        self._order = torch.cat([part.flatten() for part in places.split(self._share, dim=1)])
+        super().__init__(call)
+        self.plan = plan
+
+    def in_chunk_order(self, values: Tensor) -> Tensor:
+        return values[self._order]
+
+    def in_order(self, rows: RowStatistics) -> RowStatistics:
+        return rows.map(lambda values: torch.empty_like(values).index_copy_(0, self._order, values))
+
+    def _largest_chunk(self) -> int:
+        return min(self._share * self._collectives.size, len(self.call.target))
+
+    def _parts(self) -> Iterator[tuple[slice, Tensor, slice]]:
+        """Each chunk's rows and hidden states, gathered during the work on the previous chunk."""
+        windows = [slice(at, at + self._share) for at in range(0, len(self.hidden), self._share)]
+
+        def gather(window: slice) -> Pending:
+            return self._collectives.all_gather(self.hidden[window].to(self.dtype), HIDDEN)
+
+        pending = gather(windows[0]) if windows else None
+        for window, following in itertools.zip_longest(windows, windows[1:]):
+            gathered = pending.wait().flatten(0, 1)  # (R * c, D)
+            pending = None if following is None else gather(following)
+            first = window.start * self._collectives.size
+            rows = self.tokens.within(first, first + len(gathered))
+            yield rows, self.tokens.select_from(gathered, first, rows), window
+
+    def whole_window(self, chunk: Chunk, part: Tensor) -> Tensor:
+        """``part`` (C, D) of the counted tokens in its place among all tokens of the chunk, (R * c, D), 0 elsewhere."""
+        if self.tokens.all_kept:
+            return part
+        ranks = self._collectives.size
+        whole = part.new_zeros(len(self.hidden[chunk.window]) * ranks, part.shape[1])
+        self.tokens.put_into(whole, chunk.window.start * ranks, chunk.rows, part)
+        return whole

@@ -1,0 +1,214 @@
+"""The sweep over the chunks of any source of logits, on one rank or many.
+
+`loss_and_gradients` computes gradients in the forward: each chunk's logit gradients are used at once. `statistics` and
+`gradients` are the two halves of recomputation, which computes logits again in the backward. All three take plain
+tensors and record no graph; `chunked_ce.engine.operators` makes them differentiable.
+
+On many ranks each chunk takes one collective for the statistics of its rows, started before the next chunk's product
+and waited for after it, and one for the gradient of its hidden states, which overlaps with the product for the head's
+gradient. Chunks depend only on quantities that all ranks share, so that every rank issues the same collectives in the
+same order.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chunked_ce.engine.call import Call
+from chunked_ce.engine.filtered import Filter, can_filter
+from chunked_ce.engine.gradient_products import ChunkProducts, Gradients, LogitGradients, VocabularyProducts
+from chunked_ce.engine.ranks import OneRank, ranks_of
+from chunked_ce.engine.sources import Chunk, HeadSource, LogitsSource, SequenceSource, Source
+from chunked_ce.engine.totals import ForwardTotals
+from chunked_ce.rows.statistics import RowStatistics, merge_shards, statistics_of, work_dtype, zero_statistics
+
+__all__ = ["gradients", "loss_and_gradients", "statistics"]
+
+
+def statistics(call: Call) -> RowStatistics:
+    """The statistics of every row over the whole vocabulary, (N,) each and 0 for tokens that do not count.
+
+    The products are those of `gradients`, block by block, so that the two round alike: a difference would be large
+    compared with ``1 - p`` of a confident token.
+    """
+    specification, device = call.specification, call.target.device
+    names, dtype = specification.names, specification.settings.compute_dtype
+    whole = zero_statistics(len(call.target), names, dtype, device)
+    source = _source(call)
+    ranks, row_kernels = ranks_of(source), specification.row_kernels(device)
+
+    def start(chunk: Chunk) -> Any:
+        return ranks.combine(_part(source, chunk, row_kernels))
+
+    def finish(chunk: Chunk, pending: Any) -> None:
+        rows = statistics_of(pending.wait(), source.tokens.target[chunk.rows], names)
+        source.tokens.put_statistics(whole, chunk.rows, rows)
+
+    _pipeline(source.chunks(), start, finish, ranks)
+    return source.in_order(whole)
+
+
+def loss_and_gradients(
+    call: Call, per_token: dict[str, Tensor]
+) -> tuple[Tensor, Gradients, Tensor | None, RowStatistics]:
+    """The sum of the losses (), its gradients, the gradients of the targets' logits, and the statistics of every row.
+
+    The gradients have the dtypes of their sums. Where that of the weight is narrow, it lacks the targets' terms, which
+    the backward adds from the gradients of the targets' logits, (N,) in fp32.
+    """
+    specification = call.specification
+    source = _source(call)
+    ranks, row_kernels = ranks_of(source), specification.row_kernels(call.target.device)
+    totals = ForwardTotals(source, per_token, source.plan.head_sum)
+    filter = _filter(source, specification.objective.statistics)
+    products = ChunkProducts(source, ranks, specification.needed, filter, keeps_unrounded=True)
+    # On one rank a block is read once for statistics and gradients, unless the statistics first decide a scale.
+    fused = specification.shard is None and not specification.scales_chunks
+
+    def start(chunk: Chunk) -> Any:
+        return None if fused else ranks.combine(_part(source, chunk, row_kernels, overwrite=False))
+
+    def finish(chunk: Chunk, pending: Any) -> None:
+        (block,) = chunk.blocks
+        arguments = block.products, block.column, block.class_weight, specification.logits
+        columns, targets = products.column_sums(), products.targets_of(block)
+        outputs = {"columns": columns} | ({} if targets is None else {"apart": targets.gradient})
+        slopes = scale = None
+        if fused:
+            slopes_of = functools.partial(totals.slopes, chunk.rows)
+            asked = specification.names, slopes_of, specification.objective.statistics
+            rows = row_kernels.statistics_and_gradients_(*arguments, *asked, **outputs)
+            if products.is_filtered:
+                slopes = totals.slopes(chunk.rows, rows)
+        else:
+            rows = statistics_of(pending.wait(), source.tokens.target[chunk.rows], specification.names)
+            if specification.scales_chunks and len(chunk.x):  # a chunk of a sequence shard may have no counted token
+                slopes, scale = totals.scaled_slopes(chunk.rows, rows, largest=products.largest_gradient)
+            else:
+                slopes = totals.slopes(chunk.rows, rows)
+            row_kernels.logit_gradients(*arguments, slopes, rows, out=block.products, **outputs)
+        totals.add(chunk.rows, rows)
+        products.set_scale(scale)
+        later = totals.keep_targets(chunk.rows, targets)
+        products.add(chunk, block, columns, targets, slopes, weight_later=later)
+
+    _pipeline(source.chunks(), start, finish, ranks)
+    return totals.loss, products.finish(), totals.targets, source.in_order(totals.statistics)
+
+
+def gradients(
+    call: Call,
+    known: RowStatistics,  # (N,) each
+    slopes: RowStatistics,  # (N,) each
+    weight_sum: Tensor | None = None,  # (V, D)
+) -> Gradients | list[Tensor]:
+    """The gradients of the source's tensors in their dtypes, from statistics and the slopes of the loss in them.
+
+    The weight's gradient is added to ``weight_sum``, if given.
+    """
+    specification = call.specification
+    source = _source(call, filtered=can_filter(specification, slopes.named()))
+    tokens, row_kernels = source.tokens, specification.row_kernels(call.target.device)
+    scale = specification.logits.scale
+    known = known.map(lambda values: tokens.select(source.in_chunk_order(values)))
+    slopes = slopes.map(lambda values: tokens.mask(tokens.select(source.in_chunk_order(values))) * scale)
+    into = _destination(source, ranks_of(source), slopes, weight_sum)
+    for chunk in source.chunks():
+        for block in chunk.blocks:
+            rows_slopes, columns, targets = slopes.at(block.rows), into.column_sums(), into.targets_of(block)
+            outputs = {} if targets is None else {"apart": targets.gradient}
+            row_kernels.logit_gradients(
+                block.products,
+                block.column,
+                block.class_weight,
+                specification.logits,
+                rows_slopes,
+                known.at(block.rows),
+                out=into.out(block),
+                columns=columns,
+                **outputs,
+            )
+            into.add(chunk, block, columns, targets, rows_slopes)
+    total = into.finish()
+    if not call.is_head:
+        return total
+    pairs = zip(total, (source.hidden, source.weight, source.bias), strict=True)
+    return Gradients(*(None if grad is None else grad.to(tensor.dtype) for grad, tensor in pairs))
+
+
+def _source(call: Call, *, filtered: bool = False) -> Source:
+    if not call.is_head:
+        return LogitsSource(call)
+    if call.is_sequence:
+        return SequenceSource(call)
+    source = HeadSource(call)
+    if filtered or call.specification.objective is not None:
+        return source.cut(call.plan_by_tokens(len(source.tokens), sums_head=call.specification.needed[1]))
+    return source.cut(call.plan_by_vocabulary(len(source.tokens)))
+
+
+def _filter(source: HeadSource, slopes: Iterable[str]) -> Filter | None:
+    """The gradient filter of one loss, if it has one."""
+    call = source.call
+    if not can_filter(call.specification, slopes):
+        return None
+    share = call.rows / max(1, call.vocab_size)
+    return Filter(source.head[0], source.class_weight, call.specification.settings.gradient_filter, share)
+
+
+def _destination(
+    source: Source, ranks: OneRank, slopes: RowStatistics, weight_sum: Tensor | None
+) -> LogitGradients | VocabularyProducts | ChunkProducts:
+    """The products that recomputed gradients of logits enter."""
+    if isinstance(source, LogitsSource):
+        return LogitGradients(source)
+    needed = source.call.specification.needed
+    if source.plan.entries is not None:
+        return VocabularyProducts(source, ranks, needed, weight_sum)
+    filter, sequence = _filter(source, slopes.named()), source.call.is_sequence
+    return ChunkProducts(source, ranks, needed, filter, reduces_chunks=sequence, weight_sum=weight_sum)
+
+
+def _part(source: Source, chunk: Chunk, row_kernels: ModuleType, *, overwrite: bool = True) -> Tensor:
+    """This rank's part (C, columns) of a chunk's statistics, merged over its blocks in float64."""
+    specification = source.call.specification
+    parts: dict[slice, Tensor] = {}
+    for block in chunk.blocks:
+        part = row_kernels.shard_statistics(
+            block.products,
+            block.column,
+            block.class_weight,
+            specification.logits,
+            specification.names,
+            block.start,
+            overwrite=overwrite and source.owns_products,
+        )
+        at = block.rows.start
+        parts[at] = (
+            part if at not in parts else merge_shards(torch.stack([parts[at], part]).double(), specification.names)
+        )
+    whole = torch.cat(list(parts.values())) if len(parts) > 1 else next(iter(parts.values()))
+    return whole.to(work_dtype(specification.settings.compute_dtype))
+
+
+def _pipeline(
+    chunks: Iterable[Chunk], start: Callable[[Chunk], Any], finish: Callable[[Chunk, Any], None], ranks: OneRank
+) -> None:
+    """``start`` and ``finish`` each chunk; on many ranks, ``finish`` it once the next one has started."""
+    previous = None
+    for chunk in chunks:
+        begun = chunk, start(chunk)
+        if ranks.in_flight == 1:
+            finish(*begun)
+            continue
+        if previous is not None:
+            finish(*previous)
+        previous = begun
+    if previous is not None:
+        finish(*previous)

@@ -1,0 +1,125 @@
+"""What an objective is: the loss of a token as a function of its row's statistics."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from chunked_ce.rows.statistics import STATISTICS, RowStatistics, weight_sum
+
+__all__ = ["OBJECTIVES", "Objective", "Tokens"]
+
+OBJECTIVES: dict[str, type[Objective]] = {}  # every class there is, by its key: module and name
+
+with torch.inference_mode(False):
+    # The dispatch keys outside of any operator: within one, autograd is left out.
+    _OUTSIDE = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+
+
+class Tokens:
+    """The facts about some tokens besides their rows; the tensors of ``per_token`` are attributes, (n,) each."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        weight_sum: Tensor | float,  # sum of the class weights
+        target_weight: Tensor | None,  # (n,) class weight of each target
+        tensors: dict[str, Tensor],  # (n,) each
+    ) -> None:
+        self.vocab_size, self.weight_sum, self.target_weight = vocab_size, weight_sum, target_weight
+        self._tensors = tensors
+
+    def __getattr__(self, name: str) -> Tensor:
+        try:
+            return self.__dict__["_tensors"][name]
+        except KeyError:
+            raise AttributeError(f"no tensor {name!r} was given for each token") from None
+
+    def at(self, rows: slice) -> Tokens:
+        weight = None if self.target_weight is None else self.target_weight[rows]
+        tensors = {name: tensor[rows] for name, tensor in self._tensors.items()}
+        return Tokens(self.vocab_size, self.weight_sum, weight, tensors)
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """The loss of a token as a function of a few statistics of its row of logits.
+
+    A subclass is a frozen dataclass that defines `loss`. Its fields are plain numbers, strings, booleans or None, which
+    it checks in ``__post_init__``, and perhaps ``class_weight``. It then runs with every source of logits, sharding,
+    gradient way and backend. Its module and name stand for it in compiled and exported programs, so no other class may
+    share them.
+
+    >>> @dataclasses.dataclass(frozen=True)
+    ... class Focal(Objective):
+    ...     "Focal loss (arXiv:1708.02002, equation 4)."
+    ...     gamma: float = 2.0
+    ...
+    ...     def loss(self, rows, tokens):
+    ...         return -((1 - rows.logprob.exp()) ** self.gamma) * rows.logprob
+    """
+
+    statistics: ClassVar[tuple[str, ...]] = ()
+    """The statistics that `loss` reads besides ``log_sum`` and ``target``: names of `chunked_ce.rows.statistics`. The
+    entropy needs ``"mean"``."""
+
+    class_weight = None  # an objective with class weights (V,) has them as a field that is not compared
+
+    per_token: ClassVar[tuple[str, ...]] = ()
+    """The tensors that `loss` reads for each token: keywords of `linear_loss`, in the shape of ``target``."""
+
+    def __init_subclass__(cls, **keywords) -> None:
+        super().__init_subclass__(**keywords)
+        name = f"{cls.__module__}:{cls.__qualname__}"
+        cls.key = name if name not in OBJECTIVES else f"{name}#{len(OBJECTIVES)}"  # of a class that is defined again
+        OBJECTIVES[cls.key] = cls
+
+    def loss(self, rows: RowStatistics, tokens: Tokens) -> Tensor:
+        """The loss of each token (n,) before token weights, in differentiable torch operations.
+
+        ``rows`` has ``logprob``, ``nll``, ``lse`` and the statistics, (n,) each; ``tokens`` has the tensors of
+        ``per_token``, (n,) each, ``vocab_size``, and of the class weights ``target_weight`` (n,) and ``weight_sum``.
+        `loss` sees some rows at a time, so the loss of a token must not depend on other tokens. The largest logit
+        counts as a constant: statistics are relative to it, and ``maximum`` alone has no gradient.
+        """
+        raise NotImplementedError
+
+    def slopes(self, rows: RowStatistics, tokens: Tokens) -> RowStatistics:
+        """The derivatives of `loss` in the statistics, (n,) each; None where a statistic has no effect.
+
+        By default autograd finds them, a few rows at a time; a frequently used objective writes them out.
+        """
+        named = rows.named()
+        with torch._C._ForceDispatchKeyGuard(*_OUTSIDE), torch.enable_grad():
+            leaves = {
+                name: part.detach().requires_grad_() for name, part in named.items() if STATISTICS[name].differentiable
+            }
+            loss = self.loss(RowStatistics(**(named | leaves)), tokens)
+            if not loss.requires_grad:
+                loss = loss + 0 * leaves["log_sum"]
+            found = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True)
+        slopes = dict.fromkeys(("maximum",)) | dict(zip(leaves, found, strict=True))
+        unused = {name: torch.zeros_like(rows.log_sum) for name in ("log_sum", "target") if slopes[name] is None}
+        return RowStatistics(**(slopes | unused))
+
+    def without_tensors(self) -> Objective:
+        """The same objective without class weights, which travel as a tensor of the call."""
+        return self if self.class_weight is None else dataclasses.replace(self, class_weight=None)
+
+    def losses(
+        self,
+        rows: RowStatistics,  # (N,) each, 0 where ignored
+        target: Tensor,  # (N,)
+        ignore_index: int,
+        class_weight: Tensor | None,  # (V,)
+        vocab_size: int,
+        per_token: dict[str, Tensor],  # (N,) each, and the "_coefficient" of each loss
+    ) -> Tensor:
+        """The loss of each token times its coefficient, (N,), 0 where ignored."""
+        counted = target != ignore_index
+        target_weight = None if class_weight is None else class_weight[target.where(counted, 0)]
+        tokens = Tokens(vocab_size, weight_sum(class_weight, vocab_size), target_weight, per_token)
+        return (self.loss(rows, tokens) * per_token["_coefficient"]).where(counted, 0)

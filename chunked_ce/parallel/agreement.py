@@ -1,0 +1,90 @@
+"""Ranks that share a vocabulary compare each call: facts that differ, or an error of one rank, raise on all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from chunked_ce.parallel.checksum import checksum
+from chunked_ce.parallel.vocab import WHOLE_WEIGHT, VocabShard
+
+__all__ = ["agreed", "facts_of_call"]
+
+_Result = TypeVar("_Result")
+_ALWAYS = ("input", "logits", "linear_weight", "target")
+
+
+def agreed(
+    check: Callable[[], _Result], facts_of: Callable[[_Result], dict[str, Any]], vocab: VocabShard | None, device: Any
+) -> _Result:
+    """Run ``check()`` on every rank of ``vocab`` and compare ``facts_of`` its result; an error of one rank is raised
+    on all."""
+    if vocab is None:
+        return check()
+    result = error = None
+    try:
+        result = check()
+    except (TypeError, ValueError) as raised:
+        if not isinstance(vocab, VocabShard):
+            raise
+        error = raised
+    if torch.compiler.is_compiling():
+        if error is not None:
+            raise error
+        return result
+    on_cpu = getattr(device, "type", "cpu") == "cpu"
+    call = {}
+    if error is None and vocab.compares(on_cpu=on_cpu):
+        try:  # facts read values from the device, and take memory
+            call = facts_of(result)
+        except Exception as raised:
+            error = raised
+    vocab.agree(call, error, on_cpu=on_cpu)
+    return result
+
+
+def facts_of_call(
+    tensors: dict[str, Tensor | None], keywords: dict[str, Any], compute_dtype: torch.dtype, vocab: VocabShard
+) -> dict[str, Any]:
+    """The facts that must be equal on every rank of a vocabulary group, by name.
+
+    ``tensors`` are the arguments by name: "input" (..., D) and "linear_weight" (V_r, D), or "logits" (..., V_r),
+    "target", "linear_bias" and "weight"; all others are per token.
+    """
+    input = tensors.get("logits", tensors.get("input"))
+    target, linear_weight, weight = (tensors.get(name) for name in ("target", "linear_weight", "weight"))
+    facts = {"target": tuple(target.shape), "input dtype": input.dtype} | _checksums({"target": target})
+    if linear_weight is not None:
+        facts |= {
+            "input's last dimension": input.shape[-1],
+            "linear_weight dtype": linear_weight.dtype,
+            "linear_weight.requires_grad": linear_weight.requires_grad,
+            "autocast": compute_dtype,
+        }
+    facts |= {"input.requires_grad": input.requires_grad, "grad mode": torch.is_grad_enabled()}
+    optional = {name: tensor for name, tensor in tensors.items() if name not in _ALWAYS}
+    facts |= {name: tensor is not None for name, tensor in optional.items()}
+    facts |= {
+        WHOLE_WEIGHT: weight is not None and weight.numel() == vocab.total,
+        "check": vocab.check,
+        "input_grad": vocab.input_grad,
+        "reduce_dtype": vocab.reduce_dtype,
+    }
+    number = keywords.get("num_tokens")
+    facts |= keywords | {"num_tokens": None if number is None else float(number)}
+    if linear_weight is not None and vocab.input_grad != "sequence":
+        facts |= _checksums({"input": input}, ": dropout with a seed of each rank's own makes them differ")
+    local = ("linear_bias",) if facts[WHOLE_WEIGHT] else ("linear_bias", "weight")
+    same = {name: tensor for name, tensor in optional.items() if tensor is not None and name not in local}
+    return facts | _checksums({name: tensor.double() for name, tensor in same.items()})
+
+
+def _checksums(tensors: dict[str, Tensor], why: str = "") -> dict[str, int]:
+    return {
+        f"{name}'s values (a checksum){why}": checksum(tensor)
+        for name, tensor in tensors.items()
+        if tensor.device.type != "meta"
+    }

@@ -1,0 +1,257 @@
+"""`VocabShard`: this rank's rows of a head whose vocabulary is sharded over a group of ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from chunked_ce.arguments import FLOATING, described, integer, is_integer, is_one_of
+from chunked_ce.parallel.collectives import all_gather_single, exchange
+from chunked_ce.parallel.fsdp import fsdp_refusal, is_fsdp_shard
+from chunked_ce.parallel.groups import checked_group, group_of_ranks
+from chunked_ce.parallel.shard import Shard
+
+__all__ = ["WEIGHT_VALUES", "WHOLE_WEIGHT", "VocabShard"]
+
+WHOLE_WEIGHT = "weight, of the whole vocabulary or not"
+WEIGHT_VALUES = "weight's values (a checksum)"
+_INPUT_GRADS = ("complete", "partial", "sequence")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class VocabShard:
+    """Rows [start, stop) of a head with ``total`` rows; the other ranks of ``group`` hold the others.
+
+    ``input`` and ``target`` are the same on every rank of the group, and so are losses and statistics; each rank gets
+    the gradient of its own rows. Shards may differ in size and may be empty.
+
+    Args:
+        group: the ranks that share the vocabulary; None for all ranks.
+        start, stop: this rank's rows, 0 <= start <= stop <= total.
+        total: rows on all ranks, each row on one of them.
+        input_grad: ``"complete"``: the input's gradient is summed over the group. ``"partial"``: it is left as this
+            rank's share, for frameworks whose own layer sums it. ``"sequence"``: ``input`` holds this rank's share of
+            the tokens, in the order of the ranks and as many on each; it is gathered chunk by chunk and its gradient
+            reduce-scattered. ``target`` and ``token_weight`` then hold the tokens of all ranks, in that order.
+        reduce_dtype: the dtype in which ranks sum the input's gradient; None for ``accumulate_dtype`` (fp32).
+        check: whether ranks compare their calls, so that a disagreement is an error on every rank and not a hang:
+            ``"always"``, ``"first"`` (only at the first call, so that later ones need no host synchronisation), or
+            ``"auto"``: ``"always"`` if the tensors are on the CPU, else ``"first"``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it was and what is allowed.
+    """
+
+    group: dist.ProcessGroup | None
+    start: int
+    stop: int
+    total: int
+    input_grad: Literal["complete", "partial", "sequence"] = "complete"
+    reduce_dtype: torch.dtype | None = None
+    check: Literal["auto", "always", "first"] = "auto"
+    padded_rows: int | None = None
+    """Rows of this rank's head with the padding at its end, which never gets probability; None without padding."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "group", checked_group(self.group))
+        object.__setattr__(self, "ranks", tuple(dist.get_process_group_ranks(self.group)))
+        for name in ("start", "stop", "total"):
+            object.__setattr__(self, name, integer(name, getattr(self, name)))
+        if not 0 <= self.start <= self.stop <= self.total or self.total < 1:
+            raise ValueError(
+                "start, stop and total must be 0 <= start <= stop <= total and total >= 1, "
+                f"were {self.start}, {self.stop}, {self.total}"
+            )
+        if not is_one_of(self.input_grad, _INPUT_GRADS):
+            raise ValueError(f"input_grad must be one of {_INPUT_GRADS}, was {described(self.input_grad)}")
+        dtype = self.reduce_dtype
+        if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype not in FLOATING.dtypes):
+            raise ValueError(f"reduce_dtype must be None or a floating-point dtype, was {described(dtype)}")
+        if not is_one_of(self.check, ("auto", "always", "first")):
+            raise ValueError(f"check must be 'auto', 'always' or 'first', was {described(self.check)}")
+        if self.padded_rows is not None:
+            padded = integer("padded_rows", self.padded_rows, "None or an integer")
+            object.__setattr__(self, "padded_rows", padded)
+            if padded < self.rows:
+                raise ValueError(f"padded_rows must be None or >= stop - start = {self.rows}, was {padded}")
+
+    def __copy__(self) -> VocabShard:
+        return self  # a shard does not change
+
+    def __deepcopy__(self, _memo: dict) -> VocabShard:
+        return self
+
+    def __reduce__(self) -> tuple:
+        """The group is pickled as its ranks: the process that unpickles it looks up its own group of them."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "group"}
+        return _unpickled, (type(self), list(self.ranks), self.group.group_name, values)
+
+    @classmethod
+    def split(cls, total: int, group: dist.ProcessGroup | None = None, *, padded: int | None = None, **keywords: Any):
+        """An even split, as of `torch.chunk` and DTensor: ``ceil(total / R)`` rows per rank, fewer on the last ones.
+
+        A head whose shards all have that size, or ``padded / R`` rows of a vocabulary padded to ``padded``, is accepted
+        too: rows from ``total`` on are padding.
+        """
+        group = checked_group(group)
+        if not is_integer(total) or total < 1:
+            raise ValueError(f"total must be an integer >= 1, was {described(total)}")
+        total = integer("total", total)
+        padded = None if padded is None else integer("padded", padded, "None or an integer")
+        ranks = dist.get_world_size(group)
+        if padded is not None and (padded < total or padded % ranks):
+            raise ValueError(f"padded must be >= total = {total} and a multiple of {ranks} ranks, was {padded}")
+        rows = -(-(padded or total) // ranks)
+        start = min(dist.get_rank(group) * rows, total)
+        return cls(group, start, min(start + rows, total), total, padded_rows=rows, **keywords)
+
+    @classmethod
+    def from_local(cls, rows: int, group: dist.ProcessGroup | None = None, **keywords: Any):
+        """From the number of rows that this rank holds, which the ranks exchange."""
+        group = checked_group(group)
+        sizes = exchange(rows, group)
+        if not all(type(size) is int and size >= 0 for size in sizes):
+            said = ", ".join(f"rank {rank} has {size!r}" for rank, size in enumerate(sizes))
+            raise ValueError(f"rows must be an integer >= 0 on every rank: {said}")
+        rank = dist.get_rank(group)
+        start = sum(sizes[:rank])
+        return cls(group, start, start + rows, sum(sizes), **keywords)
+
+    @classmethod
+    def from_dtensor(cls, weight: Tensor, **keywords: Any):
+        """From a DTensor (V, D) sharded on dim 0 along one dimension of its mesh, by tensor parallelism."""
+        if not hasattr(weight, "placements"):
+            raise TypeError(f"weight must be a DTensor, was {type(weight).__name__}")
+        if is_fsdp_shard(weight):
+            raise ValueError(fsdp_refusal("weight", weight))
+        return cls.from_placements(weight.device_mesh, tuple(weight.placements), weight.shape, **keywords)
+
+    @classmethod
+    def from_placements(
+        cls,
+        mesh: Any,
+        placements: tuple[Any, ...],
+        shape: tuple[int, ...],
+        *,
+        name: str = "linear_weight",
+        dim: int = 0,
+        **keywords: Any,
+    ):
+        """From the mesh and placements of a DTensor whose dimension ``dim`` is a vocabulary of ``shape[0]``."""
+        from torch.distributed.tensor import Shard as ShardPlacement
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        sharded = [at for at, placement in enumerate(placements) if not placement.is_replicate()]
+        if len(sharded) != 1 or type(placements[sharded[0]]) is not ShardPlacement or placements[sharded[0]].dim != dim:
+            raise ValueError(
+                f"{name} must be sharded on dim {dim} along one dimension of its mesh and replicated along the "
+                f"others, had placements {placements}"
+            )
+        rows = tuple(placement if placement.is_replicate() else ShardPlacement(0) for placement in placements)
+        local, offset = compute_local_shape_and_global_offset(shape[:1], mesh, rows)
+        start = offset[0] if local[0] else shape[0]
+        return cls(mesh.get_group(sharded[0]), start, start + local[0], shape[0], **keywords)
+
+    @classmethod
+    def from_deepspeed(cls, layer: nn.Module, **keywords: Any):
+        """From DeepSpeed's ``VocabParallelLinear``, whose weight is this rank's shard."""
+        try:
+            group, *bounds = layer.mp_group, layer.vocab_start_index, layer.vocab_end_index, layer.vocab_size
+        except AttributeError as error:
+            raise TypeError(f"layer must be DeepSpeed's VocabParallelLinear, was {type(layer).__name__}") from error
+        if group is None:  # here None would mean all ranks
+            raise ValueError("layer must be sharded over a group, but its mp_group is None: leave vocab out")
+        return cls(group, *bounds, **keywords)
+
+    @property
+    def rows(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def size(self) -> int:
+        """Ranks of the group."""
+        return dist.get_world_size(self.group)
+
+    def plain(self) -> Shard:
+        """The plain values that operators take."""
+        return Shard(self.group.group_name, self.start, self.total, self.input_grad, self.reduce_dtype)
+
+    def compares(self, *, on_cpu: bool = True) -> bool:
+        """Whether this rank's call is to be compared with the others'."""
+        always = self.check == "always" or (self.check == "auto" and on_cpu)
+        return always or getattr(self, "_bounds", None) is None
+
+    def agree(self, call: dict[str, Any], error: Exception | None = None, *, on_cpu: bool = True) -> None:
+        """Compare this rank's call with the others', if due; an ``error`` of this rank is raised on every rank.
+
+        ``call`` holds, by name, the values that must be equal on every rank.
+        """
+        if torch.compiler.is_compiling():
+            return
+        if not self.compares(on_cpu=on_cpu):
+            if error is not None:
+                raise error
+            return
+        mine = {"start": self.start, "stop": self.stop, "error": None if error is None else str(error)}
+        everyone = exchange(mine | {"call": {"total": self.total, **call}}, self.group)
+        if error is not None:
+            raise error
+        for rank, other in enumerate(everyone):
+            if other["error"] is not None:
+                raise ValueError(f"vocab: rank {rank} of the group could not take part: {other['error']}")
+        bounds = [(other["start"], other["stop"]) for other in everyone]
+        calls = [other["call"] for other in everyone]
+        if (0, self.total) in bounds:  # then one rank's shard of the class weights is the whole
+            of_weight = (WHOLE_WEIGHT, WEIGHT_VALUES)
+            calls = [{name: value for name, value in call.items() if name not in of_weight} for call in calls]
+        _check_calls(calls)
+        _check_cover(bounds, self.total)
+        object.__setattr__(self, "_bounds", bounds)
+
+    def whole_vocabulary(self, values: Tensor) -> Tensor:
+        """``values`` (V,) as they are, or gathered from all ranks if they are those of this rank's rows (rows,)."""
+        if len(values) == self.total and (self.size == 1 or self.rows not in (0, self.total)):
+            return values
+        bounds = getattr(self, "_bounds", None)
+        if bounds is None:
+            bounds = exchange((self.start, self.stop), self.group)
+            object.__setattr__(self, "_bounds", bounds)
+        if len(values) == self.total and (0, self.total) not in bounds:
+            return values
+        largest = max(stop - start for start, stop in bounds)
+        mine = values.new_zeros(largest)
+        mine[: self.rows] = values[: self.rows]
+        gathered = values.new_empty(self.size, largest)
+        all_gather_single(gathered.view(-1), mine, group=self.group)
+        whole = values.new_empty(self.total)
+        for (start, stop), part in zip(bounds, gathered, strict=True):
+            whole[start:stop] = part[: stop - start]
+        return whole
+
+
+def _unpickled(cls: type[VocabShard], ranks: list[int], group_name: str, values: dict[str, Any]) -> VocabShard:
+    return cls(group_of_ranks(ranks, group_name), **values)
+
+
+def _check_calls(calls: list[dict[str, Any]]) -> None:
+    for name in dict.fromkeys(name for call in calls for name in call):
+        values = [call.get(name) for call in calls]
+        if any(value != values[0] and (value == value or values[0] == values[0]) for value in values):  # NaNs are equal
+            said = ", ".join(f"rank {rank} has {other!r}" for rank, other in enumerate(values))
+            raise ValueError(f"ranks of the vocabulary group disagree on {name}: {said}")
+
+
+def _check_cover(bounds: list[tuple[int, int]], total: int) -> None:
+    said = ", ".join(f"rank {rank} has [{start}, {stop})" for rank, (start, stop) in enumerate(bounds))
+    reached = 0
+    for start, stop in sorted(bound for bound in bounds if bound[0] < bound[1]):
+        if start != reached:
+            what = "overlap" if start < reached else "leave a gap"
+            raise ValueError(f"shards of the vocabulary {what} at row {min(start, reached)}: {said}")
+        reached = stop
+    if reached != total:
+        raise ValueError(f"shards of the vocabulary leave a gap at row {reached} of {total}: {said}")

@@ -1,0 +1,372 @@
+"""The statistics of a row of logits: the few numbers that a loss depends on, and how each one enters its gradient.
+
+They are relative to the row's largest logit ``m``, so that a large common offset of the logits costs no precision:
+
+    log_sum   = log sum_v exp(z_v - m)          lse = m + log_sum
+    target    = z_y - m                         nll = log_sum - target
+    weighted  = sum_v w_v (z_v - m)             sum_v w_v (lse - z_v) = sum_v w_v * log_sum - weighted
+    mean      = sum_v p_v (z_v - m)             entropy = log_sum - mean
+    correct   = 1 if z_y is the first of the largest logits, else 0
+
+With the slopes (s_lse, s_target, s_weighted, s_mean) of the loss in these, the gradient of a logit is
+
+    dz_v = p_v * (s_lse + s_mean * (1 + z_v - m - mean)) + s_target * [v == y] + s_weighted * w_v
+
+`STATISTICS` enumerates them. For each, a shard of the vocabulary sends a few numbers, its part: `merge_shards`
+combines the parts of all shards, and `statistics_of` computes the statistics from the combined part.
+`row_statistics` is the plain, differentiable reference; the row kernels beside this file are its fast twins.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "EXP_IS_ZERO",
+    "STATISTICS",
+    "Logits",
+    "RowStatistics",
+    "Statistic",
+    "columns_of",
+    "empty_part",
+    "merge_shards",
+    "names_of",
+    "num_columns",
+    "row_statistics",
+    "statistics_of",
+    "weight_sum",
+    "work_dtype",
+    "zero_statistics",
+]
+
+EXP_IS_ZERO = -1000.0  # its exp is 0 in fp32 and fp64, and 0 times it is 0, not NaN as for -inf
+
+
+class Logits(NamedTuple):
+    """How logits are computed from the product of hidden states and head."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, product: Tensor) -> Tensor:
+        """``scale * product``, then ``softcap * tanh(. / softcap)``; any shape."""
+        logits = product if self.scale == 1.0 else product * self.scale
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+
+class RowStatistics(NamedTuple):
+    """Each statistic of n rows, (n,), or None if it was not requested.
+
+    Holds the statistics themselves, relative to ``maximum``, or the slopes (derivatives) of a loss in them.
+    """
+
+    maximum: Tensor | None
+    log_sum: Tensor
+    target: Tensor
+    weighted: Tensor | None = None
+    mean: Tensor | None = None
+    correct: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> RowStatistics:
+        """Apply ``function`` to every statistic that is not None."""
+        return RowStatistics(*[None if part is None else function(part) for part in self])
+
+    def at(self, rows: slice) -> RowStatistics:
+        return self.map(lambda part: part[rows])
+
+    def named(self) -> dict[str, Tensor]:
+        """The statistics that are not None, by name."""
+        return {name: part for name, part in zip(self._fields, self, strict=True) if part is not None}
+
+    @property
+    def lse(self) -> Tensor:
+        """log sum_v exp(z_v)."""
+        return self.maximum + self.log_sum
+
+    @property
+    def nll(self) -> Tensor:
+        """The negative log-likelihood of the target."""
+        return self.log_sum - self.target
+
+    @property
+    def logprob(self) -> Tensor:
+        """The log-probability of the target."""
+        return self.target - self.log_sum
+
+    @property
+    def entropy(self) -> Tensor:
+        """The entropy of the predicted distribution, in nats; it requires the statistic ``mean``."""
+        return self.log_sum - self.mean
+
+
+class Row(NamedTuple):
+    """The inputs of a statistic's part, besides the logits of a few rows."""
+
+    target: Tensor  # (r,) a column
+    class_weight: Tensor | None  # (V,)
+    weight_sum: Tensor | float  # sum of the class weights, V without them
+    relative: Tensor | None = None  # (r, V) z - m, a copy that may be overwritten, if the statistic ``keeps_relative``
+
+
+class Shards(NamedTuple):
+    """The quantities that combine the parts of R shards, (R, n) each."""
+
+    shift: Tensor  # each shard's maximum minus the maximum over all shards
+    share: Tensor  # exp(shift)
+    is_largest: Tensor
+    sum_exp: Tensor  # relative to the shard's own maximum
+
+
+class Statistic:
+    """One statistic of a row.
+
+    ``reads`` says what the buffer of a few rows holds when `part` is called: ``"logits"`` z, ``"relative"`` z - m, or
+    ``"exponentials"`` exp(z - m).
+    """
+
+    name: str
+    reads: str
+    keeps_relative = False  # whether its part needs z - m as well as the exponentials
+    differentiable = True
+    adds = False  # whether its slope adds one number, times the class weights, to the gradients of all logits
+    in_gradient = True  # whether the gradient of the logits needs its value
+    in_triton = True  # whether the Triton kernels compute it
+    empty: tuple[float, ...] = (0.0,)  # the part of a shard without columns
+
+    def part(self, values: Tensor, row: Row) -> Sequence[Tensor]:
+        """The numbers that a shard sends, (r,) each, from the buffer ``values`` (r, V)."""
+        raise NotImplementedError
+
+    def merge(self, part: Sequence[Tensor], shards: Shards) -> Sequence[Tensor]:
+        """The combined part (n,) of R shards, from their parts (R, n)."""
+        raise NotImplementedError
+
+    def value(self, part: Sequence[Tensor], sum_exp: Tensor, target: Tensor) -> Tensor:
+        """The statistic (n,) from the part of the whole vocabulary."""
+        return part[0]
+
+    def reference(self, logits: Tensor, shifted: Tensor, row: Row) -> Tensor:
+        """The statistic (n,) in plain differentiable torch, from the logits (n, V) and z - m."""
+        raise NotImplementedError
+
+    def softmax_factor(self, slope: Tensor, relative: Tensor, rows: RowStatistics) -> Tensor:
+        """The term of its slope (r, 1) in the factor of p_v, if it ``keeps_relative``; may overwrite z - m."""
+        raise NotImplementedError
+
+    def added(self, slope: Tensor, class_weight: Tensor | None) -> Tensor:
+        """The term of its slope (r, 1) in the gradients of all logits, broadcast to (r, V), if it ``adds``."""
+        raise NotImplementedError
+
+    def bound(self, slope: Tensor, rows: RowStatistics, largest_weight: float | Tensor) -> Tensor | float:
+        """A bound on the term of its slope (r,) in any logit's gradient; `LogSum` and `Target` are bounded jointly."""
+        return 0.0
+
+
+class Maximum(Statistic):
+    name, reads, differentiable = "maximum", "logits", False
+    empty = (-math.inf,)
+
+    def part(self, values, row):
+        return (values.amax(-1),)
+
+    def merge(self, part, shards):
+        return (part[0].amax(0),)
+
+    def reference(self, logits, shifted, row):
+        return logits.detach().amax(-1)
+
+
+class LogSum(Statistic):
+    """Its part is the sum of exponentials."""
+
+    name, reads = "log_sum", "exponentials"
+
+    def part(self, values, row):
+        return (values.sum(-1),)
+
+    def merge(self, part, shards):
+        return ((part[0] * shards.share).sum(0),)
+
+    def value(self, part, sum_exp, target):
+        return sum_exp.log()
+
+    def reference(self, logits, shifted, row):
+        return torch.logsumexp(shifted, -1)
+
+
+class Target(Statistic):
+    """Its part is -inf where the target is in another shard."""
+
+    name, reads = "target", "relative"
+    empty = (-math.inf,)
+
+    def part(self, values, row):
+        return (values.gather(-1, row.target.unsqueeze(-1)).squeeze(-1),)
+
+    def merge(self, part, shards):
+        return ((part[0] + shards.shift).amax(0),)
+
+    def reference(self, logits, shifted, row):
+        return shifted.gather(-1, row.target.unsqueeze(-1)).squeeze(-1)
+
+
+class Weighted(Statistic):
+    """Its part is the weighted sum of the logits, and the sum of the class weights."""
+
+    name, reads, adds, in_gradient = "weighted", "relative", True, False
+    empty = (0.0, 0.0)
+
+    def part(self, values, row):
+        if row.class_weight is None:
+            return values.sum(-1), values.new_full(values.shape[:1], row.weight_sum)
+        return values @ row.class_weight, row.weight_sum.expand(len(values))
+
+    def merge(self, part, shards):
+        at_maxima, weight_sums = part
+        return (at_maxima + weight_sums * shards.shift).sum(0), weight_sums.sum(0)
+
+    def reference(self, logits, shifted, row):
+        return (shifted if row.class_weight is None else shifted * row.class_weight).sum(-1)
+
+    def added(self, slope, class_weight):
+        return slope if class_weight is None else slope * class_weight
+
+    def bound(self, slope, rows, largest_weight):
+        return slope.abs() * largest_weight
+
+
+class Mean(Statistic):
+    """Its part is the sum of exp(z) * z."""
+
+    name, reads, keeps_relative = "mean", "exponentials", True
+
+    def part(self, values, row):
+        return (row.relative.mul_(values).sum(-1),)
+
+    def merge(self, part, shards):
+        moved = shards.share * shards.shift.clamp(min=EXP_IS_ZERO) * shards.sum_exp
+        return ((shards.share * part[0] + moved).sum(0),)
+
+    def value(self, part, sum_exp, target):
+        return part[0] / sum_exp
+
+    def reference(self, logits, shifted, row):
+        return (shifted.softmax(-1) * shifted).sum(-1)
+
+    def softmax_factor(self, slope, relative, rows):
+        return relative.clamp_(min=EXP_IS_ZERO).add_((1 - rows.mean).unsqueeze(-1)).mul_(slope)
+
+    def bound(self, slope, rows, largest_weight):
+        return slope.abs() * (2 + rows.log_sum - rows.mean)  # |p log p| <= 1 / e
+
+
+class Correct(Statistic):
+    """Its part is the index of the largest logit, the first one in a tie."""
+
+    name, reads, differentiable, in_gradient = "correct", "logits", False, False
+
+    def part(self, values, row):
+        return (values.argmax(-1).to(values.dtype),)
+
+    def merge(self, part, shards):
+        return (part[0].where(shards.is_largest, torch.inf).amin(0),)
+
+    def value(self, part, sum_exp, target):
+        return (part[0] == target).to(sum_exp.dtype)
+
+    def reference(self, logits, shifted, row):
+        return (logits.argmax(-1) == row.target).to(logits.dtype)
+
+
+STATISTICS: dict[str, Statistic] = {
+    statistic.name: statistic for statistic in (Maximum(), LogSum(), Target(), Weighted(), Mean(), Correct())
+}
+_ALWAYS = ("maximum", "log_sum", "target")
+
+
+def names_of(asked: Iterable[str]) -> tuple[str, ...]:
+    """The statistics that every loss needs and those in ``asked``, in the order of `STATISTICS`."""
+    asked = set(asked)
+    return tuple([name for name in STATISTICS if name in _ALWAYS or name in asked])
+
+
+@functools.cache
+def columns_of(names: tuple[str, ...]) -> dict[str, slice]:
+    """The columns of a part that belong to each statistic."""
+    columns, start = {}, 0
+    for name in names:
+        columns[name] = slice(start, start + len(STATISTICS[name].empty))
+        start = columns[name].stop
+    return columns
+
+
+@functools.cache
+def num_columns(names: tuple[str, ...]) -> int:
+    """How many numbers a shard sends for a row."""
+    return sum(len(STATISTICS[name].empty) for name in names)
+
+
+def empty_part(num_rows: int, names: tuple[str, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The part (n, columns) of a shard without columns."""
+    values = [value for name in names for value in STATISTICS[name].empty]
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True).repeat(num_rows, 1)
+
+
+def merge_shards(parts: Tensor, names: tuple[str, ...]) -> Tensor:
+    """The part (n, columns) of R shards taken together, from their parts (R, n, columns)."""
+    columns = parts.unbind(-1)  # (R, n) each
+    places = columns_of(names)
+    maxima = columns[0]
+    # Clamped so that a shard without columns contributes 0, not NaN, also where no shard has a finite logit yet.
+    lowest = torch.finfo(parts.dtype).min
+    maximum = maxima.amax(0)
+    shift = (maxima - maximum.clamp(min=lowest)).clamp(min=lowest)
+    shards = Shards(shift, shift.exp(), maxima == maximum, columns[places["log_sum"].start])
+    merged = [column for name in names for column in STATISTICS[name].merge(columns[places[name]], shards)]
+    return torch.stack(merged, -1)
+
+
+def statistics_of(
+    part: Tensor,  # (n, columns) of the whole vocabulary
+    target: Tensor,  # (n,)
+    names: tuple[str, ...],
+) -> RowStatistics:
+    """The statistics of rows from their part; NaN where every vocabulary entry of a row is masked."""
+    columns = part.unbind(-1)
+    places = columns_of(names)
+    sum_exp = columns[places["log_sum"].start]
+    sum_exp = sum_exp.where(columns[0] != -torch.inf, torch.nan)
+    return RowStatistics(**{name: STATISTICS[name].value(columns[at], sum_exp, target) for name, at in places.items()})
+
+
+def row_statistics(
+    logits: Tensor,  # (n, V), fp32 or fp64, scaled and capped
+    target: Tensor,  # (n,) in [0, V)
+    class_weight: Tensor | None,  # (V,)
+    names: tuple[str, ...],
+) -> RowStatistics:
+    """The statistics of each row in plain differentiable torch: the reference of every kernel."""
+    shifted = logits - logits.detach().amax(-1, keepdim=True)
+    row = Row(target, class_weight, weight_sum(class_weight, logits.shape[-1]))
+    return RowStatistics(**{name: STATISTICS[name].reference(logits, shifted, row) for name in names})
+
+
+def weight_sum(class_weight: Tensor | None, vocab_size: int) -> Tensor | float:
+    """The sum of the class weights (V,), which are all 1 if None."""
+    return float(vocab_size) if class_weight is None else class_weight.sum()
+
+
+def work_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of softmax, loss and statistics for products in ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def zero_statistics(num_rows: int, names: tuple[str, ...], dtype: torch.dtype, device: torch.device) -> RowStatistics:
+    """Zeros (n,), as ignored tokens have them, for each statistic in ``names``, for products in ``dtype``."""
+    return RowStatistics(**{name: torch.zeros(num_rows, dtype=work_dtype(dtype), device=device) for name in names})

@@ -1,0 +1,203 @@
+"""The row kernels of `chunked_ce.rows.torch_rows` in Triton, for every statistic that these kernels compute.
+
+Statistics read each logit once; gradients read and write it once, column sums of the gradient filter included.
+
+`chunked_ce.rows.backend` says where they can run; `chunked_ce.rows.torch_rows` is their twin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+import triton
+from torch import Tensor
+
+from chunked_ce.rows import triton_kernels as kernels
+from chunked_ce.rows.columns import ColumnSums
+from chunked_ce.rows.statistics import (
+    STATISTICS,
+    Logits,
+    RowStatistics,
+    columns_of,
+    empty_part,
+    num_columns,
+    statistics_of,
+)
+
+__all__ = [
+    "logit_gradients",
+    "rows_in_flight",
+    "scale_into",
+    "shard_statistics",
+    "statistics",
+    "statistics_and_gradients_",
+]
+
+_BLOCK = 4096  # logits of a row that a program holds at a time: 16 in each of 256 threads
+_ROWS, _COLUMNS = 32, 128  # the tile of a block of columns that a program holds
+
+
+def rows_in_flight(vocab_size: int, device_type: str) -> int:
+    """As many rows as a launch takes: the kernels keep nothing of a row in memory."""
+    return 2**31 // max(1, triton.cdiv(vocab_size, _BLOCK)) - 1
+
+
+def statistics(
+    products: Tensor,  # (n, V)
+    target: Tensor,  # (n,)
+    class_weight: Tensor | None,  # (V,)
+    logits: Logits,
+    names: tuple[str, ...],
+    *,
+    overwrite: bool,
+) -> RowStatistics:
+    """The statistics of each row; the products are kept, even with ``overwrite``."""
+    return statistics_of(_part(products, target, class_weight, logits, names, 0, whole=True), target, names)
+
+
+def shard_statistics(
+    products: Tensor,  # (n, V_r)
+    target: Tensor,  # (n,) column of the target, -1 where it is in another shard
+    class_weight: Tensor | None,  # (V_r,)
+    logits: Logits,
+    names: tuple[str, ...],
+    start: int,  # index of the first column in the whole vocabulary
+    *,
+    overwrite: bool = False,
+) -> Tensor:
+    """This shard's part of the statistics of each row, (n, columns): see `chunked_ce.rows.statistics`.
+
+    The products are kept, even with ``overwrite``.
+    """
+    if products.shape[1] == 0:
+        return empty_part(len(products), names, torch.float32, products.device)
+    return _part(products, target, class_weight, logits, names, start, whole=False)
+
+
+def statistics_and_gradients_(
+    products: Tensor,  # (n, V): the gradients when it returns
+    target: Tensor,  # (n,)
+    class_weight: Tensor | None,  # (V,)
+    logits: Logits,
+    names: tuple[str, ...],
+    slopes_of: Callable[[RowStatistics, slice], RowStatistics],
+    slope_names: Iterable[str] = (),
+    columns: ColumnSums | None = None,
+) -> RowStatistics:
+    """The statistics of each row; the gradients, with slopes from ``slopes_of``, overwrite the products."""
+    rows = statistics(products, target, class_weight, logits, names, overwrite=False)
+    slopes = slopes_of(rows, slice(None))
+    logit_gradients(products, target, class_weight, logits, slopes, rows, out=products, columns=columns)
+    return rows
+
+
+def logit_gradients(
+    products: Tensor,  # (n, V), or (n, B) for a block of the vocabulary
+    target: Tensor,  # (n,) column of the target, -1 where it is in no column
+    class_weight: Tensor | None,  # (V,) or (B,)
+    logits: Logits,
+    slopes: RowStatistics,
+    known: RowStatistics,  # over the whole vocabulary
+    out: Tensor,  # as products; may be products itself
+    columns: ColumnSums | None = None,
+) -> None:
+    """Write the gradients of the products to ``out``, from known statistics; 0 in rows whose slopes are all 0."""
+    n, vocab_size = products.shape
+    if products.numel() == 0:
+        return
+    if columns is not None:  # the filter adds the term of label smoothing itself
+        slopes = slopes._replace(weighted=None)
+    tensors = (
+        products,
+        *products.stride(),
+        out,
+        *out.stride(),
+        target.contiguous(),
+        _contiguous(class_weight),
+        known.maximum.contiguous(),
+        known.log_sum.contiguous(),
+        known.target.contiguous(),
+        _contiguous(known.mean if slopes.mean is not None else None),
+        *map(_contiguous, (slopes.log_sum, slopes.target, slopes.weighted, slopes.mean)),
+    )
+    with torch.cuda.device_of(products):
+        if columns is None:
+            block, warps = _block_of(vocab_size)
+            blocks = triton.cdiv(vocab_size, block)
+            kernels.gradients_kernel[(n * blocks,)](*tensors, vocab_size, blocks, *logits, BLOCK=block, num_warps=warps)
+        else:
+            kernels.gradients_and_columns_kernel[(triton.cdiv(vocab_size, _COLUMNS),)](
+                *tensors,
+                columns.largest,
+                columns.total,
+                n,
+                vocab_size,
+                *logits,
+                ROWS=_ROWS,
+                BLOCK=_COLUMNS,
+                num_warps=4,
+            )
+
+
+def scale_into(
+    source: Tensor,  # contiguous
+    factor: Tensor,  # () on the device
+    out: Tensor,  # as source, contiguous; may be source itself
+) -> Tensor:
+    """Write ``factor * source`` to ``out``; in place, a factor of 1 costs nothing."""
+    if source.numel() > 0:
+        with torch.cuda.device_of(source):
+            kernels.scale_kernel[(triton.cdiv(source.numel(), _BLOCK),)](
+                source, factor, out, source.numel(), IN_PLACE=out is source, BLOCK=_BLOCK, num_warps=8
+            )
+    return out
+
+
+def _part(
+    products: Tensor,  # (n, V_r)
+    target: Tensor,  # (n,)
+    class_weight: Tensor | None,  # (V_r,)
+    logits: Logits,
+    names: tuple[str, ...],
+    start: int,
+    *,
+    whole: bool,
+) -> Tensor:
+    n, vocab_size = products.shape
+    part = torch.empty(n, num_columns(names), dtype=torch.float32, device=products.device)
+    if n == 0:
+        return part
+    block, warps = _block_of(vocab_size)
+    places = columns_of(names)
+    at = {
+        name.upper(): places[name].start if name in places else -1 for name in STATISTICS if STATISTICS[name].in_triton
+    }
+    del at["MAXIMUM"]  # always the first
+    with torch.cuda.device_of(products):
+        kernels.statistics_kernel[(n,)](
+            products,
+            *products.stride(),
+            target.contiguous(),
+            _contiguous(class_weight),
+            part,
+            *part.stride(),
+            vocab_size,
+            *logits,
+            start,
+            WHOLE=whole,
+            **at,
+            BLOCK=block,
+            num_warps=warps,
+        )
+    return part
+
+
+def _block_of(vocab_size: int) -> tuple[int, int]:
+    """The number of logits that a program holds at a time, and its number of warps."""
+    block = min(_BLOCK, max(128, triton.next_power_of_2(vocab_size)))
+    return block, max(1, block // 512)
+
+
+def _contiguous(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.contiguous()

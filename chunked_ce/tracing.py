@@ -1,0 +1,69 @@
+"""Marks for the compiler, and whether values may be read: not while operations are recorded to run later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["assume_constant", "check_values", "has_values", "is_recorded", "not_compiled", "runs_at_once"]
+
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
+
+
+def not_compiled(function: Callable) -> Callable:
+    """`torch.compiler.disable` that does not import the compiler, which takes seconds, before the first call."""
+    wrapper = torch._disable_dynamo(function)
+    wrapper._torchdynamo_disable = wrapper._torchdynamo_disable_recursive = True
+    wrapper._torchdynamo_orig_callable, wrapper._torchdynamo_wrapper_id = function, id(wrapper)
+    return wrapper
+
+
+def assume_constant(function: Callable) -> Callable:
+    """`torch.compiler.assume_constant_result` that does not import the compiler."""
+    function._dynamo_marked_constant = True
+    return function
+
+
+def is_recorded() -> bool:
+    """Whether a compiler or ``make_fx`` records what runs now."""
+    return torch.compiler.is_compiling() or torch._C._get_dispatch_mode(_PROXY) is not None
+
+
+def runs_at_once(*tensors: Tensor) -> bool:
+    """Whether operations on ``tensors``, which have values, run when called: nothing records or replaces them."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    return all(type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta for tensor in tensors)
+
+
+def has_values(*sizes: int) -> bool:
+    """Whether all ``sizes`` are numbers: in a graph with dynamic sizes they are symbols."""
+    if not torch.compiler.is_compiling():
+        return not any(isinstance(size, torch.SymInt) for size in sizes)
+    from torch.fx.experimental.symbolic_shapes import has_static_value
+
+    return all(has_static_value(size) for size in sizes)
+
+
+def check_values(tensor: Tensor, fits: Callable[[Tensor], Tensor], message: str) -> None:
+    """``ValueError`` if values of ``tensor`` do not fit; a device-side assertion where the host must not read them."""
+    if not torch.compiler.is_compiling():
+        tensor = _below_transforms(tensor)
+    if not _is_readable(tensor):
+        torch._assert_async(fits(tensor).all(), message)
+    elif not fits(tensor).all():
+        raise ValueError(f"{message}, was a tensor of {tensor.tolist()}")
+
+
+def _below_transforms(tensor: Tensor) -> Tensor:
+    """The tensor that ``torch.func`` transforms have wrapped."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    """Whether the host may branch on values of ``tensor``: they are in its own memory, and ``tensor`` is no tracer."""
+    return tensor.device.type == "cpu" and not is_recorded() and type(tensor) in (Tensor, nn.Parameter)
