@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import pkgutil
 import re
 import shlex
 from pathlib import Path
@@ -13,6 +14,7 @@ from chunked_ce.cli.arguments import parser
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+FOLDERS = ("chunked_ce", "tests", "benchmarks", "examples")
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -82,6 +84,19 @@ def test_links_and_pictures_exist():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_and_names_exist(page):
+    """Python files, by their path or by its end, folders, and dotted names within the package."""
+    text = page.read_text(encoding="utf-8")
+    files = [path.as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
+    for name in re.findall(r"[\w/]+\.py\b", text):
+        assert any(file.endswith(f"/{name}") for file in files), name
+    for name in re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w/]*)`", text):
+        assert (ROOT / name).is_dir(), name
+    for name in re.findall(r"\bchunked_ce(?:\.\w+)+", text):
+        assert pkgutil.resolve_name(name) is not None
 
 
 def test_the_table_is_that_of_the_results():
