@@ -47,9 +47,11 @@ __all__ = [
     "check_options",
     "check_vocab",
     "compute_dtype_of",
+    "described_objective",
 ]
 
 _ARGUMENTS = {"input", "logits", "linear_weight", "linear_bias", "target", "weight", "token_weight"}
+_ARGUMENTS |= {"at", "target_weight", "vocab_size", "weight_sum", "_coefficient"}  # and what `Tokens` has itself
 
 
 def check_call(
@@ -190,8 +192,13 @@ def check_objective(objective: Objective) -> Objective:
     """Check that an objective can be passed to an operator."""
     if not isinstance(objective, Objective):
         raise TypeError(f"objective must be a chunked_ce.objectives.Objective, was {described(objective)}")
-    for name in [field.name for field in dataclasses.fields(objective) if field.compare]:
-        value = getattr(objective, name)
+    for field in dataclasses.fields(objective):
+        name, value = field.name, getattr(objective, field.name)
+        if name == "class_weight":
+            continue
+        if not (field.compare and field.init):
+            kinds = "a field that is compared and that __init__ takes"
+            raise TypeError(f"{name} of {type(objective).__name__} must be {kinds}")
         is_plain = value is None or isinstance(value, bool | str) or (is_number(value) and value == value)
         if not is_plain:
             kinds = "a number, a string, a bool or None"
@@ -203,6 +210,13 @@ def check_objective(objective: Objective) -> Objective:
     if unknown:
         raise ValueError(f"objective.statistics must be names among {tuple(STATISTICS)}, had {unknown[0]!r}")
     return objective
+
+
+def described_objective(objective: Objective) -> str:
+    """An objective with all its fields but class weights, which ranks compare."""
+    names = [field.name for field in dataclasses.fields(objective) if field.name != "class_weight"]
+    fields = ", ".join(f"{name}={getattr(objective, name)!r}" for name in names)
+    return f"{type(objective).__module__}.{type(objective).__qualname__}({fields})"
 
 
 def check_per_token(objective: Objective | None, per_token: dict[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from chunked_ce.arguments import plain_integer
-from chunked_ce.checks import check_call, check_objective, compute_dtype_of
+from chunked_ce.checks import check_call, check_objective, compute_dtype_of, described_objective
 from chunked_ce.engine import dispatch
 from chunked_ce.engine.call import Call
 from chunked_ce.engine.specification import Specification
@@ -372,7 +372,7 @@ def _agreed(
         facts = {"function": arguments.function, "options": options}
         facts |= facts_of_call(tensors, keywords, compute_dtype_of(arguments.input), vocab) | arguments.flags
         objective = result[1]
-        return facts if objective is None else facts | {"objective": repr(objective.without_tensors())}
+        return facts if objective is None else facts | {"objective": described_objective(objective)}
 
     return agreed(check, facts, vocab, getattr(arguments.input, "device", None))
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-__all__ = ["assume_constant", "check_values", "has_values", "is_recorded", "not_compiled", "runs_at_once"]
+__all__ = ["assume_constant", "check_values", "has_values", "is_batched", "is_recorded", "not_compiled", "runs_at_once"]
 
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
 
@@ -36,6 +36,13 @@ def runs_at_once(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False
     return all(type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta for tensor in tensors)
+
+
+def is_batched(*tensors: Tensor) -> bool:
+    """Whether a transform of ``torch.func``, or ``torch.autograd.grad`` with ``is_grads_batched``, wraps a tensor."""
+    functorch = torch._C._functorch
+    wraps = functorch.is_functorch_wrapped_tensor, functorch.is_legacy_batchedtensor
+    return any(wrapped(tensor) for tensor in tensors for wrapped in wraps)
 
 
 def has_values(*sizes: int) -> bool:

@@ -375,3 +375,16 @@ def test_input_changed_before_the_backward(way):
         assert "modified by an inplace operation" in str(error)
     else:
         assert_equal(got, expected)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_batched_backwards(reduction):
+    """The backward runs once, on a batch of upstream gradients: as in `torch.autograd.functional.jacobian`."""
+    case = problem(5, 4, 7)
+    value = case.loss(reduction=reduction)
+    upstream = torch.eye(5) if reduction == "none" else torch.arange(3.0)
+    batched = torch.autograd.grad(value, case.leaves(), upstream, is_grads_batched=True, retain_graph=True)
+    single = [torch.autograd.grad(value, case.leaves(), row, retain_graph=True) for row in upstream]
+    for found, expected in zip(batched, zip(*single, strict=True), strict=True):
+        torch.testing.assert_close(found, torch.stack(expected))
+        assert not found.requires_grad

@@ -17,7 +17,7 @@ from chunked_ce.options import ChunkOptions
 from chunked_ce.parallel.vocab import VocabShard
 from chunked_ce.plan import Settings, budget_within
 from chunked_ce.rows.statistics import RowStatistics, work_dtype
-from chunked_ce.tracing import has_values, is_recorded
+from chunked_ce.tracing import has_values, is_recorded, runs_at_once
 
 __all__ = ["TokenWeights", "is_transformed", "loss", "settings_of", "statistics", "stats"]
 
@@ -91,7 +91,8 @@ def stats(call: Call, weights: TokenWeights, per_token: dict[str, Tensor], rows:
     """The sums of a `chunked_ce.LossStats`."""
     rows = rows.map(Tensor.detach)
     loss_sum = _losses(call, call.specification.objective, rows, weights.shares(), per_token).sum()
-    stats_of = plain_loss_stats if is_transformed(call.specification.shard) else loss_stats
+    plainly = runs_at_once(loss_sum) or is_transformed(call.specification.shard)
+    stats_of = plain_loss_stats if plainly else loss_stats
     return stats_of(loss_sum, weights.count(), rows.lse, rows.correct, rows.entropy, weights.counted)
 
 

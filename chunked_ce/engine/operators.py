@@ -24,7 +24,7 @@ from chunked_ce.engine.specification import Specification, decoded, encoded
 from chunked_ce.engine.totals import keeps_targets
 from chunked_ce.rows.backend import row_kernels
 from chunked_ce.rows.statistics import STATISTICS, RowStatistics, work_dtype
-from chunked_ce.tracing import is_recorded, runs_at_once
+from chunked_ce.tracing import is_batched, is_recorded, runs_at_once
 
 __all__ = ["loss", "statistics"]
 
@@ -149,14 +149,16 @@ def _backward_of_statistics(ctx, upstream):
     names = tuple(name for name in names if STATISTICS[name].differentiable)
     specification = specification._replace(needed=tuple(needed), slopes=names)
     call = Call(source, class_weight, target, ctx.ignore_index, specification)
-    if torch.is_grad_enabled():
+    zeros = torch.zeros_like(known[0])
+    slopes = [zeros if upstream[name] is None else upstream[name] for name in names]
+    if torch.is_grad_enabled() or is_batched(*slopes):
         _refuse_shard(specification)
-        rows = plain.statistics(call).named()
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            rows = plain.statistics(call).named()
         pairs = [(rows[name], upstream[name]) for name in names if upstream[name] is not None]
-        grads = _plain_gradients(pairs, source, needed)
+        grads = _plain_gradients(pairs, source, needed, create_graph=create_graph)
     else:
-        zeros = torch.zeros_like(known[0])
-        slopes = [zeros if upstream[name] is None else upstream[name] for name in names]
         if weight_sum is not None or runs_at_once(*source):
             # With a sum, called directly: it mutates the weight's gradient, which is not an operator argument.
             grads = _recomputed(call, known, slopes, weight_sum)
@@ -258,9 +260,12 @@ def _backward_of_loss(ctx, upstream):
     _check_head(read[1:], ctx.head_shapes, is_read=False)
     call = Call(source, class_weight, target, ctx.ignore_index, specification)
     per_token = dict(zip(specification.per_token, per_token, strict=True))
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or is_batched(grad):
         _refuse_shard(specification)
-        return _plain_gradients([(plain.loss(call, per_token), grad)], source, needed), *none
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            loss = plain.loss(call, per_token)
+        return _plain_gradients([(loss, grad)], source, needed, create_graph=create_graph), *none
     if any(need and not had for need, had in zip(needed, specification.needed, strict=True)):
         return _unprepared_gradients(call, per_token, grad, needed), *none
     rows = None
@@ -365,10 +370,14 @@ def _refuse_shard(specification: Specification) -> None:
 
 
 def _plain_gradients(
-    pairs: Sequence[tuple[Tensor, Tensor]], source: Sequence[Tensor], needed: Sequence[bool]
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    source: Sequence[Tensor],
+    needed: Sequence[bool],
+    *,
+    create_graph: bool,
 ) -> list[Tensor | None]:
-    """Differentiable gradients of a plain graph, from pairs of an output and its upstream gradient."""
-    return _gradients_of(pairs, source, needed, create_graph=True, materialize_grads=True)
+    """Gradients of a plain graph, from pairs of an output and its upstream gradient."""
+    return _gradients_of(pairs, source, needed, create_graph=create_graph, materialize_grads=True)
 
 
 def _gradients_of(

@@ -47,7 +47,10 @@ class Specification(NamedTuple):
 
 def encoded(specification: Specification) -> str:
     """The specification as a string; while a compiler records, each number in it is a constant."""
-    return _text(specification) if torch.compiler.is_compiling() else _encoded(specification)
+    rest = specification._replace(objective=None)
+    text = _text(rest) if torch.compiler.is_compiling() else _encoded(rest)
+    # Not from the cache: objectives that are equal, with 1 and with True, may differ in their loss.
+    return f"[{text}, {_text(specification.objective)}]"
 
 
 @functools.lru_cache(maxsize=1024)
@@ -58,7 +61,8 @@ def _encoded(specification: Specification) -> str:
 @functools.lru_cache(maxsize=1024)
 def decoded(text: str) -> Specification:
     """The specification that `encoded` turned into ``text``, in this process or another."""
-    specification = Specification(*_value(json.loads(text, strict=False)))
+    values, objective = _value(json.loads(text, strict=False))
+    specification = Specification(*values)._replace(objective=objective)
     shard = None if specification.shard is None else Shard(*specification.shard)
     logits, settings = Logits(*specification.logits), Settings(*specification.settings)
     return specification._replace(logits=logits, settings=settings, shard=shard)
@@ -73,7 +77,7 @@ def _text(value: Any) -> str:
     if isinstance(value, torch.dtype):
         return f'{{"dtype": "{value}"}}'
     if isinstance(value, Objective):
-        fields = [field.name for field in dataclasses.fields(value) if field.compare]
+        fields = [field.name for field in dataclasses.fields(value)]
         values = ", ".join([f'"{name}": {_text(getattr(value, name))}' for name in fields])
         return f'{{"objective": "{value.key}", "fields": {{{values}}}}}'
     if isinstance(value, tuple):

@@ -72,7 +72,8 @@ class ForwardTotals:
 
     def add(self, rows: slice, block: RowStatistics) -> None:
         """Store the losses and the statistics of the tokens ``rows``."""
-        self._losses[rows] = self._objective.loss(block, self._known.at(rows)) * self._coefficient[rows]
+        losses = self._objective.token_loss(block, self._known.at(rows)) * self._coefficient[rows]
+        self._losses[rows] = self._tokens.mask(losses, rows)
         self._tokens.put_statistics(self.statistics, rows, block)
 
     def keep_targets(self, rows: slice, targets: TargetGradients | None) -> bool:
@@ -88,7 +89,7 @@ class ForwardTotals:
             rows = slice(rows.start + part.start, rows.start + part.stop)
         slopes = self._objective.slopes(block, self._known.at(rows))
         factor = self._coefficient[rows] * self._scale
-        return slopes.map(lambda slope: slope * factor)
+        return slopes.map(lambda slope: self._tokens.mask(slope * factor, rows))
 
     def _bound(self, slopes: RowStatistics, block: RowStatistics) -> Tensor:
         """A bound (n,) on the gradients of a row's logits: those besides the target's share 1 - p of the slope."""

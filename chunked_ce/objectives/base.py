@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
 
 import torch
@@ -14,9 +15,14 @@ __all__ = ["OBJECTIVES", "Objective", "Tokens"]
 
 OBJECTIVES: dict[str, type[Objective]] = {}  # every class there is, by its key: module and name
 
-with torch.inference_mode(False):
-    # The dispatch keys outside of any operator: within one, autograd is left out.
-    _OUTSIDE = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+
+def _dispatch_keys() -> tuple[torch._C.DispatchKeySet, torch._C.DispatchKeySet]:
+    return torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+
+
+# The keys of a thread that is in no operator and no mode, whatever this one is in: within an operator, autograd is off.
+with ThreadPoolExecutor(1) as _thread:
+    _OUTSIDE = _thread.submit(_dispatch_keys).result()
 
 
 class Tokens:
@@ -73,6 +79,8 @@ class Objective:
 
     def __init_subclass__(cls, **keywords) -> None:
         super().__init_subclass__(**keywords)
+        if "loss" in vars(cls) and "slopes" not in vars(cls):
+            cls.slopes = Objective.slopes  # those that a parent wrote out are of its own loss
         name = f"{cls.__module__}:{cls.__qualname__}"
         cls.key = name if name not in OBJECTIVES else f"{name}#{len(OBJECTIVES)}"  # of a class that is defined again
         OBJECTIVES[cls.key] = cls
@@ -97,13 +105,19 @@ class Objective:
             leaves = {
                 name: part.detach().requires_grad_() for name, part in named.items() if STATISTICS[name].differentiable
             }
-            loss = self.loss(RowStatistics(**(named | leaves)), tokens)
-            if not loss.requires_grad:
-                loss = loss + 0 * leaves["log_sum"]
+            loss = self.token_loss(RowStatistics(**(named | leaves)), tokens)
             found = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True)
         slopes = dict.fromkeys(("maximum",)) | dict(zip(leaves, found, strict=True))
         unused = {name: torch.zeros_like(rows.log_sum) for name in ("log_sum", "target") if slopes[name] is None}
         return RowStatistics(**(slopes | unused))
+
+    def token_loss(self, rows: RowStatistics, tokens: Tokens) -> Tensor:
+        """`loss`, attached to the graph of the rows; ``ValueError`` unless it has one number for each row."""
+        loss = self.loss(rows, tokens)
+        if loss.shape != rows.log_sum.shape:
+            shapes = f"{tuple(rows.log_sum.shape)}, one loss for each token, had {tuple(loss.shape)}"
+            raise ValueError(f"the loss of {type(self).__name__} must have shape {shapes}")
+        return loss if loss.requires_grad or not rows.log_sum.requires_grad else loss + 0 * rows.log_sum
 
     def without_tensors(self) -> Objective:
         """The same objective without class weights, which travel as a tensor of the call."""
@@ -122,4 +136,4 @@ class Objective:
         counted = target != ignore_index
         target_weight = None if class_weight is None else class_weight[target.where(counted, 0)]
         tokens = Tokens(vocab_size, weight_sum(class_weight, vocab_size), target_weight, per_token)
-        return (self.loss(rows, tokens) * per_token["_coefficient"]).where(counted, 0)
+        return (self.token_loss(rows, tokens) * per_token["_coefficient"]).where(counted, 0)

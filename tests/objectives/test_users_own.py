@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from chunked_ce import ChunkOptions, VocabShard, linear_cross_entropy, linear_loss, logits_loss
+from chunked_ce import ChunkOptions, VocabShard, devices, linear_cross_entropy, linear_loss, logits_loss
 from chunked_ce.objectives import CrossEntropy, Objective
 from tests.cases import REDUCTIONS_AND_WAYS, WAYS, chunks, problem
 from tests.distributed.threads import run_threads
@@ -281,6 +281,57 @@ def test_objectives_pickle():
     assert pickle.loads(pickle.dumps(Focal(3.0))) == Focal(3.0)
 
 
+def test_a_loss_that_a_subclass_changes():
+    """The slopes that its parent wrote out are of another loss."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Squared(CrossEntropy):
+        def loss(self, rows, tokens):
+            return super().loss(rows, tokens) ** 2
+
+    case = problem(9, 4, 7)
+    found = []
+    for way in WAYS:
+        value = linear_loss(Squared(0.1), case.hidden, case.head, case.target, options=chunks(4, way))
+        found.append([value, *torch.autograd.grad(value, case.leaves())])
+    torch.testing.assert_close(*found)
+
+
+def test_fields_that_are_equal_but_not_the_same():
+    @dataclasses.dataclass(frozen=True)
+    class Flagged(Objective):
+        flag: object = 1
+
+        def loss(self, rows, tokens):
+            return rows.nll * (2.0 if self.flag is True else 1.0)
+
+    case = problem(9, 4, 7)
+    values = [linear_loss(Flagged(flag), case.hidden, case.head, case.target) for flag in (1, True)]
+    assert values[1] == 2 * values[0]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_nothing_of_a_masked_token_counts(way, monkeypatch):
+    """On an accelerator ignored tokens stay: what a loss makes of their rows and tensors may be infinite."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Shared(Objective):
+        per_token = ("length",)
+
+        def loss(self, rows, tokens):
+            return rows.nll / tokens.length
+
+    monkeypatch.setattr(devices, "drops_ignored", lambda device: False)
+    case, length = problem(9, 4, 7), torch.full((9,), 2.0)
+    ignored = case.target == -100
+    assert ignored.any()
+    arguments = case.hidden, case.head, case.target
+    value = linear_loss(Shared(), *arguments, length=length.masked_fill(ignored, 0), options=chunks(4, way))
+    expected = case.loss() / 2
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(x, case.leaves()) for x in (value, expected)))
+
+
 # ---- wrong arguments ----
 
 
@@ -320,6 +371,47 @@ def test_fields_that_are_no_plain_values():
         call(Tensors(torch.ones(3)))
     with pytest.raises(TypeError, match="values of Tensors must be"):
         call(Tensors(float("nan")))
+
+
+def test_fields_that_travel_nowhere():
+    @dataclasses.dataclass(frozen=True)
+    class Hidden(Objective):
+        scale: float = dataclasses.field(default=1.0, compare=False)
+
+        def loss(self, rows, tokens):
+            return self.scale * rows.nll
+
+    with pytest.raises(TypeError, match="scale of Hidden must be a field that is compared"):
+        call(Hidden(3.0))
+
+
+def test_losses_of_another_shape():
+    for wrong in (lambda nll: nll.mean(), lambda nll: nll.unsqueeze(1)):
+
+        @dataclasses.dataclass(frozen=True)
+        class Wrong(Objective):
+            def loss(self, rows, tokens, wrong=wrong):
+                return wrong(rows.nll)
+
+        for way in WAYS:
+            with pytest.raises(ValueError, match=r"the loss of Wrong must have shape \(\d,\), one loss for each token"):
+                call(Wrong(), options=chunks(5, way))
+
+
+def test_names_that_tokens_have():
+    for name in ("vocab_size", "target_weight", "weight"):
+
+        @dataclasses.dataclass(frozen=True)
+        class Named(Objective):
+            per_token = (name,)
+
+            def loss(self, rows, tokens):
+                return rows.nll
+
+        with pytest.raises(
+            ValueError, match=f"objective.per_token must not name an argument of the loss, had '{name}'"
+        ):
+            call(Named(), **{name: torch.ones(5)})
 
 
 def test_statistics_that_do_not_exist():
