@@ -40,6 +40,8 @@ def runs_at_once(*tensors: Tensor) -> bool:
 
 def is_batched(*tensors: Tensor) -> bool:
     """Whether a transform of ``torch.func``, or ``torch.autograd.grad`` with ``is_grads_batched``, wraps a tensor."""
+    if torch.compiler.is_compiling():
+        return False
     functorch = torch._C._functorch
     wraps = functorch.is_functorch_wrapped_tensor, functorch.is_legacy_batchedtensor
     return any(wrapped(tensor) for tensor in tensors for wrapped in wraps)

@@ -178,7 +178,7 @@ def _destination(
 def _part(source: Source, chunk: Chunk, row_kernels: ModuleType, *, overwrite: bool = True) -> Tensor:
     """This rank's part (C, columns) of a chunk's statistics, merged over its blocks in float64."""
     specification = source.call.specification
-    parts: dict[slice, Tensor] = {}
+    parts: dict[int, Tensor] = {}  # by their first row
     for block in chunk.blocks:
         part = row_kernels.shard_statistics(
             block.products,
@@ -189,10 +189,10 @@ def _part(source: Source, chunk: Chunk, row_kernels: ModuleType, *, overwrite: b
             block.start,
             overwrite=overwrite and source.owns_products,
         )
-        at = block.rows.start
-        parts[at] = (
-            part if at not in parts else merge_shards(torch.stack([parts[at], part]).double(), specification.names)
-        )
+        before = parts.get(block.rows.start)
+        if before is not None:
+            part = merge_shards(torch.stack([before, part]).double(), specification.names)
+        parts[block.rows.start] = part
     whole = torch.cat(list(parts.values())) if len(parts) > 1 else next(iter(parts.values()))
     return whole.to(work_dtype(specification.settings.compute_dtype))
 
