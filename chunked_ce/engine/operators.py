@@ -6,7 +6,7 @@ derivatives go through `chunked_ce.engine.plain`.
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -149,16 +149,16 @@ def _backward_of_statistics(ctx, upstream):
     names = tuple(name for name in names if STATISTICS[name].differentiable)
     specification = specification._replace(needed=tuple(needed), slopes=names)
     call = Call(source, class_weight, target, ctx.ignore_index, specification)
-    zeros = torch.zeros_like(known[0])
-    slopes = [zeros if upstream[name] is None else upstream[name] for name in names]
-    if torch.is_grad_enabled() or is_batched(*slopes):
-        _refuse_shard(specification)
-        create_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
+    given = {name: upstream[name] for name in names if upstream[name] is not None}
+    if torch.is_grad_enabled() or is_batched(*given.values()):
+
+        def outputs() -> list[Tensor]:
             rows = plain.statistics(call).named()
-        pairs = [(rows[name], upstream[name]) for name in names if upstream[name] is not None]
-        grads = _plain_gradients(pairs, source, needed, create_graph=create_graph)
+            return [rows[name] for name in given]
+
+        grads = _plain_gradients(outputs, list(given.values()), call, needed)
     else:
+        slopes = [given[name] if name in given else torch.zeros_like(known[0]) for name in names]
         if weight_sum is not None or runs_at_once(*source):
             # With a sum, called directly: it mutates the weight's gradient, which is not an operator argument.
             grads = _recomputed(call, known, slopes, weight_sum)
@@ -261,11 +261,7 @@ def _backward_of_loss(ctx, upstream):
     call = Call(source, class_weight, target, ctx.ignore_index, specification)
     per_token = dict(zip(specification.per_token, per_token, strict=True))
     if torch.is_grad_enabled() or is_batched(grad):
-        _refuse_shard(specification)
-        create_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
-            loss = plain.loss(call, per_token)
-        return _plain_gradients([(loss, grad)], source, needed, create_graph=create_graph), *none
+        return _plain_gradients(lambda: [plain.loss(call, per_token)], [grad], call, needed), *none
     if any(need and not had for need, had in zip(needed, specification.needed, strict=True)):
         return _unprepared_gradients(call, per_token, grad, needed), *none
     rows = None
@@ -364,20 +360,16 @@ def _check_head(tensors: Sequence[Tensor | None], shapes: Sequence[torch.Size], 
         check_still_there(name, tensor, shape, is_read=is_read)
 
 
-def _refuse_shard(specification: Specification) -> None:
-    if specification.shard is not None:
-        raise NotImplementedError("vocab: no derivatives of derivatives (create_graph=True) with a sharded vocabulary")
-
-
 def _plain_gradients(
-    pairs: Sequence[tuple[Tensor, Tensor]],
-    source: Sequence[Tensor],
-    needed: Sequence[bool],
-    *,
-    create_graph: bool,
+    outputs: Callable[[], list[Tensor]], upstream: Sequence[Tensor], call: Call, needed: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Gradients of a plain graph, from pairs of an output and its upstream gradient."""
-    return _gradients_of(pairs, source, needed, create_graph=create_graph, materialize_grads=True)
+    """Gradients through the plain graph of ``outputs``, differentiable if a graph of the backward is wanted."""
+    if call.specification.shard is not None:
+        raise NotImplementedError("vocab: no derivatives of derivatives (create_graph=True) with a sharded vocabulary")
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        pairs = list(zip(outputs(), upstream, strict=True))
+    return _gradients_of(pairs, call.tensors, needed, create_graph=create_graph, materialize_grads=True)
 
 
 def _gradients_of(
