@@ -45,12 +45,13 @@ __all__ = [
     "check_num_tokens",
     "check_objective",
     "check_options",
+    "check_temperatures",
     "check_vocab",
     "compute_dtype_of",
     "described_objective",
 ]
 
-_ARGUMENTS = {"input", "logits", "linear_weight", "linear_bias", "target", "weight", "token_weight"}
+_ARGUMENTS = {"input", "logits", "linear_weight", "linear_bias", "target", "weight", "token_weight", "temperature"}
 _ARGUMENTS |= {"at", "target_weight", "vocab_size", "weight_sum", "_coefficient"}  # and what `Tokens` has itself
 
 
@@ -69,6 +70,7 @@ def check_call(
     check_per_token(objective, per_token)
     check_tensors(tensors, vocab, name, per_token)
     check_keywords(**{key: value for key, value in keywords.items() if key != "num_tokens"})
+    check_temperatures(tensors.get("temperature"), tensors["target"], keywords["ignore_index"])
     for flag, value in flags.items():
         check_flag(flag, value)
     dtype = compute_dtype_of(tensors[name]) if name == "input" else tensors[name].dtype
@@ -118,7 +120,7 @@ def check_tensors(
             f"had {_shape(target)}"
         )
     weight_shapes = [(rows,)] if vocab is None else [(rows,), (vocab.rows,), (vocab.total,)]
-    of_tokens = ["token_weight", *per_token]
+    of_tokens = ["token_weight", "temperature", *per_token]
     others = [("linear_bias", FLOATING, [(rows,)]), ("weight", FLOATING, weight_shapes)]
     for name, kind, shapes in [*others, *((name, WEIGHTS, [_shape(target)]) for name in of_tokens)]:
         tensor = tensors.get(name)
@@ -147,6 +149,7 @@ def check_keywords(
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    temperature: float = 1.0,
 ) -> None:
     """Check the values of the loss's keywords."""
     if not is_one_of(reduction, ("mean", "sum", "none")):
@@ -158,6 +161,17 @@ def check_keywords(
         raise ValueError(f"softcap must be None or finite and > 0, was {described(softcap)}")
     if not -math.inf < number("logit_scale", logit_scale) < math.inf:
         raise ValueError(f"logit_scale must be finite, was {described(logit_scale)}")
+    if not 0.0 < number("temperature", temperature, "a number or a tensor in the shape of target") < math.inf:
+        raise ValueError(f"temperature must be finite and > 0, was {described(temperature)}")
+
+
+def check_temperatures(temperature: Tensor | None, target: Tensor, ignore_index: int) -> None:
+    """Check that the temperatures of tokens that count are finite and > 0."""
+    if temperature is None:
+        return
+    counted = target.detach() != ignore_index
+    allowed = "temperature must be finite and > 0 for each token that counts"
+    check_values(temperature, lambda values: ((values > 0) & (values < math.inf)) | ~counted, allowed)
 
 
 def check_num_tokens(num_tokens: float | Tensor | None, dtype: torch.dtype) -> None:

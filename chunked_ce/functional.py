@@ -12,7 +12,7 @@ from chunked_ce.arguments import plain_integer
 from chunked_ce.checks import check_call, check_objective, compute_dtype_of, described_objective
 from chunked_ce.engine import dispatch
 from chunked_ce.engine.call import Call
-from chunked_ce.engine.specification import Specification
+from chunked_ce.engine.specification import TEMPERATURE, Specification
 from chunked_ce.objectives import CrossEntropy, Objective
 from chunked_ce.options import ChunkOptions
 from chunked_ce.parallel.agreement import agreed, facts_of_call
@@ -57,6 +57,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    temperature: float | Tensor = 1.0,
     num_tokens: float | Tensor | None = None,
     vocab: VocabShard | None = None,
     options: ChunkOptions | None = None,
@@ -88,6 +89,8 @@ def linear_cross_entropy(
         z_loss: factor of ``lse**2``, >= 0.
         softcap: > 0, or None for none.
         logit_scale: a factor of the logits.
+        temperature: > 0, a number or a tensor in the shape of ``target``, constant: the logits, after scale and
+            softcap, are divided by it.
         num_tokens: the mean's denominator, a number or a tensor of one element, >= 0, such as the tokens of all ranks;
             0 makes the loss 0.
         vocab: this rank's rows of a head sharded over ranks (`VocabShard`), which ``linear_weight`` and ``linear_bias``
@@ -116,12 +119,14 @@ def linear_cross_entropy(
         "linear_bias": linear_bias,
         "weight": weight,
         "token_weight": token_weight,
+        **_given(temperature),
     }
     keywords = {
         "reduction": reduction,
         "ignore_index": ignore_index,
         "softcap": softcap,
         "logit_scale": logit_scale,
+        "temperature": 1.0 if isinstance(temperature, Tensor) else temperature,
         "num_tokens": num_tokens,
         "label_smoothing": label_smoothing,
         "z_loss": z_loss,
@@ -142,6 +147,7 @@ def cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    temperature: float | Tensor = 1.0,
     num_tokens: float | Tensor | None = None,
     vocab: VocabShard | None = None,
     options: ChunkOptions | None = None,
@@ -157,12 +163,19 @@ def cross_entropy(
     >>> cross_entropy(torch.zeros(2, 8), torch.tensor([3, -100]))
     tensor(2.0794)
     """
-    tensors = {"logits": logits, "target": target, "weight": weight, "token_weight": token_weight}
+    tensors = {
+        "logits": logits,
+        "target": target,
+        "weight": weight,
+        "token_weight": token_weight,
+        **_given(temperature),
+    }
     keywords = {
         "reduction": reduction,
         "ignore_index": ignore_index,
         "softcap": softcap,
         "logit_scale": logit_scale,
+        "temperature": 1.0 if isinstance(temperature, Tensor) else temperature,
         "num_tokens": num_tokens,
         "label_smoothing": label_smoothing,
         "z_loss": z_loss,
@@ -184,6 +197,7 @@ def linear_loss(
     num_tokens: float | Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    temperature: float | Tensor = 1.0,
     vocab: VocabShard | None = None,
     options: ChunkOptions | None = None,
     return_stats: bool = False,
@@ -213,12 +227,14 @@ def linear_loss(
         "linear_bias": linear_bias,
         "weight": getattr(objective, "class_weight", None),
         "token_weight": token_weight,
+        **_given(temperature),
     }
     keywords = {
         "reduction": reduction,
         "ignore_index": ignore_index,
         "softcap": softcap,
         "logit_scale": logit_scale,
+        "temperature": 1.0 if isinstance(temperature, Tensor) else temperature,
         "num_tokens": num_tokens,
     }
     call = _Arguments("linear_loss", tensors, keywords, vocab, options, {"return_stats": return_stats})
@@ -236,6 +252,7 @@ def logits_loss(
     num_tokens: float | Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    temperature: float | Tensor = 1.0,
     vocab: VocabShard | None = None,
     options: ChunkOptions | None = None,
     return_stats: bool = False,
@@ -249,12 +266,19 @@ def logits_loss(
     tensor(2.0794)
     """
     weight = getattr(objective, "class_weight", None)
-    tensors = {"logits": logits, "target": target, "weight": weight, "token_weight": token_weight}
+    tensors = {
+        "logits": logits,
+        "target": target,
+        "weight": weight,
+        "token_weight": token_weight,
+        **_given(temperature),
+    }
     keywords = {
         "reduction": reduction,
         "ignore_index": ignore_index,
         "softcap": softcap,
         "logit_scale": logit_scale,
+        "temperature": 1.0 if isinstance(temperature, Tensor) else temperature,
         "num_tokens": num_tokens,
     }
     call = _Arguments("logits_loss", tensors, keywords, vocab, options, {"return_stats": return_stats})
@@ -270,6 +294,7 @@ def linear_logprobs(
     ignore_index: int = -100,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    temperature: float | Tensor = 1.0,
     vocab: VocabShard | None = None,
     options: ChunkOptions | None = None,
     return_entropy: bool = False,
@@ -291,8 +316,15 @@ def linear_logprobs(
         "linear_bias": linear_bias,
         "weight": None,
         "token_weight": None,
+        **_given(temperature),
     }
-    keywords = {"reduction": "none", "ignore_index": ignore_index, "softcap": softcap, "logit_scale": logit_scale}
+    keywords = {
+        "reduction": "none",
+        "ignore_index": ignore_index,
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+        "temperature": 1.0 if isinstance(temperature, Tensor) else temperature,
+    }
     flags = {"return_entropy": return_entropy}
     arguments = _Arguments("linear_logprobs", tensors, keywords, vocab, options, flags).local()
     options, _ = _agreed(lambda: None, arguments, {})
@@ -301,6 +333,11 @@ def linear_logprobs(
     shape = arguments.tensors["target"].shape
     logprobs = rows.logprob.view(shape)
     return (logprobs, rows.entropy.view(shape)) if return_entropy else logprobs
+
+
+def _given(temperature: float | Tensor) -> dict[str, Tensor]:
+    """The temperature among the tensors of a call, if it is one."""
+    return {"temperature": temperature} if isinstance(temperature, Tensor) else {}
 
 
 class _Arguments(NamedTuple):
@@ -347,12 +384,12 @@ def _loss(
     asked = objective.statistics + (("mean", "correct") if return_stats else ())
     call = _call(arguments, options, objective.without_tensors(), names_of(asked))
     weights = dispatch.TokenWeights.of(call, tensors["token_weight"])
-    per_token = {name: tensors[name].reshape(-1) for name in per_token}
+    call = call.with_per_token(call.per_token | {name: tensors[name].reshape(-1) for name in per_token})
     coefficient = weights.coefficient(reduction, keywords["num_tokens"])
     in_forward = arguments.is_head and not options.in_backward
-    loss, rows = dispatch.loss(call, per_token, coefficient, in_forward=in_forward, reduces=reduction != "none")
+    loss, rows = dispatch.loss(call, coefficient, in_forward=in_forward, reduces=reduction != "none")
     loss = loss.view(target.shape) if reduction == "none" else loss
-    return (loss, LossStats(*dispatch.stats(call, weights, per_token, rows))) if return_stats else loss
+    return (loss, LossStats(*dispatch.stats(call, weights, rows))) if return_stats else loss
 
 
 def _agreed(
@@ -385,9 +422,8 @@ def _call(
 ) -> Call:
     """What the engine is given: flat tensors, this rank's rows without padding, and the specification."""
     tensors, keywords, vocab = arguments.tensors, arguments.keywords, arguments.vocab
-    softcap, logit_scale = keywords["softcap"], keywords["logit_scale"]
-    logits = Logits(float(logit_scale), None if softcap is None else float(softcap))
     input, target = arguments.input, tensors["target"]
+    logits, temperature = _logits(arguments)
     shard = None if vocab is None else vocab.plain()
     if arguments.is_head:
         weight, bias = tensors["linear_weight"], tensors["linear_bias"]
@@ -407,4 +443,18 @@ def _call(
     kind = "head" if arguments.is_head else "logits"
     specification = Specification(kind, names, logits, settings, shard, needed, objective)
     flat = target.reshape(-1).long()
-    return Call(source, classes, flat, plain_integer(keywords["ignore_index"]), specification)
+    call = Call(source, classes, flat, plain_integer(keywords["ignore_index"]), specification)
+    if temperature is None:
+        return call
+    return call.with_per_token({TEMPERATURE: temperature.reshape(-1).to(work_dtype(settings.compute_dtype))})
+
+
+def _logits(arguments: _Arguments) -> tuple[Logits, Tensor | None]:
+    """How logits follow from products, and the temperatures (...) if these are not a factor of the scale."""
+    keywords, temperature = arguments.keywords, arguments.tensors.get("temperature")
+    scale, softcap, number = (keywords[name] for name in ("logit_scale", "softcap", "temperature"))
+    if softcap is None:
+        return Logits(float(scale) / float(number)), temperature
+    if temperature is None and number != 1.0:
+        temperature = torch.full_like(arguments.tensors["target"], float(number), dtype=torch.float64)
+    return Logits(float(scale), float(softcap)), temperature

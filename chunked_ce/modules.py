@@ -18,8 +18,9 @@ __all__ = ["LinearCrossEntropyLoss"]
 class LinearCrossEntropyLoss(nn.Module):
     """`chunked_ce.linear_cross_entropy` as a module: options are given when it is made, tensors at each call.
 
-    Takes every keyword of the function but the tensors ``linear_bias``, ``token_weight`` and ``num_tokens``, which
-    belong to a call. ``weight``, the class weights (V,), is a buffer that moves with the module.
+    Takes every keyword of the function but the tensors ``linear_bias``, ``token_weight`` and ``num_tokens``, and
+    temperatures of tokens, which belong to a call. ``weight``, the class weights (V,), is a buffer that moves with the
+    module.
 
     >>> import torch
     >>> loss = LinearCrossEntropyLoss(label_smoothing=0.1)
@@ -39,6 +40,7 @@ class LinearCrossEntropyLoss(nn.Module):
         z_loss: float = 0.0,
         softcap: float | None = None,
         logit_scale: float = 1.0,
+        temperature: float = 1.0,
         vocab: VocabShard | None = None,
         options: ChunkOptions | None = None,
         return_stats: bool = False,
@@ -51,6 +53,7 @@ class LinearCrossEntropyLoss(nn.Module):
             "z_loss": z_loss,
             "softcap": softcap,
             "logit_scale": logit_scale,
+            "temperature": temperature,
         }
         check_keywords(**self._maths)
         check_options(options, reduction)
@@ -68,6 +71,7 @@ class LinearCrossEntropyLoss(nn.Module):
         linear_bias: Tensor | None = None,  # (V,)
         token_weight: Tensor | None = None,  # as target
         num_tokens: float | Tensor | None = None,
+        temperature: Tensor | None = None,  # as target; None: the number given when the module was made
     ) -> Tensor | tuple[Tensor, LossStats]:
         return linear_cross_entropy(
             input,
@@ -77,7 +81,7 @@ class LinearCrossEntropyLoss(nn.Module):
             weight=self.weight,
             token_weight=token_weight,
             num_tokens=num_tokens,
-            **self._maths,
+            **(self._maths if temperature is None else self._maths | {"temperature": temperature}),
             **self._rest,
         )
 

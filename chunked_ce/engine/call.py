@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from chunked_ce.engine.specification import Specification
+from chunked_ce.engine.specification import TEMPERATURE, Specification
 from chunked_ce.parallel.collectives import Collectives
 from chunked_ce.plan import Plan
 
@@ -21,6 +21,37 @@ class Call(NamedTuple):
     target: Tensor  # (N,), of all ranks if the input is a sequence shard
     ignore_index: int
     specification: Specification
+    extra: Sequence[Tensor] = ()  # constant: the tensors per token, (N, ...) each
+
+    @property
+    def per_token(self) -> dict[str, Tensor]:
+        """The tensors per token, by name."""
+        return dict(zip(self.specification.per_token, self.extra, strict=True))
+
+    def with_per_token(self, tensors: dict[str, Tensor], **changes: Any) -> Call:
+        """The call with these ``tensors`` per token instead, and a specification with ``changes``."""
+        specification = self.specification._replace(per_token=tuple(tensors), **changes)
+        return self._replace(specification=specification, extra=list(tensors.values()))
+
+    def for_statistics(self) -> Call:
+        """The call of the statistics that its objective reads."""
+        needed = (TEMPERATURE, self.specification.ids)
+        tensors = {name: tensor for name, tensor in self.per_token.items() if name in needed}
+        return self.with_per_token(tensors, objective=None)
+
+    @property
+    def temperature(self) -> Tensor | None:
+        """The temperature of each token, (N,)."""
+        return self.per_token.get(TEMPERATURE)
+
+    @property
+    def ids(self) -> Tensor | None:
+        """The ids of each token, (N, K), ``ignore_index`` where an id stands for none."""
+        return self.per_token.get(self.specification.ids)
+
+    @property
+    def num_ids(self) -> int:
+        return 0 if self.ids is None else self.ids.shape[1]
 
     @property
     def is_head(self) -> bool:

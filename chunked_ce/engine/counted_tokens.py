@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from chunked_ce import devices
-from chunked_ce.rows.statistics import RowStatistics
+from chunked_ce.rows.statistics import RowStatistics, along
 
-__all__ = ["CountedTokens", "columns_of"]
+__all__ = ["CountedTokens", "check_range", "columns_of"]
 
 
 def columns_of(target: Tensor, start: int, size: int, counted: Tensor | None = None) -> Tensor:
@@ -18,6 +18,22 @@ def columns_of(target: Tensor, start: int, size: int, counted: Tensor | None = N
     column = target - start
     is_local = (column >= 0) & (column < size)
     return column.where(is_local if counted is None else is_local & counted, -1)
+
+
+def check_range(name: str, ids: Tensor, ignore_index: int, vocab_size: int) -> None:
+    """Raise ``IndexError`` unless each id (N, ...) is in [0, vocab_size) or ``ignore_index``; on an accelerator a
+    device-side assertion fails instead."""
+    out_of_range = ((ids < 0) | (ids >= vocab_size)) & (ids != ignore_index)
+    if not devices.drops_ignored(ids.device):
+        torch._assert_async(out_of_range.any().logical_not(), f"a {name} is neither in [0, V) nor ignore_index")
+    elif out_of_range.any():
+        position = out_of_range.nonzero()[0]
+        where, *rest = position.tolist()
+        where = f"{where} (of the flattened tokens)" if not rest else f"{tuple(position.tolist())}"
+        raise IndexError(
+            f"{name} at position {where} is {int(ids[tuple(position)])}, "
+            f"allowed are [0, {vocab_size}) and ignore_index={ignore_index}"
+        )
 
 
 class CountedTokens:
@@ -33,21 +49,13 @@ class CountedTokens:
     def __init__(self, target: Tensor, ignore_index: int, vocab_size: int) -> None:
         self.num_tokens = len(target)  # N, including ignored ones
         counted = target != ignore_index  # (N,)
-        out_of_range = counted & ((target < 0) | (target >= vocab_size))
+        check_range("target", target, ignore_index, vocab_size)
         self._index: Tensor | None = None
         self._mask: Tensor | None = None
-        if devices.drops_ignored(target.device):
-            if out_of_range.any():
-                position = int(out_of_range.nonzero()[0])
-                raise IndexError(
-                    f"target at position {position} (of the flattened tokens) is {int(target[position])}, "
-                    f"allowed are [0, {vocab_size}) and ignore_index={ignore_index}"
-                )
-            if not counted.all():
-                self._index = counted.nonzero().squeeze(-1)
-        else:
-            torch._assert_async(out_of_range.any().logical_not(), "a target is neither in [0, V) nor ignore_index")
+        if not devices.drops_ignored(target.device):
             self._mask = counted
+        elif not counted.all():
+            self._index = counted.nonzero().squeeze(-1)
         self.target = self.select(target)  # (n,)
 
     def __len__(self) -> int:
@@ -77,8 +85,7 @@ class CountedTokens:
             return values.index_select(0, self._index[rows])
         if self._mask is None:
             return values[rows]
-        mask = self._mask[rows].view(-1, *(1,) * (values.dim() - 1))
-        return values[rows].where(mask, 0)
+        return self.mask(values[rows], rows)
 
     def unmasked(self, values: Tensor, rows: slice) -> Tensor:
         """`select`, but without zeros for ignored tokens that are kept: then a view of ``values``."""
@@ -109,4 +116,4 @@ class CountedTokens:
 
     def mask(self, values: Tensor, rows: slice = slice(None)) -> Tensor:
         """``values`` of the tokens ``rows``, 0 for ignored tokens that are kept."""
-        return values if self._mask is None else values.where(self._mask[rows], 0)
+        return values if self._mask is None else values.where(along(self._mask[rows], values), 0)

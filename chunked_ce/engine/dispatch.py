@@ -66,7 +66,6 @@ class TokenWeights(NamedTuple):
 
 def loss(
     call: Call,
-    per_token: dict[str, Tensor],  # (N,) each
     coefficient: Tensor,  # (N,) float64
     *,
     in_forward: bool,  # whether gradients may be computed in the forward
@@ -75,9 +74,9 @@ def loss(
     """The loss, () or (N,), and the statistics of every row."""
     objective = call.specification.objective
     if in_forward and reduces and any(call.specification.needed) and not is_transformed(call.specification.shard):
-        return operators.loss(call, {"_coefficient": coefficient} | per_token)
-    rows = statistics(call._replace(specification=call.specification._replace(objective=None)))
-    losses = _losses(call, objective, rows, coefficient, per_token)
+        return operators.loss(call.with_per_token({"_coefficient": coefficient} | call.per_token))
+    rows = statistics(call.for_statistics())
+    losses = _losses(call, objective, rows, coefficient)
     dtype = work_dtype(call.specification.settings.compute_dtype)
     return (losses.sum() if reduces else losses).to(dtype), rows
 
@@ -87,21 +86,19 @@ def statistics(call: Call) -> RowStatistics:
     return (plain if is_transformed(call.specification.shard) else operators).statistics(call)
 
 
-def stats(call: Call, weights: TokenWeights, per_token: dict[str, Tensor], rows: RowStatistics) -> list[Tensor]:
+def stats(call: Call, weights: TokenWeights, rows: RowStatistics) -> list[Tensor]:
     """The sums of a `chunked_ce.LossStats`."""
     rows = rows.map(Tensor.detach)
-    loss_sum = _losses(call, call.specification.objective, rows, weights.shares(), per_token).sum()
+    loss_sum = _losses(call, call.specification.objective, rows, weights.shares()).sum()
     plainly = runs_at_once(loss_sum) or is_transformed(call.specification.shard)
     stats_of = plain_loss_stats if plainly else loss_stats
     return stats_of(loss_sum, weights.count(), rows.lse, rows.correct, rows.entropy, weights.counted)
 
 
-def _losses(
-    call: Call, objective: Objective, rows: RowStatistics, coefficient: Tensor, per_token: dict[str, Tensor]
-) -> Tensor:
+def _losses(call: Call, objective: Objective, rows: RowStatistics, coefficient: Tensor) -> Tensor:
     """The losses of all tokens times ``coefficient``, (N,); float64 has the range for a weight's inverse."""
     arguments = call.target, call.ignore_index, call.class_weight, call.vocab_size
-    return objective.losses(rows.map(Tensor.double), *arguments, {"_coefficient": coefficient} | per_token)
+    return objective.losses(rows.map(Tensor.double), *arguments, {"_coefficient": coefficient} | call.per_token)
 
 
 def is_transformed(sharded: object | None) -> bool:

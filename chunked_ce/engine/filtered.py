@@ -186,4 +186,4 @@ def can_filter(specification: Specification, slopes: Iterable[str]) -> bool:
     if specification.settings.gradient_filter is None:
         return False
     capped = specification.logits.softcap is not None
-    return not any(STATISTICS[name].keeps_relative or (STATISTICS[name].adds and capped) for name in slopes)
+    return all(STATISTICS[name].low_rank and not (STATISTICS[name].adds and capped) for name in slopes)

@@ -45,15 +45,13 @@ def statistics(call: Call) -> RowStatistics:
     return _together(lambda: _Chunks(call).steps(combines=True), call, sweep.statistics, call)
 
 
-def loss_and_gradients(
-    call: Call, per_token: dict[str, Tensor]
-) -> tuple[Tensor, Gradients, Tensor | None, RowStatistics]:
+def loss_and_gradients(call: Call) -> tuple[Tensor, Gradients, Tensor | None, RowStatistics]:
     """`sweep.loss_and_gradients`."""
 
     def steps() -> Iterator[_Step]:
         return _Chunks(call).steps(combines=True, reduces=call.specification.needed[0])
 
-    return _together(steps, call, sweep.loss_and_gradients, call, per_token)
+    return _together(steps, call, sweep.loss_and_gradients, call)
 
 
 def gradients(
@@ -112,7 +110,7 @@ class _Chunks:
 
     def _statistics(self, at: int) -> _Step:
         specification = self._call.specification
-        shape = self._rows[at], num_columns(specification.names)
+        shape = self._rows[at], num_columns(specification.names, self._call.num_ids)
         return _Step("all_gather", STATISTICS, shape, work_dtype(specification.settings.compute_dtype))
 
     def _hidden(self, at: int) -> _Step:

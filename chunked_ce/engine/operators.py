@@ -20,10 +20,10 @@ from chunked_ce.engine.device_memory import with_smaller_chunks
 from chunked_ce.engine.filtered import can_filter
 from chunked_ce.engine.gradient_products import TargetGradients
 from chunked_ce.engine.released_parameters import check_still_there
-from chunked_ce.engine.specification import Specification, decoded, encoded
+from chunked_ce.engine.specification import decoded, encoded
 from chunked_ce.engine.totals import keeps_targets
 from chunked_ce.rows.backend import row_kernels
-from chunked_ce.rows.statistics import STATISTICS, RowStatistics, work_dtype
+from chunked_ce.rows.statistics import STATISTICS, RowStatistics, work_dtype, zero_statistics
 from chunked_ce.tracing import is_batched, is_recorded, runs_at_once
 
 __all__ = ["loss", "statistics"]
@@ -31,7 +31,7 @@ __all__ = ["loss", "statistics"]
 
 def statistics(call: Call) -> RowStatistics:
     """`chunked_ce.engine.sweep.statistics`, differentiable by recomputation."""
-    arguments = call.class_weight, call.target, call.ignore_index, encoded(call.specification)
+    arguments = list(call.extra), *_rest(call)
     if runs_at_once(*call.tensors):
         if torch.is_grad_enabled():
             outputs = _Statistics.apply(arguments, *call.tensors)
@@ -42,10 +42,9 @@ def statistics(call: Call) -> RowStatistics:
     return RowStatistics(**dict(zip(call.specification.names, outputs, strict=True)))
 
 
-def loss(call: Call, per_token: dict[str, Tensor]) -> tuple[Tensor, RowStatistics]:
+def loss(call: Call) -> tuple[Tensor, RowStatistics]:
     """`chunked_ce.engine.sweep.loss_and_gradients`, differentiable; the statistics are not."""
-    text = encoded(call.specification._replace(per_token=tuple(per_token)))
-    arguments = list(per_token.values()), call.class_weight, call.target, call.ignore_index, text
+    arguments = list(call.extra), *_rest(call)
     if runs_at_once(*call.tensors):
         outputs = _Loss.apply(arguments, *call.tensors)
     else:
@@ -54,13 +53,33 @@ def loss(call: Call, per_token: dict[str, Tensor]) -> tuple[Tensor, RowStatistic
     return outputs[0], RowStatistics(**dict(zip(names, outputs[-len(names) :], strict=True)))
 
 
+def _rest(call: Call) -> tuple[Tensor | None, Tensor, int, str]:
+    return call.class_weight, call.target, call.ignore_index, encoded(call.specification)
+
+
+def _call(
+    source: Sequence[Tensor],
+    extra: Sequence[Tensor],
+    class_weight: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    specification: str,
+) -> Call:
+    return Call(source, class_weight, target, ignore_index, decoded(specification), extra)
+
+
 # ---- recomputation: statistics in the forward, gradients from logits computed again in the backward ----
 
 
 def _run_statistics(
-    source: Sequence[Tensor], class_weight: Tensor | None, target: Tensor, ignore_index: int, specification: str
+    source: Sequence[Tensor],
+    extra: Sequence[Tensor],
+    class_weight: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    specification: str,
 ) -> list[Tensor]:
-    call = Call(source, class_weight, target, ignore_index, decoded(specification))
+    call = _call(source, extra, class_weight, target, ignore_index, specification)
     with _no_autocast(target.device):
         if call.specification.shard is not None:
             rows = in_step.statistics(call)
@@ -75,8 +94,8 @@ _statistics = torch.library.custom_op("chunked_ce::statistics", _run_statistics,
 
 
 @_statistics.register_fake
-def _(source, class_weight, target, ignore_index, specification):
-    return _fake_statistics(target, decoded(specification))
+def _(*arguments):
+    return _fake_statistics(_call(*arguments))
 
 
 @torch.library.custom_op("chunked_ce::gradients", mutates_args=())
@@ -84,12 +103,13 @@ def _gradients(
     source: Sequence[Tensor],
     statistics: Sequence[Tensor],
     slopes: Sequence[Tensor],
+    extra: Sequence[Tensor],
     class_weight: Tensor | None,
     target: Tensor,
     ignore_index: int,
     specification: str,
 ) -> list[Tensor]:
-    call = Call(source, class_weight, target, ignore_index, decoded(specification))
+    call = _call(source, extra, class_weight, target, ignore_index, specification)
     return _filled(_recomputed(call, statistics, slopes), source)
 
 
@@ -114,30 +134,31 @@ def _recomputed(
 
 
 @_gradients.register_fake
-def _(source, statistics, slopes, class_weight, target, ignore_index, specification):
+def _(source, statistics, slopes, extra, class_weight, target, ignore_index, specification):
     needed = decoded(specification).needed
     grads = [tensor.new_empty(tensor.shape) if need else None for tensor, need in zip(source, needed, strict=True)]
     return _filled(grads, source)
 
 
 def _save_statistics(ctx, inputs, output):
-    source, class_weight, target, ctx.ignore_index, text = inputs
+    source, extra, class_weight, target, ctx.ignore_index, text = inputs
     ctx.specification = specification = decoded(text)
-    ctx.size = len(source)
+    ctx.sizes = len(source), len(extra)
     ctx.leaf = ctx.head_shapes = None
     if specification.source == "head":
         ctx.leaf = leaf_to_keep(source[1], specification.settings.accumulate_into)
         ctx.head_shapes = [tensor.shape for tensor in source[1:]]
     rows = dict(zip(specification.names, output, strict=True))
     kept = [rows[name] for name in _in_gradient(specification.names)]
-    ctx.save_for_backward(*source, class_weight, target, *kept)
+    ctx.save_for_backward(*source, *extra, class_weight, target, *kept)
     ctx.mark_non_differentiable(*(part for name, part in rows.items() if not STATISTICS[name].differentiable))
     ctx.set_materialize_grads(False)
 
 
 def _backward_of_statistics(ctx, upstream):
-    saved = ctx.saved_tensors  # may be read only once
-    source, (class_weight, target, *known) = saved[: ctx.size], saved[ctx.size :]
+    saved = iter(ctx.saved_tensors)  # may be read only once
+    source, extra = ([next(saved) for _ in range(size)] for size in ctx.sizes)
+    class_weight, target, *known = saved
     specification = ctx.specification
     upstream = dict(zip(specification.names, upstream, strict=True))
     needed, weight_sum = _needed(ctx), None
@@ -148,7 +169,7 @@ def _backward_of_statistics(ctx, upstream):
     names = tuple(name for name, grad in upstream.items() if grad is not None or name in ("log_sum", "target"))
     names = tuple(name for name in names if STATISTICS[name].differentiable)
     specification = specification._replace(needed=tuple(needed), slopes=names)
-    call = Call(source, class_weight, target, ctx.ignore_index, specification)
+    call = Call(source, class_weight, target, ctx.ignore_index, specification, extra)
     given = {name: upstream[name] for name in names if upstream[name] is not None}
     if torch.is_grad_enabled() or is_batched(*given.values()):
 
@@ -158,14 +179,14 @@ def _backward_of_statistics(ctx, upstream):
 
         grads = _plain_gradients(outputs, list(given.values()), call, needed)
     else:
-        slopes = [given[name] if name in given else torch.zeros_like(known[0]) for name in names]
+        slopes = [given[name] if name in given else torch.zeros_like(known[0]) for name in names]  # log_sum, target
         if weight_sum is not None or runs_at_once(*source):
             # With a sum, called directly: it mutates the weight's gradient, which is not an operator argument.
             grads = _recomputed(call, known, slopes, weight_sum)
         else:
-            arguments = class_weight, target, ctx.ignore_index, encoded(specification)
-            grads = _gradients(list(source), known, slopes, *arguments)
-    return [grad if need else None for grad, need in zip(grads, needed, strict=False)], None, None, None, None
+            grads = _gradients(list(source), known, slopes, list(extra), *_rest(call))
+    grads = [grad if need else None for grad, need in zip(grads, needed, strict=False)]
+    return grads, [None] * len(extra), None, None, None, None
 
 
 _statistics.register_autograd(_backward_of_statistics, setup_context=_save_statistics)
@@ -188,23 +209,22 @@ class _Statistics(torch.autograd.Function):
 
 def _run_loss(
     source: Sequence[Tensor],
-    per_token: Sequence[Tensor],
+    extra: Sequence[Tensor],
     class_weight: Tensor | None,
     target: Tensor,
     ignore_index: int,
     specification: str,
 ) -> list[Tensor]:
-    call = Call(source, class_weight, target, ignore_index, decoded(specification))
-    per_token = dict(zip(call.specification.per_token, per_token, strict=True))
+    call = _call(source, extra, class_weight, target, ignore_index, specification)
     with _no_autocast(target.device):
         if call.specification.shard is None:
 
             def plan():
                 return call.plan_by_tokens(len(target), sums_head=call.sums_head)
 
-            outputs = with_smaller_chunks(lambda again: sweep.loss_and_gradients(again, per_token), call, plan)
+            outputs = with_smaller_chunks(sweep.loss_and_gradients, call, plan)
         else:
-            outputs = in_step.loss_and_gradients(call, per_token)
+            outputs = in_step.loss_and_gradients(call)
     loss, grads, targets, rows = outputs
     if grads.weight is not None:  # smaller chunks may have another sum dtype than planned
         grads = grads._replace(weight=grads.weight.to(_head_sum_dtype(call)))
@@ -216,8 +236,8 @@ _loss = torch.library.custom_op("chunked_ce::loss", _run_loss, mutates_args=())
 
 
 @_loss.register_fake
-def _(source, per_token, class_weight, target, ignore_index, specification):
-    call = Call(source, class_weight, target, ignore_index, decoded(specification))
+def _(source, extra, class_weight, target, ignore_index, specification):
+    call = _call(source, extra, class_weight, target, ignore_index, specification)
     needed, settings = call.specification.needed, call.specification.settings
     total_dtype = _head_sum_dtype(call)
     dtypes = unrounded(source[0].dtype), total_dtype, torch.promote_types(total_dtype, settings.accumulate_dtype)
@@ -225,7 +245,7 @@ def _(source, per_token, class_weight, target, ignore_index, specification):
     grads = [tensor.new_empty(tensor.shape, dtype=dtype) if need else None for tensor, dtype, need in parts]
     later = keeps_targets(call, total_dtype)
     targets = target.new_empty(target.shape if later else 0, dtype=torch.float32)
-    rows = _fake_statistics(target, call.specification)
+    rows = _fake_statistics(call)
     return [rows[0].new_empty(()), *_filled(grads, source), targets, *rows]
 
 
@@ -237,33 +257,32 @@ def _head_sum_dtype(call: Call) -> torch.dtype:
 
 
 def _save_loss(ctx, inputs, output):
-    source, per_token, class_weight, target, ctx.ignore_index, text = inputs
+    source, extra, class_weight, target, ctx.ignore_index, text = inputs
     ctx.specification = decoded(text)
-    ctx.sizes = len(source), len(per_token)
+    ctx.sizes = len(source), len(extra)
     ctx.head_shapes = [tensor.shape for tensor in source[1:]]
     _, *grads = output[: len(source) + 2]  # and those of the targets' logits
-    ctx.save_for_backward(*source, *per_token, class_weight, target, *grads)
+    ctx.save_for_backward(*source, *extra, class_weight, target, *grads)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _backward_of_loss(ctx, upstream):
-    num_tensors, num_per_token = ctx.sizes
-    grad, none = upstream[0], ([None] * num_per_token, None, None, None, None)
+    num_tensors, num_extra = ctx.sizes
+    grad, none = upstream[0], ([None] * num_extra, None, None, None, None)
     if grad is None:
         return [None] * num_tensors, *none
     saved = iter(ctx.saved_tensors)
-    source, per_token = ([next(saved) for _ in range(size)] for size in ctx.sizes)
+    source, extra = ([next(saved) for _ in range(size)] for size in ctx.sizes)
     class_weight, target, *totals, targets = saved
     specification, needed = ctx.specification, _needed(ctx)
     read = [tensor if need else None for tensor, need in zip(source, needed, strict=True)]
     _check_head(read[1:], ctx.head_shapes, is_read=False)
-    call = Call(source, class_weight, target, ctx.ignore_index, specification)
-    per_token = dict(zip(specification.per_token, per_token, strict=True))
+    call = Call(source, class_weight, target, ctx.ignore_index, specification, extra)
     if torch.is_grad_enabled() or is_batched(grad):
-        return _plain_gradients(lambda: [plain.loss(call, per_token)], [grad], call, needed), *none
+        return _plain_gradients(lambda: [plain.loss(call)], [grad], call, needed), *none
     if any(need and not had for need, had in zip(needed, specification.needed, strict=True)):
-        return _unprepared_gradients(call, per_token, grad, needed), *none
+        return _unprepared_gradients(call, grad, needed), *none
     rows = None
     if needed[1] and targets.numel() > 0:
         column = columns_of(target, call.start, call.rows, targets != 0)
@@ -279,16 +298,13 @@ def _backward_of_loss(ctx, upstream):
     return grads, *none
 
 
-def _unprepared_gradients(
-    call: Call, per_token: dict[str, Tensor], grad: Tensor, needed: Sequence[bool]
-) -> list[Tensor | None]:
+def _unprepared_gradients(call: Call, grad: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
     """Gradients by recomputation: an exported graph runs with tensors that need other gradients than when traced."""
     objective, dtype = call.specification.objective, call.specification.settings.compute_dtype
     with torch.enable_grad():
         source = [x.detach().requires_grad_(need) for x, need in zip(call.tensors, needed, strict=True)]
-        specification = call.specification._replace(objective=None, per_token=())
-        rows = statistics(call._replace(tensors=source, specification=specification)).map(Tensor.double)
-        arguments = call.target, call.ignore_index, call.class_weight, call.vocab_size, per_token
+        rows = statistics(call.for_statistics()._replace(tensors=source)).map(Tensor.double)
+        arguments = call.target, call.ignore_index, call.class_weight, call.vocab_size, call.per_token
         loss = objective.losses(rows, *arguments).sum().to(work_dtype(dtype))
     return _gradients_of([(loss, grad)], source, needed)
 
@@ -337,9 +353,11 @@ def _in_gradient(names: Sequence[str]) -> list[str]:
     return [name for name in names if STATISTICS[name].in_gradient]
 
 
-def _fake_statistics(target: Tensor, specification: Specification) -> list[Tensor]:
-    dtype = work_dtype(specification.settings.compute_dtype)
-    return [target.new_empty(target.shape, dtype=dtype) for _ in specification.names]
+def _fake_statistics(call: Call) -> list[Tensor]:
+    specification, target = call.specification, call.target
+    dtype = specification.settings.compute_dtype
+    rows = zero_statistics(target.shape[0], specification.names, dtype, target.device, call.num_ids)
+    return list(rows.named().values())
 
 
 def _filled(grads: Sequence[Tensor | None], source: Sequence[Tensor]) -> list[Tensor]:

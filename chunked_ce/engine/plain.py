@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chunked_ce.engine.call import Call
-from chunked_ce.rows.statistics import RowStatistics, row_statistics, work_dtype
+from chunked_ce.rows.statistics import RowStatistics, along, row_statistics, work_dtype
 
 __all__ = ["loss", "statistics"]
 
 
-def loss(call: Call, per_token: dict[str, Tensor]) -> Tensor:
+def loss(call: Call) -> Tensor:
     """The sum of the losses, ()."""
     rows = statistics(call)
-    arguments = call.target, call.ignore_index, call.class_weight, call.vocab_size, per_token
+    arguments = call.target, call.ignore_index, call.class_weight, call.vocab_size, call.per_token
     return call.specification.objective.losses(rows, *arguments).sum().to(rows.log_sum.dtype)
 
 
@@ -29,6 +29,9 @@ def statistics(call: Call) -> RowStatistics:
     if call.is_head:
         cast = [tensor.to(specification.settings.compute_dtype) for tensor in (products, *call.tensors[1:])]
         products = F.linear(*cast)
-    z = specification.logits(products.to(work_dtype(products.dtype)))
-    rows = row_statistics(z, call.target.where(counted, 0), call.class_weight, specification.names)
-    return rows.map(lambda part: part.where(counted, 0))
+    temperature, ids = call.temperature, call.ids
+    temperature = None if temperature is None else temperature.where(counted, 1)
+    ids = None if ids is None else ids.where(ids != call.ignore_index, -1)
+    z = specification.logits(products.to(work_dtype(products.dtype)), temperature)
+    rows = row_statistics(z, call.target.where(counted, 0), call.class_weight, specification.names, ids)
+    return rows.map(lambda part: part.where(along(counted, part), 0))

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from chunked_ce.engine.call import Call
-from chunked_ce.engine.counted_tokens import CountedTokens, columns_of
+from chunked_ce.engine.counted_tokens import CountedTokens, check_range, columns_of
 from chunked_ce.engine.products import project
 from chunked_ce.engine.scratch import logits_scratch
 from chunked_ce.parallel.collectives import Collectives, Pending
 from chunked_ce.plan import Plan
-from chunked_ce.rows.statistics import RowStatistics
+from chunked_ce.rows.statistics import PerRow, RowStatistics
 
 __all__ = ["HIDDEN", "Block", "Chunk", "HeadSource", "LogitsSource", "SequenceSource", "Source"]
 
@@ -32,6 +32,7 @@ class Block(NamedTuple):
     entries: slice  # of this rank's
     start: int  # index of the first entry in the whole vocabulary
     rows: slice  # of the counted tokens
+    per_row: PerRow
     weight: Tensor | None = None  # (B, D) of the head, in the products' dtype
 
 
@@ -54,6 +55,20 @@ class Source:
         self.column = self.tokens.target  # (n,) -1 where it is in another shard
         if call.specification.shard is not None:
             self.column = columns_of(self.tokens.target, call.start, call.rows)
+        self.temperature, self.ids = call.temperature, call.ids
+        if self.temperature is not None:
+            self.temperature = self.tokens.select(self.in_chunk_order(self.temperature))  # (n,)
+            self.temperature = self.temperature.where(self.temperature > 0, 1)  # of ignored tokens that are kept
+        if self.ids is not None:
+            check_range(call.specification.ids, self.ids, call.ignore_index, call.vocab_size)
+            ids = self.ids.where(self.ids != call.ignore_index, -1)
+            self.ids = self.tokens.select(self.in_chunk_order(ids))  # (n, K) -1 for none
+
+    def per_row(self, rows: slice, start: int, size: int) -> PerRow:
+        """What is known about the tokens ``rows`` for the ``size`` vocabulary entries from ``start`` on."""
+        temperature = None if self.temperature is None else self.temperature[rows]
+        ids = None if self.ids is None else columns_of(self.ids[rows], start, size)
+        return PerRow(temperature, ids)
 
     def chunks(self) -> Iterator[Chunk]:
         """The chunks of counted tokens in order; none if no token counts."""
@@ -83,7 +98,8 @@ class LogitsSource(Source):
         entries = slice(0, self.call.rows)
         for rows in self.tokens.blocks(row_kernels.rows_in_flight(self.call.rows, logits.device.type)):
             products = self.tokens.unmasked(logits, rows)  # the slopes of tokens that do not count are 0
-            yield Block(products, self.column[rows], self.class_weight, entries, self.call.start, rows)
+            per_row = self.per_row(rows, self.call.start, self.call.rows)
+            yield Block(products, self.column[rows], self.class_weight, entries, self.call.start, rows, per_row)
 
 
 class HeadSource(Source):
@@ -135,7 +151,8 @@ class HeadSource(Source):
             products = project(x, weight, bias, out=buffer[:, : len(weight)])
             column = self.column[rows] if whole else columns_of(target, start + first, len(weight))
             class_weight = None if self.class_weight is None else self.class_weight[entries]
-            yield Block(products, column, class_weight, entries, start + first, rows, weight)
+            per_row = self.per_row(rows, start + first, len(weight))
+            yield Block(products, column, class_weight, entries, start + first, rows, per_row, weight)
 
     def _head(self, entries: slice) -> tuple[Tensor, Tensor | None]:
         """The rows ``entries`` of weight and bias in the products' dtype."""

@@ -20,7 +20,9 @@ from chunked_ce.plan import Settings
 from chunked_ce.rows.backend import row_kernels
 from chunked_ce.rows.statistics import Logits
 
-__all__ = ["Specification", "decoded", "encoded"]
+__all__ = ["TEMPERATURE", "Specification", "decoded", "encoded"]
+
+TEMPERATURE = "_temperature"  # the name of the temperatures among the tensors per token
 
 
 class Specification(NamedTuple):
@@ -34,10 +36,12 @@ class Specification(NamedTuple):
     needed: tuple[bool, ...] = ()  # which tensors of the source need a gradient
     objective: Objective | None = None
     per_token: tuple[str, ...] = ()  # names of the per-token tensors
+    ids: str | None = None  # which of them holds the ids that the statistic ``at_ids`` reads
     slopes: tuple[str, ...] = ()  # the statistics for which slopes are given
 
     def row_kernels(self, device: torch.device) -> ModuleType:
-        return row_kernels(self.settings.backend, device, self.settings.compute_dtype, self.names)
+        backend = "torch" if TEMPERATURE in self.per_token else self.settings.backend
+        return row_kernels(backend, device, self.settings.compute_dtype, self.names)
 
     @property
     def scales_chunks(self) -> bool:

@@ -24,9 +24,9 @@ from chunked_ce.engine.call import Call
 from chunked_ce.engine.filtered import Filter, can_filter
 from chunked_ce.engine.gradient_products import ChunkProducts, Gradients, LogitGradients, VocabularyProducts
 from chunked_ce.engine.ranks import OneRank, ranks_of
-from chunked_ce.engine.sources import Chunk, HeadSource, LogitsSource, SequenceSource, Source
+from chunked_ce.engine.sources import Block, Chunk, HeadSource, LogitsSource, SequenceSource, Source
 from chunked_ce.engine.totals import ForwardTotals
-from chunked_ce.rows.statistics import RowStatistics, merge_shards, statistics_of, work_dtype, zero_statistics
+from chunked_ce.rows.statistics import PerRow, RowStatistics, merge_shards, statistics_of, work_dtype, zero_statistics
 
 __all__ = ["gradients", "loss_and_gradients", "statistics"]
 
@@ -39,7 +39,7 @@ def statistics(call: Call) -> RowStatistics:
     """
     specification, device = call.specification, call.target.device
     names, dtype = specification.names, specification.settings.compute_dtype
-    whole = zero_statistics(len(call.target), names, dtype, device)
+    whole = zero_statistics(len(call.target), names, dtype, device, call.num_ids)
     source = _source(call)
     ranks, row_kernels = ranks_of(source), specification.row_kernels(device)
 
@@ -54,9 +54,7 @@ def statistics(call: Call) -> RowStatistics:
     return source.in_order(whole)
 
 
-def loss_and_gradients(
-    call: Call, per_token: dict[str, Tensor]
-) -> tuple[Tensor, Gradients, Tensor | None, RowStatistics]:
+def loss_and_gradients(call: Call) -> tuple[Tensor, Gradients, Tensor | None, RowStatistics]:
     """The sum of the losses (), its gradients, the gradients of the targets' logits, and the statistics of every row.
 
     The gradients have the dtypes of their sums. Where that of the weight is narrow, it lacks the targets' terms, which
@@ -65,7 +63,7 @@ def loss_and_gradients(
     specification = call.specification
     source = _source(call)
     ranks, row_kernels = ranks_of(source), specification.row_kernels(call.target.device)
-    totals = ForwardTotals(source, per_token, source.plan.head_sum)
+    totals = ForwardTotals(source, source.plan.head_sum)
     filter = _filter(source, specification.objective.statistics)
     products = ChunkProducts(source, ranks, specification.needed, filter, keeps_unrounded=True)
     # On one rank a block is read once for statistics and gradients, unless the statistics first decide a scale.
@@ -79,6 +77,7 @@ def loss_and_gradients(
         arguments = block.products, block.column, block.class_weight, specification.logits
         columns, targets = products.column_sums(), products.targets_of(block)
         outputs = {"columns": columns} | ({} if targets is None else {"apart": targets.gradient})
+        outputs |= _per_row(block)
         slopes = scale = None
         if fused:
             slopes_of = functools.partial(totals.slopes, chunk.rows)
@@ -118,11 +117,13 @@ def gradients(
     scale = specification.logits.scale
     known = known.map(lambda values: tokens.select(source.in_chunk_order(values)))
     slopes = slopes.map(lambda values: tokens.mask(tokens.select(source.in_chunk_order(values))) * scale)
+    if source.temperature is not None:
+        slopes = slopes.scaled(1 / source.temperature)
     into = _destination(source, ranks_of(source), slopes, weight_sum)
     for chunk in source.chunks():
         for block in chunk.blocks:
             rows_slopes, columns, targets = slopes.at(block.rows), into.column_sums(), into.targets_of(block)
-            outputs = {} if targets is None else {"apart": targets.gradient}
+            outputs = ({} if targets is None else {"apart": targets.gradient}) | _per_row(block)
             row_kernels.logit_gradients(
                 block.products,
                 block.column,
@@ -188,6 +189,7 @@ def _part(source: Source, chunk: Chunk, row_kernels: ModuleType, *, overwrite: b
             specification.names,
             block.start,
             overwrite=overwrite and source.owns_products,
+            **_per_row(block),
         )
         before = parts.get(block.rows.start)
         if before is not None:
@@ -195,6 +197,11 @@ def _part(source: Source, chunk: Chunk, row_kernels: ModuleType, *, overwrite: b
         parts[block.rows.start] = part
     whole = torch.cat(list(parts.values())) if len(parts) > 1 else next(iter(parts.values()))
     return whole.to(work_dtype(specification.settings.compute_dtype))
+
+
+def _per_row(block: Block) -> dict[str, PerRow]:
+    """The keyword of the row kernels in torch, which Triton's do not take."""
+    return {} if all(part is None for part in block.per_row) else {"per_row": block.per_row}
 
 
 def _pipeline(

@@ -32,14 +32,14 @@ def keeps_targets(call: Call, head_sum_dtype: torch.dtype) -> bool:
 class ForwardTotals:
     """The loss of one call and the statistics of its rows, added up chunk by chunk."""
 
-    def __init__(self, source: Source, per_token: dict[str, Tensor], head_sum_dtype: torch.dtype) -> None:
+    def __init__(self, source: Source, head_sum_dtype: torch.dtype) -> None:
         call, tokens = source.call, source.tokens
         specification = call.specification
         self._dtype = work_dtype(specification.settings.compute_dtype)
         self._objective, self._tokens = specification.objective, tokens
-        self._scale = specification.logits.scale
+        self._temperature, self._scale = source.temperature, specification.logits.scale
         self._losses = torch.zeros_like(tokens.target, dtype=torch.float64)  # (n,)
-        selected = {name: tokens.select(source.in_chunk_order(values)) for name, values in per_token.items()}
+        selected = {name: tokens.select(source.in_chunk_order(values)) for name, values in call.per_token.items()}
         self._coefficient = tokens.mask(selected.pop("_coefficient"))  # (n,)
         classes = call.class_weight
         target_weight = None if classes is None else classes[tokens.target]
@@ -47,7 +47,8 @@ class ForwardTotals:
         self._known = Tokens(call.vocab_size, weight_sum(classes, call.vocab_size), target_weight, selected)
         self._least_scale = self._coefficient.new_full((), torch.inf)
         size, device = len(call.target), call.target.device
-        self.statistics = zero_statistics(size, specification.names, specification.settings.compute_dtype, device)
+        dtype = specification.settings.compute_dtype
+        self.statistics = zero_statistics(size, specification.names, dtype, device, call.num_ids)
         self.targets: Tensor | None = None  # (N,) gradients of the targets' logits
         if keeps_targets(call, head_sum_dtype):
             self.targets = torch.zeros(size, dtype=torch.float32, device=device)
@@ -89,7 +90,9 @@ class ForwardTotals:
             rows = slice(rows.start + part.start, rows.start + part.stop)
         slopes = self._objective.slopes(block, self._known.at(rows))
         factor = self._coefficient[rows] * self._scale
-        return slopes.map(lambda slope: self._tokens.mask(slope * factor, rows))
+        if self._temperature is not None:
+            factor = factor / self._temperature[rows]
+        return slopes.scaled(factor).map(lambda slope: self._tokens.mask(slope, rows))
 
     def _bound(self, slopes: RowStatistics, block: RowStatistics) -> Tensor:
         """A bound (n,) on the gradients of a row's logits: those besides the target's share 1 - p of the slope."""

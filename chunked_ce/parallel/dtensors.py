@@ -70,7 +70,8 @@ def _tokens(name: str, tensor: Any, vocab: VocabShard | None) -> Tensor:
     mine = _dim_of(tensor.device_mesh, vocab)
     if name == "input" and vocab is not None and vocab.input_grad == "sequence":
         return _sequence_shard(tensor, placements, mine)
-    token_dims = {"input": tensor.dim() - 1, "target": tensor.dim(), "token_weight": tensor.dim()}.get(name, 0)
+    of_tokens = dict.fromkeys(("target", "token_weight", "temperature"), tensor.dim())
+    token_dims = {"input": tensor.dim() - 1, **of_tokens}.get(name, 0)
     for at, placement in enumerate(placements):
         if at != mine and _shards(placement) and placement.dim < token_dims:
             raise ValueError(_sharded_tokens(name, tensor, " along other ranks than those of the vocabulary"))

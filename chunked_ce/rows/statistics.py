@@ -7,10 +7,13 @@ They are relative to the row's largest logit ``m``, so that a large common offse
     weighted  = sum_v w_v (z_v - m)             sum_v w_v (lse - z_v) = sum_v w_v * log_sum - weighted
     mean      = sum_v p_v (z_v - m)             entropy = log_sum - mean
     correct   = 1 if z_y is the first of the largest logits, else 0
+    squares   = log sum_v exp(2 (z_v - m))          log sum_v p_v^2 = squares - 2 log_sum
+    at_ids    = z_id - m for each of K ids          -inf for an id that stands for none
 
-With the slopes (s_lse, s_target, s_weighted, s_mean) of the loss in these, the gradient of a logit is
+With the slopes (s_lse, s_target, ...) of the loss in these, the gradient of a logit is
 
-    dz_v = p_v * (s_lse + s_mean * (1 + z_v - m - mean)) + s_target * [v == y] + s_weighted * w_v
+    dz_v = p_v * (s_lse + s_mean * (1 + z_v - m - mean) + s_squares * 2 exp(z_v - m + log_sum - squares))
+           + s_target * [v == y] + s_weighted * w_v + sum_k s_at_ids_k * [v == id_k]
 
 `STATISTICS` enumerates them. For each, a shard of the vocabulary sends a few numbers, its part: `merge_shards`
 combines the parts of all shards, and `statistics_of` computes the statistics from the combined part.
@@ -29,12 +32,16 @@ from torch import Tensor
 
 __all__ = [
     "EXP_IS_ZERO",
+    "NOTHING",
     "STATISTICS",
     "Logits",
+    "PerRow",
     "RowStatistics",
     "Statistic",
+    "along",
     "columns_of",
     "empty_part",
+    "joined",
     "merge_shards",
     "names_of",
     "num_columns",
@@ -54,14 +61,32 @@ class Logits(NamedTuple):
     scale: float = 1.0
     softcap: float | None = None
 
-    def __call__(self, product: Tensor) -> Tensor:
-        """``scale * product``, then ``softcap * tanh(. / softcap)``; any shape."""
+    def __call__(self, product: Tensor, temperature: Tensor | None = None) -> Tensor:
+        """``scale * product``, then ``softcap * tanh(. / softcap)``, over the temperature (n,) of each row (n, V)."""
         logits = product if self.scale == 1.0 else product * self.scale
-        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+        logits = logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+        return logits if temperature is None else logits / temperature.unsqueeze(-1)
+
+
+class PerRow(NamedTuple):
+    """What a loss knows about each of n rows besides its logits and its target, None where not given."""
+
+    temperature: Tensor | None = None  # (n,) which divides the logits
+    ids: Tensor | None = None  # (n, K) columns, -1 for an id that is in no column
+
+    def at(self, rows: slice) -> PerRow:
+        return PerRow(*[None if part is None else part[rows] for part in self])
+
+    @property
+    def num_ids(self) -> int:
+        return 0 if self.ids is None else self.ids.shape[1]
+
+
+NOTHING = PerRow()
 
 
 class RowStatistics(NamedTuple):
-    """Each statistic of n rows, (n,), or None if it was not requested.
+    """Each statistic of n rows, (n,) or for ``at_ids`` (n, K), or None if it was not requested.
 
     Holds the statistics themselves, relative to ``maximum``, or the slopes (derivatives) of a loss in them.
     """
@@ -72,6 +97,8 @@ class RowStatistics(NamedTuple):
     weighted: Tensor | None = None
     mean: Tensor | None = None
     correct: Tensor | None = None
+    squares: Tensor | None = None
+    at_ids: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> RowStatistics:
         """Apply ``function`` to every statistic that is not None."""
@@ -79,6 +106,10 @@ class RowStatistics(NamedTuple):
 
     def at(self, rows: slice) -> RowStatistics:
         return self.map(lambda part: part[rows])
+
+    def scaled(self, factor: Tensor) -> RowStatistics:
+        """Each statistic times the factor (n,) of its row."""
+        return self.map(lambda part: part * along(factor, part))
 
     def named(self) -> dict[str, Tensor]:
         """The statistics that are not None, by name."""
@@ -104,6 +135,11 @@ class RowStatistics(NamedTuple):
         """The entropy of the predicted distribution, in nats; it requires the statistic ``mean``."""
         return self.log_sum - self.mean
 
+    @property
+    def logprobs(self) -> Tensor:
+        """The log-probabilities (n, K) of the ids, -inf for an id that stands for none; it requires ``at_ids``."""
+        return self.at_ids - self.log_sum.unsqueeze(-1)
+
 
 class Row(NamedTuple):
     """The inputs of a statistic's part, besides the logits of a few rows."""
@@ -111,7 +147,12 @@ class Row(NamedTuple):
     target: Tensor  # (r,) a column
     class_weight: Tensor | None  # (V,)
     weight_sum: Tensor | float  # sum of the class weights, V without them
-    relative: Tensor | None = None  # (r, V) z - m, a copy that may be overwritten, if the statistic ``keeps_relative``
+    ids: Tensor | None = None  # (r, K) columns, -1 for an id that is in none
+    relative: Tensor | None = None  # (r, V) z - m, a copy that may be overwritten, if its part reads ``"both"``
+
+    def at(self, rows: slice) -> Row:
+        ids = None if self.ids is None else self.ids[rows]
+        return self._replace(target=self.target[rows], ids=ids)
 
 
 class Shards(NamedTuple):
@@ -126,21 +167,24 @@ class Shards(NamedTuple):
 class Statistic:
     """One statistic of a row.
 
-    ``reads`` says what the buffer of a few rows holds when `part` is called: ``"logits"`` z, ``"relative"`` z - m, or
-    ``"exponentials"`` exp(z - m).
+    ``reads`` says what the buffer of a few rows holds when `part` is called: ``"logits"`` z, ``"relative"`` z - m,
+    ``"exponentials"`` exp(z - m), or ``"both"``: the exponentials, and z - m in ``Row.relative``.
     """
 
     name: str
     reads: str
-    keeps_relative = False  # whether its part needs z - m as well as the exponentials
     differentiable = True
+    in_factor = False  # whether its slope enters the factor of p_v, which then differs between the logits of a row
+    keeps_relative = False  # whether that factor needs z - m
+    low_rank = True  # whether a tail of low rank serves the gradients of its slope
     adds = False  # whether its slope adds one number, times the class weights, to the gradients of all logits
     in_gradient = True  # whether the gradient of the logits needs its value
     in_triton = True  # whether the Triton kernels compute it
+    per_id = False  # whether it is (n, K), and its part too
     empty: tuple[float, ...] = (0.0,)  # the part of a shard without columns
 
     def part(self, values: Tensor, row: Row) -> Sequence[Tensor]:
-        """The numbers that a shard sends, (r,) each, from the buffer ``values`` (r, V)."""
+        """The numbers that a shard sends, (r,) each, from the buffer ``values`` (r, V); with ``per_id``, (r, K)."""
         raise NotImplementedError
 
     def merge(self, part: Sequence[Tensor], shards: Shards) -> Sequence[Tensor]:
@@ -155,8 +199,11 @@ class Statistic:
         """The statistic (n,) in plain differentiable torch, from the logits (n, V) and z - m."""
         raise NotImplementedError
 
-    def softmax_factor(self, slope: Tensor, relative: Tensor, rows: RowStatistics) -> Tensor:
-        """The term of its slope (r, 1) in the factor of p_v, if it ``keeps_relative``; may overwrite z - m."""
+    def softmax_factor(self, slope: Tensor, values: Tensor, rows: RowStatistics) -> Tensor:
+        """The term of its slope (r, 1) in the factor of p_v, if it is ``in_factor``.
+
+        ``values`` (r, V) are z - m if it ``keeps_relative``, and may be overwritten; else exp(z - m).
+        """
         raise NotImplementedError
 
     def added(self, slope: Tensor, class_weight: Tensor | None) -> Tensor:
@@ -244,7 +291,7 @@ class Weighted(Statistic):
 class Mean(Statistic):
     """Its part is the sum of exp(z) * z."""
 
-    name, reads, keeps_relative = "mean", "exponentials", True
+    name, reads, in_factor, keeps_relative, low_rank = "mean", "both", True, True, False
 
     def part(self, values, row):
         return (row.relative.mul_(values).sum(-1),)
@@ -259,8 +306,8 @@ class Mean(Statistic):
     def reference(self, logits, shifted, row):
         return (shifted.softmax(-1) * shifted).sum(-1)
 
-    def softmax_factor(self, slope, relative, rows):
-        return relative.clamp_(min=EXP_IS_ZERO).add_((1 - rows.mean).unsqueeze(-1)).mul_(slope)
+    def softmax_factor(self, slope, values, rows):
+        return values.clamp_(min=EXP_IS_ZERO).add_((1 - rows.mean).unsqueeze(-1)).mul_(slope)
 
     def bound(self, slope, rows, largest_weight):
         return slope.abs() * (2 + rows.log_sum - rows.mean)  # |p log p| <= 1 / e
@@ -284,8 +331,53 @@ class Correct(Statistic):
         return (logits.argmax(-1) == row.target).to(logits.dtype)
 
 
+class Squares(Statistic):
+    """Its part is the sum of the squared exponentials."""
+
+    name, reads, in_factor, low_rank, in_triton = "squares", "exponentials", True, False, False
+
+    def part(self, values, row):
+        return (torch.linalg.vecdot(values, values),)
+
+    def merge(self, part, shards):
+        return ((part[0] * shards.share.square()).sum(0),)
+
+    def value(self, part, sum_exp, target):
+        return part[0].log()
+
+    def reference(self, logits, shifted, row):
+        return torch.logsumexp(2 * shifted, -1)
+
+    def softmax_factor(self, slope, values, rows):
+        return values * (2 * slope * (rows.log_sum - rows.squares).exp().unsqueeze(-1))
+
+    def bound(self, slope, rows, largest_weight):
+        return 2 * slope.abs()
+
+
+class AtIds(Statistic):
+    """Its part is -inf where an id is in another shard, or stands for none."""
+
+    name, reads, low_rank, in_gradient, in_triton = "at_ids", "relative", False, False, False
+    per_id = True
+    empty = (-math.inf,)
+
+    def part(self, values, row):
+        return (values.gather(-1, row.ids.clamp(min=0)).masked_fill_(row.ids < 0, -torch.inf),)
+
+    def merge(self, part, shards):
+        return ((part[0] + shards.shift.unsqueeze(-1)).amax(0),)
+
+    def reference(self, logits, shifted, row):
+        return shifted.gather(-1, row.ids.clamp(min=0)).masked_fill(row.ids < 0, -torch.inf)
+
+    def bound(self, slope, rows, largest_weight):
+        return slope.abs().sum(-1)
+
+
 STATISTICS: dict[str, Statistic] = {
-    statistic.name: statistic for statistic in (Maximum(), LogSum(), Target(), Weighted(), Mean(), Correct())
+    statistic.name: statistic
+    for statistic in (Maximum(), LogSum(), Target(), Weighted(), Mean(), Correct(), Squares(), AtIds())
 }
 _ALWAYS = ("maximum", "log_sum", "target")
 
@@ -297,39 +389,49 @@ def names_of(asked: Iterable[str]) -> tuple[str, ...]:
 
 
 @functools.cache
-def columns_of(names: tuple[str, ...]) -> dict[str, slice]:
+def columns_of(names: tuple[str, ...], num_ids: int = 0) -> dict[str, slice]:
     """The columns of a part that belong to each statistic."""
     columns, start = {}, 0
     for name in names:
-        columns[name] = slice(start, start + len(STATISTICS[name].empty))
+        statistic = STATISTICS[name]
+        columns[name] = slice(start, start + len(statistic.empty) * (num_ids if statistic.per_id else 1))
         start = columns[name].stop
     return columns
 
 
-@functools.cache
-def num_columns(names: tuple[str, ...]) -> int:
+def num_columns(names: tuple[str, ...], num_ids: int = 0) -> int:
     """How many numbers a shard sends for a row."""
-    return sum(len(STATISTICS[name].empty) for name in names)
+    return columns_of(names, num_ids)[names[-1]].stop
 
 
-def empty_part(num_rows: int, names: tuple[str, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def joined(parts: Iterable[Tensor], out: Tensor | None = None) -> Tensor:
+    """The columns (..., columns) of parts that are (...) or (..., K) each, by their number of dimensions."""
+    parts = list(parts)
+    dims = parts[0].dim()
+    if all(part.dim() == dims for part in parts):
+        return torch.stack(parts, -1, out=out)
+    return torch.cat([part if part.dim() > dims else part.unsqueeze(-1) for part in parts], -1, out=out)
+
+
+def empty_part(
+    num_rows: int, names: tuple[str, ...], dtype: torch.dtype, device: torch.device, num_ids: int = 0
+) -> Tensor:
     """The part (n, columns) of a shard without columns."""
-    values = [value for name in names for value in STATISTICS[name].empty]
+    statistics = [STATISTICS[name] for name in names]
+    values = [value for one in statistics for value in one.empty * (num_ids if one.per_id else 1)]
     return torch.tensor(values, dtype=dtype).to(device, non_blocking=True).repeat(num_rows, 1)
 
 
 def merge_shards(parts: Tensor, names: tuple[str, ...]) -> Tensor:
     """The part (n, columns) of R shards taken together, from their parts (R, n, columns)."""
-    columns = parts.unbind(-1)  # (R, n) each
-    places = columns_of(names)
-    maxima = columns[0]
+    columns = _split(parts, names)
+    (maxima,), (sum_exp,) = columns["maximum"], columns["log_sum"]
     # Clamped so that a shard without columns contributes 0, not NaN, also where no shard has a finite logit yet.
     lowest = torch.finfo(parts.dtype).min
     maximum = maxima.amax(0)
     shift = (maxima - maximum.clamp(min=lowest)).clamp(min=lowest)
-    shards = Shards(shift, shift.exp(), maxima == maximum, columns[places["log_sum"].start])
-    merged = [column for name in names for column in STATISTICS[name].merge(columns[places[name]], shards)]
-    return torch.stack(merged, -1)
+    shards = Shards(shift, shift.exp(), maxima == maximum, sum_exp)
+    return joined(merged for name in names for merged in STATISTICS[name].merge(columns[name], shards))
 
 
 def statistics_of(
@@ -338,11 +440,20 @@ def statistics_of(
     names: tuple[str, ...],
 ) -> RowStatistics:
     """The statistics of rows from their part; NaN where every vocabulary entry of a row is masked."""
-    columns = part.unbind(-1)
-    places = columns_of(names)
-    sum_exp = columns[places["log_sum"].start]
-    sum_exp = sum_exp.where(columns[0] != -torch.inf, torch.nan)
-    return RowStatistics(**{name: STATISTICS[name].value(columns[at], sum_exp, target) for name, at in places.items()})
+    columns = _split(part, names)
+    (maximum,), (sum_exp,) = columns["maximum"], columns["log_sum"]
+    sum_exp = sum_exp.where(maximum != -torch.inf, torch.nan)
+    return RowStatistics(**{name: STATISTICS[name].value(columns[name], sum_exp, target) for name in names})
+
+
+def _split(part: Tensor, names: tuple[str, ...]) -> dict[str, tuple[Tensor, ...]]:
+    """The columns (...) of each statistic in a part (..., columns); of one per id, a tensor (..., K)."""
+    singles = num_columns(tuple([name for name in names if not STATISTICS[name].per_id]))
+    num_ids = part.shape[-1] - singles
+    return {
+        name: (part[..., at],) if STATISTICS[name].per_id else part[..., at].unbind(-1)
+        for name, at in columns_of(names, num_ids).items()
+    }
 
 
 def row_statistics(
@@ -350,10 +461,11 @@ def row_statistics(
     target: Tensor,  # (n,) in [0, V)
     class_weight: Tensor | None,  # (V,)
     names: tuple[str, ...],
+    ids: Tensor | None = None,  # (n, K) in [0, V), or -1
 ) -> RowStatistics:
     """The statistics of each row in plain differentiable torch: the reference of every kernel."""
     shifted = logits - logits.detach().amax(-1, keepdim=True)
-    row = Row(target, class_weight, weight_sum(class_weight, logits.shape[-1]))
+    row = Row(target, class_weight, weight_sum(class_weight, logits.shape[-1]), ids)
     return RowStatistics(**{name: STATISTICS[name].reference(logits, shifted, row) for name in names})
 
 
@@ -367,6 +479,15 @@ def work_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def zero_statistics(num_rows: int, names: tuple[str, ...], dtype: torch.dtype, device: torch.device) -> RowStatistics:
-    """Zeros (n,), as ignored tokens have them, for each statistic in ``names``, for products in ``dtype``."""
-    return RowStatistics(**{name: torch.zeros(num_rows, dtype=work_dtype(dtype), device=device) for name in names})
+def zero_statistics(
+    num_rows: int, names: tuple[str, ...], dtype: torch.dtype, device: torch.device, num_ids: int = 0
+) -> RowStatistics:
+    """Zeros, as ignored tokens have them, for each statistic in ``names``, for products in ``dtype``."""
+    shapes = {name: (num_rows, num_ids) if STATISTICS[name].per_id else (num_rows,) for name in names}
+    dtype = work_dtype(dtype)
+    return RowStatistics(**{name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()})
+
+
+def along(factor: Tensor, values: Tensor) -> Tensor:
+    """A factor (n,) in the number of dimensions of ``values`` (n, ...)."""
+    return factor if values.dim() <= 1 else factor.view(-1, *(1,) * (values.dim() - 1))

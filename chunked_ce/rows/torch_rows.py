@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,12 +17,15 @@ from chunked_ce import devices
 from chunked_ce.rows.columns import ColumnSums
 from chunked_ce.rows.statistics import (
     EXP_IS_ZERO,
+    NOTHING,
     STATISTICS,
     Logits,
+    PerRow,
     Row,
     RowStatistics,
     columns_of,
     empty_part,
+    joined,
     num_columns,
     statistics_of,
     weight_sum,
@@ -42,7 +46,7 @@ _CACHED_ELEMENTS = 2**19  # fp32 numbers in flight: about the second-level cache
 _SCALED_ROWS = 4096  # rows of a gradient scaled at a time: little scratch, yet more than a cache holds
 _DEVICE_ELEMENTS = 2**24  # on an accelerator a kernel must be worth its launch
 _LOG_HALF = -0.6931
-_WITH_FACTORS = tuple(name for name in STATISTICS if STATISTICS[name].keeps_relative)
+_IN_FACTOR = tuple(name for name in STATISTICS if STATISTICS[name].in_factor)
 _ADDED = tuple(name for name in STATISTICS if STATISTICS[name].adds)
 
 
@@ -60,9 +64,10 @@ def statistics(
     names: tuple[str, ...],
     *,
     overwrite: bool,
+    per_row: PerRow = NOTHING,
 ) -> RowStatistics:
     """The statistics of each row; with ``overwrite``, the products serve as scratch."""
-    part = shard_statistics(products, target, class_weight, logits, names, 0, overwrite=overwrite)
+    part = shard_statistics(products, target, class_weight, logits, names, 0, overwrite=overwrite, per_row=per_row)
     return statistics_of(part, target, names)
 
 
@@ -75,21 +80,22 @@ def shard_statistics(
     start: int,  # index of the first column in the whole vocabulary
     *,
     overwrite: bool = False,
+    per_row: PerRow = NOTHING,
 ) -> Tensor:
     """This shard's part of the statistics of each row, (n, columns): see `chunked_ce.rows.statistics`.
 
     With ``overwrite``, the products serve as scratch.
     """
-    dtype = work_dtype(products.dtype)
+    dtype, num_ids = work_dtype(products.dtype), per_row.num_ids
     if products.shape[1] == 0:
-        return empty_part(len(products), names, dtype, products.device)
-    parts = torch.empty(len(products), num_columns(names), dtype=dtype, device=products.device)
-    places = columns_of(names)
-    whole = Row(target.clamp(min=0), class_weight, weight_sum(class_weight, products.shape[1]))
-    for rows, z in _visit(products, logits, overwrite):
+        return empty_part(len(products), names, dtype, products.device, num_ids)
+    places = columns_of(names, num_ids)
+    parts = torch.empty(len(products), num_columns(names, num_ids), dtype=dtype, device=products.device)
+    whole = Row(target.clamp(min=0), class_weight, weight_sum(class_weight, products.shape[1]), per_row.ids)
+    for rows, z in _visit(products, logits, overwrite, per_row):
         # Clamped so that a row whose entries are all masked, by a bias of -inf, has exponentials of 0, not NaN.
-        part = _exponentiate_(z, whole._replace(target=whole.target[rows]), names, torch.finfo(dtype).min)
-        torch.stack([values for name in names for values in part[name]], -1, out=parts[rows])
+        part = _exponentiate_(z, whole.at(rows), names, torch.finfo(dtype).min)
+        joined((values for name in names for values in part[name]), out=parts[rows])
     columns = parts.unbind(-1)
     columns[places["target"].start].masked_fill_(target < 0, -torch.inf)
     if "correct" in places:
@@ -107,25 +113,28 @@ def statistics_and_gradients_(
     slope_names: Iterable[str] = (),  # statistics besides log_sum and target for which it may return slopes
     columns: ColumnSums | None = None,
     apart: Tensor | None = None,  # (n,)
+    *,
+    per_row: PerRow = NOTHING,
 ) -> RowStatistics:
     """The statistics of each row; the gradients, with slopes from ``slopes_of``, overwrite the products.
 
     With ``apart``, the gradients of the targets' logits are written there, unrounded, and the products get 0.
     """
-    whole = zero_statistics(len(products), names, products.dtype, products.device)
-    row = Row(target, class_weight, weight_sum(class_weight, products.shape[1]))
+    whole = zero_statistics(len(products), names, products.dtype, products.device, per_row.num_ids)
+    every = Row(target, class_weight, weight_sum(class_weight, products.shape[1]), per_row.ids)
     keeps = _keeps_logits(logits, slope_names)
-    for rows, z in _visit(products, logits, overwrite=True):
+    for rows, z in _visit(products, logits, True, per_row):
         kept = z.clone() if keeps else None
-        column = target[rows]
-        part = _exponentiate_(z, row._replace(target=column), names)
+        row, column = every.at(rows), target[rows]
+        part = _exponentiate_(z, row, names)
         (sum_exp,) = part["log_sum"]
         block = RowStatistics(**{name: STATISTICS[name].value(part[name], sum_exp, column) for name in names})
         for into, values in zip(whole, block, strict=True):
             if into is not None:
                 into[rows] = values
         slopes = slopes_of(block, rows)
-        gradients = _gradients_(z, sum_exp, column, class_weight, slopes, logits, kept, block, columns)
+        few = Few(sum_exp, column, class_weight, slopes, kept, block, per_row.at(rows))
+        gradients = _gradients_(z, few, logits, columns)
         if apart is not None:
             apart[rows] = _take_targets_(gradients, column)
         if products.dtype != gradients.dtype:
@@ -143,6 +152,8 @@ def logit_gradients(
     out: Tensor,  # as products; may be products itself
     columns: ColumnSums | None = None,
     apart: Tensor | None = None,  # (n,) as in `statistics_and_gradients_`
+    *,
+    per_row: PerRow = NOTHING,
 ) -> None:
     """Write the gradients of the products to ``out``, from known statistics.
 
@@ -155,16 +166,16 @@ def logit_gradients(
     overwrite = out is products
     dead = None  # (n,)
     if not devices.drops_ignored(products.device):
-        dead = functools.reduce(torch.logical_and, [slope == 0 for slope in slopes if slope is not None])
+        zero = [slope == 0 for slope in slopes if slope is not None]
+        dead = functools.reduce(torch.logical_and, [each.all(-1) if each.dim() > 1 else each for each in zero])
     keeps = _keeps_logits(logits, slopes.named())
-    for rows, z in _visit(products, logits, overwrite):
+    for rows, z in _visit(products, logits, overwrite, per_row):
         block = known.at(rows)
         dead_rows = None if dead is None else dead[rows].unsqueeze(-1)
         kept = z.clone() if keeps else None
         z.sub_(block.maximum.unsqueeze(-1)).exp_()
-        gradients = _gradients_(
-            z, block.log_sum.exp(), target[rows], class_weight, slopes.at(rows), logits, kept, block, columns, dead_rows
-        )
+        few = Few(block.log_sum.exp(), target[rows], class_weight, slopes.at(rows), kept, block, per_row.at(rows))
+        gradients = _gradients_(z, few, logits, columns, dead_rows)
         if dead_rows is not None:
             gradients.masked_fill_(dead_rows, 0)
         if apart is not None:
@@ -192,6 +203,7 @@ def _visit(
     products: Tensor,  # (n, V)
     logits: Logits,
     overwrite: bool,
+    per_row: PerRow,
 ) -> Iterator[tuple[slice, Tensor]]:
     """A few rows at a time and their logits in the work dtype, in the products' own memory if possible."""
     n, vocab_size = products.shape
@@ -207,6 +219,8 @@ def _visit(
             z.mul_(logits.scale).div_(logits.softcap).tanh_().mul_(logits.softcap)
         elif logits.scale != 1.0:
             z.mul_(logits.scale)
+        if per_row.temperature is not None:
+            z.div_(per_row.temperature[rows].unsqueeze(-1))
         yield rows, z
 
 
@@ -224,14 +238,12 @@ def _exponentiate_(
     z.sub_((maximum if least is None else maximum.clamp(min=least)).unsqueeze(-1))
     for name in _reading("relative", names):
         part[name] = STATISTICS[name].part(z, row)
-    asked = _reading("exponentials", names)
-    rows = dict.fromkeys(asked, row)
-    for name in asked:
-        if STATISTICS[name].keeps_relative:
-            rows[name] = row._replace(relative=z.clamp(min=EXP_IS_ZERO))
+    with_both = {name: row._replace(relative=z.clamp(min=EXP_IS_ZERO)) for name in _reading("both", names)}
     z.exp_()
-    for name in asked:
-        part[name] = STATISTICS[name].part(z, rows[name])
+    for name in _reading("exponentials", names):
+        part[name] = STATISTICS[name].part(z, row)
+    for name, both in with_both.items():
+        part[name] = STATISTICS[name].part(z, both)
     return part
 
 
@@ -241,42 +253,54 @@ def _reading(values: str, names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in names if STATISTICS[name].reads == values)
 
 
+class Few(NamedTuple):
+    """What the gradients of a few rows depend on, besides their exponentials."""
+
+    sum_exp: Tensor  # (r,)
+    target: Tensor  # (r,) column, or -1 where the target is in another block
+    class_weight: Tensor | None  # (V,)
+    slopes: RowStatistics  # with the logit scale, and over the temperature
+    z: Tensor | None  # (r, V) the logits, where softcap or a slope needs them
+    rows: RowStatistics
+    per_row: PerRow
+
+
 def _gradients_(
     exponentials: Tensor,  # (r, V) exp(z - maximum); the gradients when it returns
-    sum_exp: Tensor,  # (r,)
-    target: Tensor,  # (r,) column, or -1 where the target is in another block
-    class_weight: Tensor | None,  # (V,)
-    slopes: RowStatistics,
+    few: Few,
     logits: Logits,
-    z: Tensor | None,  # (r, V) the logits, where softcap or a slope needs them
-    rows: RowStatistics,
     columns: ColumnSums | None,
     dead: Tensor | None = None,  # (r, 1)
 ) -> Tensor:
-    """The formula of `chunked_ce.rows.statistics`, chained through the softcap. The slopes include the logit scale.
+    """The formula of `chunked_ce.rows.statistics`, chained through the softcap.
 
     With ``columns``, the term of label smoothing is left out.
     """
-    factor = (slopes.log_sum / sum_exp).unsqueeze(-1)
-    for name in _WITH_FACTORS:
+    slopes, rows, target = few.slopes, few.rows, few.target
+    factor = (slopes.log_sum / few.sum_exp).unsqueeze(-1)
+    for name in _IN_FACTOR:
         slope = getattr(slopes, name)
         if slope is not None:
-            relative, share = z - rows.maximum.unsqueeze(-1), (slope / sum_exp).unsqueeze(-1)
-            factor = STATISTICS[name].softmax_factor(share, relative, rows).add_(factor)
+            values = few.z - rows.maximum.unsqueeze(-1) if STATISTICS[name].keeps_relative else exponentials
+            share = (slope / few.sum_exp).unsqueeze(-1)
+            factor = STATISTICS[name].softmax_factor(share, values, rows).add_(factor)
     gradients = exponentials.mul_(factor)
     if columns is not None:
-        part = gradients if logits.softcap is None else gradients * _chain(z, logits)
+        part = gradients if logits.softcap is None else gradients * _chain(few, logits)
         columns.add(part if dead is None else part.masked_fill(dead, 0), slopes.log_sum)
     column = target.clamp(min=0).unsqueeze(-1)
     at_target = _at_target(slopes, rows).unsqueeze(-1)
     gradients.scatter_(-1, column, at_target.where(target.unsqueeze(-1) >= 0, gradients.gather(-1, column)))
+    if slopes.at_ids is not None:
+        ids = few.per_row.ids
+        gradients.scatter_add_(-1, ids.clamp(min=0), slopes.at_ids.where(ids >= 0, 0))
     if columns is None:
         for name in _ADDED:
             slope = getattr(slopes, name)
             if slope is not None:
-                gradients.add_(STATISTICS[name].added(slope.unsqueeze(-1), class_weight))
+                gradients.add_(STATISTICS[name].added(slope.unsqueeze(-1), few.class_weight))
     if logits.softcap is not None:
-        gradients.mul_(_chain(z, logits))
+        gradients.mul_(_chain(few, logits))
     return gradients
 
 
@@ -299,16 +323,20 @@ def _take_targets_(
 def _at_target(slopes: RowStatistics, rows: RowStatistics) -> Tensor:
     """The gradients (r,) of the targets' logits, without the term of label smoothing."""
     factor, logprob = slopes.log_sum, rows.logprob
-    for name in _WITH_FACTORS:
+    for name in _IN_FACTOR:
         slope = getattr(slopes, name)
         if slope is not None:
-            relative = rows.target.unsqueeze(-1).clone()
-            factor = factor + STATISTICS[name].softmax_factor(slope.unsqueeze(-1), relative, rows).squeeze(-1)
+            values = rows.target.unsqueeze(-1).clone()
+            values = values if STATISTICS[name].keeps_relative else values.exp_()
+            factor = factor + STATISTICS[name].softmax_factor(slope.unsqueeze(-1), values, rows).squeeze(-1)
     # For a confident token, expm1(log p) is p - 1 without cancellation.
     confident = torch.expm1(logprob) * factor + (factor + slopes.target)
     return confident.where(logprob > _LOG_HALF, logprob.exp() * factor + slopes.target)
 
 
-def _chain(z: Tensor, logits: Logits) -> Tensor:
-    """The derivative of the softcap at the capped logits ``z``."""
-    return 1 - (z / logits.softcap).square_()
+def _chain(few: Few, logits: Logits) -> Tensor:
+    """The derivative of the softcap at the capped logits, which the temperature has divided."""
+    capped = few.z / logits.softcap
+    if few.per_row.temperature is not None:
+        capped *= few.per_row.temperature.unsqueeze(-1)
+    return 1 - capped.square_()
