@@ -127,7 +127,7 @@ def test_the_chunk_loops(dtype, backend, launches):
     forward = whole._replace(objective=CrossEntropy(0.1, 0.1))
     call = Call((hidden, weight, bias), torch.empty(V, device="meta"), target, -100, forward)
     coefficient = torch.empty(N, dtype=torch.float64, device="meta")
-    loss, grads, _, _ = sweep.loss_and_gradients(call, {"_coefficient": coefficient})
+    loss, grads, _, _ = sweep.loss_and_gradients(call.with_per_token({"_coefficient": coefficient}))
     assert loss.shape == () and [g.dtype for g in grads] == [torch.float32] * 3
     call = call._replace(specification=whole)
     known = sweep.statistics(call)
