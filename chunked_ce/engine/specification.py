@@ -40,8 +40,7 @@ class Specification(NamedTuple):
     slopes: tuple[str, ...] = ()  # the statistics for which slopes are given
 
     def row_kernels(self, device: torch.device) -> ModuleType:
-        backend = "torch" if TEMPERATURE in self.per_token else self.settings.backend
-        return row_kernels(backend, device, self.settings.compute_dtype, self.names)
+        return row_kernels(self.settings.backend, device, self.settings.compute_dtype, self.names)
 
     @property
     def scales_chunks(self) -> bool:

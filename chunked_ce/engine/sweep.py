@@ -24,9 +24,9 @@ from chunked_ce.engine.call import Call
 from chunked_ce.engine.filtered import Filter, can_filter
 from chunked_ce.engine.gradient_products import ChunkProducts, Gradients, LogitGradients, VocabularyProducts
 from chunked_ce.engine.ranks import OneRank, ranks_of
-from chunked_ce.engine.sources import Block, Chunk, HeadSource, LogitsSource, SequenceSource, Source
+from chunked_ce.engine.sources import Chunk, HeadSource, LogitsSource, SequenceSource, Source
 from chunked_ce.engine.totals import ForwardTotals
-from chunked_ce.rows.statistics import PerRow, RowStatistics, merge_shards, statistics_of, work_dtype, zero_statistics
+from chunked_ce.rows.statistics import RowStatistics, merge_shards, statistics_of, work_dtype, zero_statistics
 
 __all__ = ["gradients", "loss_and_gradients", "statistics"]
 
@@ -77,7 +77,7 @@ def loss_and_gradients(call: Call) -> tuple[Tensor, Gradients, Tensor | None, Ro
         arguments = block.products, block.column, block.class_weight, specification.logits
         columns, targets = products.column_sums(), products.targets_of(block)
         outputs = {"columns": columns} | ({} if targets is None else {"apart": targets.gradient})
-        outputs |= _per_row(block)
+        outputs["per_row"] = block.per_row
         slopes = scale = None
         if fused:
             slopes_of = functools.partial(totals.slopes, chunk.rows)
@@ -123,7 +123,8 @@ def gradients(
     for chunk in source.chunks():
         for block in chunk.blocks:
             rows_slopes, columns, targets = slopes.at(block.rows), into.column_sums(), into.targets_of(block)
-            outputs = ({} if targets is None else {"apart": targets.gradient}) | _per_row(block)
+            outputs = {} if targets is None else {"apart": targets.gradient}
+            outputs["per_row"] = block.per_row
             row_kernels.logit_gradients(
                 block.products,
                 block.column,
@@ -189,7 +190,7 @@ def _part(source: Source, chunk: Chunk, row_kernels: ModuleType, *, overwrite: b
             specification.names,
             block.start,
             overwrite=overwrite and source.owns_products,
-            **_per_row(block),
+            per_row=block.per_row,
         )
         before = parts.get(block.rows.start)
         if before is not None:
@@ -197,11 +198,6 @@ def _part(source: Source, chunk: Chunk, row_kernels: ModuleType, *, overwrite: b
         parts[block.rows.start] = part
     whole = torch.cat(list(parts.values())) if len(parts) > 1 else next(iter(parts.values()))
     return whole.to(work_dtype(specification.settings.compute_dtype))
-
-
-def _per_row(block: Block) -> dict[str, PerRow]:
-    """The keyword of the row kernels in torch, which Triton's do not take."""
-    return {} if all(part is None for part in block.per_row) else {"per_row": block.per_row}
 
 
 def _pipeline(

@@ -334,7 +334,7 @@ class Correct(Statistic):
 class Squares(Statistic):
     """Its part is the sum of the squared exponentials."""
 
-    name, reads, in_factor, low_rank, in_triton = "squares", "exponentials", True, False, False
+    name, reads, in_factor, low_rank = "squares", "exponentials", True, False
 
     def part(self, values, row):
         return (torch.linalg.vecdot(values, values),)

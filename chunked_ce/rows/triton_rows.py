@@ -16,8 +16,10 @@ from torch import Tensor
 from chunked_ce.rows import triton_kernels as kernels
 from chunked_ce.rows.columns import ColumnSums
 from chunked_ce.rows.statistics import (
+    NOTHING,
     STATISTICS,
     Logits,
+    PerRow,
     RowStatistics,
     columns_of,
     empty_part,
@@ -51,9 +53,11 @@ def statistics(
     names: tuple[str, ...],
     *,
     overwrite: bool,
+    per_row: PerRow = NOTHING,
 ) -> RowStatistics:
     """The statistics of each row; the products are kept, even with ``overwrite``."""
-    return statistics_of(_part(products, target, class_weight, logits, names, 0, whole=True), target, names)
+    part = _part(products, target, class_weight, logits, names, 0, whole=True, per_row=per_row)
+    return statistics_of(part, target, names)
 
 
 def shard_statistics(
@@ -65,6 +69,7 @@ def shard_statistics(
     start: int,  # index of the first column in the whole vocabulary
     *,
     overwrite: bool = False,
+    per_row: PerRow = NOTHING,
 ) -> Tensor:
     """This shard's part of the statistics of each row, (n, columns): see `chunked_ce.rows.statistics`.
 
@@ -72,7 +77,7 @@ def shard_statistics(
     """
     if products.shape[1] == 0:
         return empty_part(len(products), names, torch.float32, products.device)
-    return _part(products, target, class_weight, logits, names, start, whole=False)
+    return _part(products, target, class_weight, logits, names, start, whole=False, per_row=per_row)
 
 
 def statistics_and_gradients_(
@@ -84,11 +89,14 @@ def statistics_and_gradients_(
     slopes_of: Callable[[RowStatistics, slice], RowStatistics],
     slope_names: Iterable[str] = (),
     columns: ColumnSums | None = None,
+    *,
+    per_row: PerRow = NOTHING,
 ) -> RowStatistics:
     """The statistics of each row; the gradients, with slopes from ``slopes_of``, overwrite the products."""
-    rows = statistics(products, target, class_weight, logits, names, overwrite=False)
+    rows = statistics(products, target, class_weight, logits, names, overwrite=False, per_row=per_row)
     slopes = slopes_of(rows, slice(None))
-    logit_gradients(products, target, class_weight, logits, slopes, rows, out=products, columns=columns)
+    arguments = products, target, class_weight, logits, slopes, rows
+    logit_gradients(*arguments, out=products, columns=columns, per_row=per_row)
     return rows
 
 
@@ -101,6 +109,8 @@ def logit_gradients(
     known: RowStatistics,  # over the whole vocabulary
     out: Tensor,  # as products; may be products itself
     columns: ColumnSums | None = None,
+    *,
+    per_row: PerRow = NOTHING,
 ) -> None:
     """Write the gradients of the products to ``out``, from known statistics; 0 in rows whose slopes are all 0."""
     n, vocab_size = products.shape
@@ -115,11 +125,13 @@ def logit_gradients(
         *out.stride(),
         target.contiguous(),
         _contiguous(class_weight),
+        _contiguous(per_row.temperature),
         known.maximum.contiguous(),
         known.log_sum.contiguous(),
         known.target.contiguous(),
         _contiguous(known.mean if slopes.mean is not None else None),
-        *map(_contiguous, (slopes.log_sum, slopes.target, slopes.weighted, slopes.mean)),
+        _contiguous(known.squares if slopes.squares is not None else None),
+        *map(_contiguous, (slopes.log_sum, slopes.target, slopes.weighted, slopes.mean, slopes.squares)),
     )
     with torch.cuda.device_of(products):
         if columns is None:
@@ -163,6 +175,7 @@ def _part(
     start: int,
     *,
     whole: bool,
+    per_row: PerRow,
 ) -> Tensor:
     n, vocab_size = products.shape
     part = torch.empty(n, num_columns(names), dtype=torch.float32, device=products.device)
@@ -180,6 +193,7 @@ def _part(
             *products.stride(),
             target.contiguous(),
             _contiguous(class_weight),
+            _contiguous(per_row.temperature),
             part,
             *part.stride(),
             vocab_size,

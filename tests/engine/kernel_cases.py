@@ -16,7 +16,9 @@ from chunked_ce.rows import torch_rows, triton_rows
 from chunked_ce.rows.backend import INTERPRETED
 from chunked_ce.rows.columns import ColumnSums
 from chunked_ce.rows.statistics import (
+    NOTHING,
     Logits,
+    PerRow,
     RowStatistics,
     merge_shards,
     names_of,
@@ -33,7 +35,7 @@ DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Rows and columns: one of each, below a block, at its edge, over several blocks.
 SHAPES = ((1, 1), (1, 7), (3, 128), (5, 129), (2, 4096), (2, 4097), (3, 9000))
-ALL = names_of(("weighted", "mean", "correct"))
+ALL = names_of(("weighted", "mean", "correct", "squares"))
 LOGITS = (Logits(), Logits(0.7), Logits(1.5, 5.0))
 
 
@@ -53,9 +55,11 @@ def weights_of(vocab):
     return normal(vocab, seed=2).abs().float().to(DEVICE)
 
 
-def slopes_of(n, *, weighted=True, mean=True):
-    values = normal(4, n, seed=3).float().to(DEVICE)
-    return RowStatistics(None, values[0], values[1], values[2] if weighted else None, values[3] if mean else None)
+def slopes_of(n, *, weighted=True, mean=True, squares=True):
+    values = normal(5, n, seed=3).float().to(DEVICE)
+    asked = {"weighted": weighted, "mean": mean, "squares": squares}
+    more = {name: values[at] for at, name in enumerate(asked, 2) if asked[name]}
+    return RowStatistics(None, values[0], values[1], **more)
 
 
 def double(parts):
@@ -74,11 +78,12 @@ def assert_no_worse(ours, twin, expected, what, roundings=4.0):
     assert error <= bound, f"{what}: error {error:.3g}, allowed {bound:.3g}"
 
 
-def check_statistics(products, target, class_weight, logits, wanted=ALL):
-    ours = triton_rows.statistics(products, target, class_weight, logits, wanted, overwrite=False)
-    twin = torch_rows.statistics(products, target, class_weight, logits, wanted, overwrite=False)
+def check_statistics(products, target, class_weight, logits, wanted=ALL, per_row=NOTHING):
+    asked = {"overwrite": False, "per_row": per_row}
+    ours = triton_rows.statistics(products, target, class_weight, logits, wanted, **asked)
+    twin = torch_rows.statistics(products, target, class_weight, logits, wanted, **asked)
     double_weight = none_or_double(class_weight)
-    expected = torch_rows.statistics(products.double(), target, double_weight, logits, wanted, overwrite=False)
+    expected = torch_rows.statistics(products.double(), target, double_weight, logits, wanted, **asked)
     for name, a, b, c in zip(RowStatistics._fields, ours, twin, expected, strict=True):
         if c is None:
             assert a is None
@@ -91,26 +96,33 @@ def check_statistics(products, target, class_weight, logits, wanted=ALL):
     return double(expected)
 
 
-def check_gradients(products, target, class_weight, logits, slopes, known=None):
+def check_gradients(products, target, class_weight, logits, slopes, known=None, per_row=NOTHING):
     if known is None:
         known = torch_rows.statistics(
-            products.double(), target, none_or_double(class_weight), logits, ALL, overwrite=False
+            products.double(), target, none_or_double(class_weight), logits, ALL, overwrite=False, per_row=per_row
         )
     single = known.map(torch.Tensor.float)
     found = []
     for kernels in (triton_rows, torch_rows):
         kept = products.clone()
         out = torch.full_like(products, torch.nan)
-        kernels.logit_gradients(products, target, class_weight, logits, slopes, single, out)
+        kernels.logit_gradients(products, target, class_weight, logits, slopes, single, out, per_row=per_row)
         assert torch.equal(products, kept)
         found.append(out)
     expected = torch.empty_like(products, dtype=torch.float64)
     torch_rows.logit_gradients(
-        products.double(), target, none_or_double(class_weight), logits, double(slopes), known, expected
+        products.double(),
+        target,
+        none_or_double(class_weight),
+        logits,
+        double(slopes),
+        known,
+        expected,
+        per_row=per_row,
     )
     assert_no_worse(*found, expected, "gradients")
     in_place = products.clone()
-    triton_rows.logit_gradients(in_place, target, class_weight, logits, slopes, single, in_place)
+    triton_rows.logit_gradients(in_place, target, class_weight, logits, slopes, single, in_place, per_row=per_row)
     assert torch.equal(in_place, found[0])
 
 
@@ -123,13 +135,25 @@ def test_shapes(dtype, logits):
         check_gradients(*arguments, slopes_of(n), known)
 
 
-@pytest.mark.parametrize("wanted", [(), ("weighted",), ("mean",), ("correct",)], ids=str)
+@pytest.mark.parametrize("logits", LOGITS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_temperatures(dtype, logits):
+    for n, vocab in ((1, 7), (3, 4500)):
+        per_row = PerRow(torch.rand(n, generator=torch.Generator().manual_seed(4)).to(DEVICE) + 0.5)
+        arguments = products_of(n, vocab, dtype), targets_of(n, vocab), weights_of(vocab), logits
+        known = check_statistics(*arguments, per_row=per_row)
+        check_gradients(*arguments, slopes_of(n), known, per_row)
+
+
+@pytest.mark.parametrize("wanted", [(), ("weighted",), ("mean",), ("correct",), ("squares",)], ids=str)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_what_is_asked_for(wanted, weighted):
     for logits in LOGITS:
         arguments = products_of(3, 4500, torch.bfloat16), targets_of(3, 4500), weights_of(4500) if weighted else None
         check_statistics(*arguments, logits, names_of(wanted))
-        check_gradients(*arguments, logits, slopes_of(3, weighted="weighted" in wanted, mean="mean" in wanted))
+        check_gradients(
+            *arguments, logits, slopes_of(3, **{name: name in wanted for name in ("weighted", "mean", "squares")})
+        )
 
 
 def test_large_offset():
@@ -326,7 +350,7 @@ def test_rows_without_slopes_are_not_read(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_statistics_and_gradients(dtype):
     products, target = products_of(4, 4500, dtype), targets_of(4, 4500)
-    slopes, seen = slopes_of(4, mean=False), []
+    slopes, seen = slopes_of(4, mean=False, squares=False), []
 
     def of(block, rows):
         seen.append(rows)
@@ -401,7 +425,7 @@ def test_nothing_to_do():
             products,
         )
     found = triton_rows.statistics(products.new_empty(0, 5), target[:0], None, Logits(), ALL, overwrite=False)
-    assert [len(part) for part in found] == [0] * 6
+    assert [len(part) for part in found.named().values()] == [0] * len(ALL)
     triton_rows.scale_into(zeros[:0], torch.ones((), device=DEVICE), zeros[:0])
 
 
@@ -410,5 +434,5 @@ def test_twice_the_same():
     first, second = (
         triton_rows.statistics(products, target, weight, Logits(0.7, 9.0), ALL, overwrite=False) for _ in range(2)
     )
-    for a, b in zip(first, second, strict=True):
-        assert torch.equal(a, b)
+    for name in ALL:
+        assert torch.equal(getattr(first, name), getattr(second, name))
