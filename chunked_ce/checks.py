@@ -217,9 +217,10 @@ def check_objective(objective: Objective) -> Objective:
         if not is_plain:
             kinds = "a number, a string, a bool or None"
             raise TypeError(f"{name} of {type(objective).__name__} must be {kinds}, was {described(value)}")
-    reserved = _ARGUMENTS.intersection(objective.per_token)
-    if reserved:
-        raise ValueError(f"objective.per_token must not name an argument of the loss, had {reserved.pop()!r}")
+    for field in ("per_token", "optional_per_token"):
+        reserved = _ARGUMENTS.intersection(getattr(objective, field))
+        if reserved:
+            raise ValueError(f"objective.{field} must not name an argument of the loss, had {reserved.pop()!r}")
     unknown = [name for name in objective.statistics if name not in STATISTICS]
     if unknown:
         raise ValueError(f"objective.statistics must be names among {tuple(STATISTICS)}, had {unknown[0]!r}")
@@ -228,21 +229,25 @@ def check_objective(objective: Objective) -> Objective:
 
 def described_objective(objective: Objective) -> str:
     """An objective with all its fields but class weights, which ranks compare."""
+    return f"{type(objective).__module__}.{type(objective).__qualname__}({_fields(objective)})"
+
+
+def _fields(objective: Objective) -> str:
     names = [field.name for field in dataclasses.fields(objective) if field.name != "class_weight"]
-    fields = ", ".join(f"{name}={getattr(objective, name)!r}" for name in names)
-    return f"{type(objective).__module__}.{type(objective).__qualname__}({fields})"
+    return ", ".join(f"{name}={getattr(objective, name)!r}" for name in names)
 
 
 def check_per_token(objective: Objective | None, per_token: dict[str, Tensor]) -> None:
     """Check that the per-token tensors that an objective needs are given, and no others."""
-    required = () if objective is None else objective.per_token
+    required, optional = ((), ()) if objective is None else (objective.per_token, objective.optional_per_token)
     for name in per_token:
-        if name not in required:
-            taken = ", ".join(required) or "none"
+        if name not in (*required, *optional):
+            taken = ", ".join((*required, *optional)) or "none"
             raise TypeError(f"{name} is no tensor of {type(objective).__name__}: for each token it takes {taken}")
     for name in required:
         if per_token.get(name) is None:
-            raise TypeError(f"{name} must be a tensor in the shape of target for {type(objective).__name__}, was None")
+            needed_by = f"{type(objective).__name__}({_fields(objective)})"
+            raise TypeError(f"{name} must be a tensor in the shape of target for {needed_by}, was None")
 
 
 def check_layer(

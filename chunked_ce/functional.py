@@ -12,6 +12,7 @@ from chunked_ce.arguments import plain_integer
 from chunked_ce.checks import check_call, check_objective, compute_dtype_of, described_objective
 from chunked_ce.engine import dispatch
 from chunked_ce.engine.call import Call
+from chunked_ce.engine.loss_stats import LossStats
 from chunked_ce.engine.specification import TEMPERATURE, Specification
 from chunked_ce.objectives import CrossEntropy, Objective
 from chunked_ce.options import ChunkOptions
@@ -22,25 +23,6 @@ from chunked_ce.plan import Settings
 from chunked_ce.rows.statistics import Logits, names_of, work_dtype
 
 __all__ = ["LossStats", "cross_entropy", "linear_cross_entropy", "linear_logprobs", "linear_loss", "logits_loss"]
-
-
-class LossStats(NamedTuple):
-    """Summary statistics of a loss, as detached 0-d float32 tensors on the device.
-
-    Ranks, chunks and micro-batches combine by SUM, ``lse_max`` by MAX. Each token that counts adds to predictions,
-    entropies and log-sum-exps once, whatever its weight.
-    """
-
-    loss_sum: Tensor
-    """Sum of the losses, token weights in."""
-    num_tokens: Tensor
-    """This call's share of the mean's denominator: the sum of ``token_weight * weight[target]``."""
-    num_correct: Tensor
-    """Tokens whose target has the largest logit (the first of equals)."""
-    entropy_sum: Tensor
-    """Sum of the entropies of the predicted distributions, in nats."""
-    lse_max: Tensor
-    """The largest log-sum-exp, -inf if no token counts."""
 
 
 def linear_cross_entropy(
@@ -201,7 +183,7 @@ def linear_loss(
     vocab: VocabShard | None = None,
     options: ChunkOptions | None = None,
     return_stats: bool = False,
-    **per_token_tensors: Tensor,
+    **per_token_tensors: Tensor | None,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """Any `chunked_ce.objectives.Objective` of the logits of `linear_cross_entropy`, which never exist as a whole.
 
@@ -210,8 +192,8 @@ def linear_loss(
 
     Args:
         objective: an objective of `chunked_ce.objectives`, or one of your own. Class weights are a field of it.
-        per_token_tensors: the tensors that the objective needs for each token, by name, in the shape of ``target``,
-            constant.
+        per_token_tensors: the tensors that the objective takes for each token, by name, in the shape of ``target``,
+            constant. Those that it calls optional may be None.
 
     All other arguments, the result and the errors are those of `linear_cross_entropy`.
 
@@ -256,7 +238,7 @@ def logits_loss(
     vocab: VocabShard | None = None,
     options: ChunkOptions | None = None,
     return_stats: bool = False,
-    **per_token_tensors: Tensor,
+    **per_token_tensors: Tensor | None,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """`linear_loss` of logits that exist, (..., V), as `cross_entropy` is of `linear_cross_entropy`.
 
@@ -372,11 +354,12 @@ class _Arguments(NamedTuple):
 
 
 def _loss(
-    objective_of: Callable[[], Objective], arguments: _Arguments, per_token: dict[str, Tensor] | None = None
+    objective_of: Callable[[], Objective], arguments: _Arguments, per_token: dict[str, Tensor | None] | None = None
 ) -> Tensor | tuple[Tensor, LossStats]:
     per_token = per_token or {}
     if per_token:
-        arguments = arguments._replace(tensors=arguments.tensors | per_token)
+        given = {name: tensor for name, tensor in per_token.items() if tensor is not None}
+        arguments = arguments._replace(tensors=arguments.tensors | given)
     arguments = arguments.local()
     options, objective = _agreed(objective_of, arguments, per_token)
     tensors, keywords, return_stats = arguments.tensors, arguments.keywords, arguments.flags["return_stats"]
@@ -384,12 +367,13 @@ def _loss(
     asked = objective.statistics + (("mean", "correct") if return_stats else ())
     call = _call(arguments, options, objective.without_tensors(), names_of(asked))
     weights = dispatch.TokenWeights.of(call, tensors["token_weight"])
-    call = call.with_per_token(call.per_token | {name: tensors[name].reshape(-1) for name in per_token})
+    given = {name: tensors[name].reshape(-1) for name, tensor in per_token.items() if tensor is not None}
+    call = call.with_per_token(call.per_token | given)
     coefficient = weights.coefficient(reduction, keywords["num_tokens"])
     in_forward = arguments.is_head and not options.in_backward
     loss, rows = dispatch.loss(call, coefficient, in_forward=in_forward, reduces=reduction != "none")
     loss = loss.view(target.shape) if reduction == "none" else loss
-    return (loss, LossStats(*dispatch.stats(call, weights, rows))) if return_stats else loss
+    return (loss, dispatch.stats(call, weights, rows)) if return_stats else loss
 
 
 def _agreed(

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from chunked_ce.engine import operators, plain
 from chunked_ce.engine.call import Call
 from chunked_ce.engine.device_memory import free_bytes
-from chunked_ce.engine.loss_stats import loss_stats, plain_loss_stats
+from chunked_ce.engine.loss_stats import LossStats, loss_stats, named_stats, plain_loss_stats
 from chunked_ce.objectives.base import Objective
 from chunked_ce.options import ChunkOptions
 from chunked_ce.parallel.vocab import VocabShard
@@ -86,13 +86,15 @@ def statistics(call: Call) -> RowStatistics:
     return (plain if is_transformed(call.specification.shard) else operators).statistics(call)
 
 
-def stats(call: Call, weights: TokenWeights, rows: RowStatistics) -> list[Tensor]:
-    """The sums of a `chunked_ce.LossStats`."""
-    rows = rows.map(Tensor.detach)
-    loss_sum = _losses(call, call.specification.objective, rows, weights.shares()).sum()
+def stats(call: Call, weights: TokenWeights, rows: RowStatistics) -> LossStats:
+    rows, objective = rows.map(Tensor.detach), call.specification.objective
+    loss_sum = _losses(call, objective, rows, weights.shares()).sum()
+    arguments = call.target, call.ignore_index, call.class_weight, call.vocab_size, call.per_token
+    sums = objective.counted_sums(rows.map(Tensor.double), *arguments)
     plainly = runs_at_once(loss_sum) or is_transformed(call.specification.shard)
     stats_of = plain_loss_stats if plainly else loss_stats
-    return stats_of(loss_sum, weights.count(), rows.lse, rows.correct, rows.entropy, weights.counted)
+    known = loss_sum, weights.count(), rows.lse, rows.correct, rows.entropy, weights.counted
+    return named_stats(tuple(sums), stats_of(*known, list(sums.values())))
 
 
 def _losses(call: Call, objective: Objective, rows: RowStatistics, coefficient: Tensor) -> Tensor:

@@ -2,5 +2,6 @@
 
 from chunked_ce.objectives.base import Objective, Tokens
 from chunked_ce.objectives.cross_entropy import CrossEntropy
+from chunked_ce.objectives.policy_gradient import PolicyGradient
 
-__all__ = ["CrossEntropy", "Objective", "Tokens"]
+__all__ = ["CrossEntropy", "Objective", "PolicyGradient", "Tokens"]

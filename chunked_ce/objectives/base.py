@@ -26,19 +26,20 @@ with ThreadPoolExecutor(1) as _thread:
 
 
 class Tokens:
-    """The facts about some tokens besides their rows; the tensors of ``per_token`` are attributes, (n,) each."""
+    """The facts about some tokens besides their rows; the tensors of ``per_token`` are attributes, (n,) each, and those
+    of ``optional_per_token``, None if they were not given."""
 
     def __init__(
         self,
         vocab_size: int,
         weight_sum: Tensor | float,  # sum of the class weights
         target_weight: Tensor | None,  # (n,) class weight of each target
-        tensors: dict[str, Tensor],  # (n,) each
+        tensors: dict[str, Tensor | None],  # (n,) each
     ) -> None:
         self.vocab_size, self.weight_sum, self.target_weight = vocab_size, weight_sum, target_weight
         self._tensors = tensors
 
-    def __getattr__(self, name: str) -> Tensor:
+    def __getattr__(self, name: str) -> Tensor | None:
         try:
             return self.__dict__["_tensors"][name]
         except KeyError:
@@ -46,7 +47,7 @@ class Tokens:
 
     def at(self, rows: slice) -> Tokens:
         weight = None if self.target_weight is None else self.target_weight[rows]
-        tensors = {name: tensor[rows] for name, tensor in self._tensors.items()}
+        tensors = {name: None if tensor is None else tensor[rows] for name, tensor in self._tensors.items()}
         return Tokens(self.vocab_size, self.weight_sum, weight, tensors)
 
 
@@ -77,6 +78,9 @@ class Objective:
     per_token: ClassVar[tuple[str, ...]] = ()
     """The tensors that `loss` reads for each token: keywords of `linear_loss`, in the shape of ``target``."""
 
+    optional_per_token: ClassVar[tuple[str, ...]] = ()
+    """More such tensors, which may be left out or None: ``tokens`` then has None for them."""
+
     def __init_subclass__(cls, **keywords) -> None:
         super().__init_subclass__(**keywords)
         if "loss" in vars(cls) and "slopes" not in vars(cls):
@@ -89,7 +93,8 @@ class Objective:
         """The loss of each token (n,) before token weights, in differentiable torch operations.
 
         ``rows`` has ``logprob``, ``nll``, ``lse`` and the statistics, (n,) each; ``tokens`` has the tensors of
-        ``per_token``, (n,) each, ``vocab_size``, and of the class weights ``target_weight`` (n,) and ``weight_sum``.
+        ``per_token`` and ``optional_per_token``, (n,) each, ``vocab_size``, and of the class weights ``target_weight``
+        (n,) and ``weight_sum``.
         `loss` sees some rows at a time, so the loss of a token must not depend on other tokens. The largest logit
         counts as a constant: statistics are relative to it, and ``maximum`` alone has no gradient.
         """
@@ -111,6 +116,10 @@ class Objective:
         unused = {name: torch.zeros_like(rows.log_sum) for name in ("log_sum", "target") if slopes[name] is None}
         return RowStatistics(**(slopes | unused))
 
+    def sums(self, rows: RowStatistics, tokens: Tokens) -> dict[str, Tensor]:
+        """The numbers (n,), by name, of which `LossStats` has the sums over the tokens that count, besides its own."""
+        return {}
+
     def token_loss(self, rows: RowStatistics, tokens: Tokens) -> Tensor:
         """`loss`, attached to the graph of the rows; ``ValueError`` unless it has one number for each row."""
         loss = self.loss(rows, tokens)
@@ -123,6 +132,10 @@ class Objective:
         """The same objective without class weights, which travel as a tensor of the call."""
         return self if self.class_weight is None else dataclasses.replace(self, class_weight=None)
 
+    def tensors(self, given: dict[str, Tensor]) -> dict[str, Tensor | None]:
+        """The tensors that were ``given`` for each token, and None for the optional ones that were not."""
+        return dict.fromkeys(self.optional_per_token) | given
+
     def losses(
         self,
         rows: RowStatistics,  # (N,) each, 0 where ignored
@@ -133,7 +146,32 @@ class Objective:
         per_token: dict[str, Tensor],  # (N,) each, and the "_coefficient" of each loss
     ) -> Tensor:
         """The loss of each token times its coefficient, (N,), 0 where ignored."""
+        tokens, counted = self._all_tokens(target, ignore_index, class_weight, vocab_size, per_token)
+        return (self.token_loss(rows, tokens) * per_token["_coefficient"]).where(counted, 0)
+
+    def counted_sums(
+        self,
+        rows: RowStatistics,  # (N,) each, 0 where ignored
+        target: Tensor,  # (N,)
+        ignore_index: int,
+        class_weight: Tensor | None,  # (V,)
+        vocab_size: int,
+        per_token: dict[str, Tensor],  # (N,) each
+    ) -> dict[str, Tensor]:
+        """The numbers of `sums`, (N,) each, 0 where ignored."""
+        tokens, counted = self._all_tokens(target, ignore_index, class_weight, vocab_size, per_token)
+        return {name: values.where(counted, 0) for name, values in self.sums(rows, tokens).items()}
+
+    def _all_tokens(
+        self,
+        target: Tensor,
+        ignore_index: int,
+        class_weight: Tensor | None,
+        vocab_size: int,
+        per_token: dict[str, Tensor],
+    ) -> tuple[Tokens, Tensor]:
+        """The facts about all tokens, including ignored ones, and which of them count (N,)."""
         counted = target != ignore_index
         target_weight = None if class_weight is None else class_weight[target.where(counted, 0)]
-        tokens = Tokens(vocab_size, weight_sum(class_weight, vocab_size), target_weight, per_token)
-        return (self.token_loss(rows, tokens) * per_token["_coefficient"]).where(counted, 0)
+        sum_of_weights = weight_sum(class_weight, vocab_size)
+        return Tokens(vocab_size, sum_of_weights, target_weight, self.tensors(per_token)), counted

@@ -345,7 +345,12 @@ def call(objective, **keywords):
     [
         (CrossEntropy, {}, TypeError, "objective must be a chunked_ce.objectives.Objective, was <class"),
         (None, {}, TypeError, "objective must be a chunked_ce.objectives.Objective, was None"),
-        (Policy(), {}, TypeError, "advantage must be a tensor in the shape of target for Policy, was None"),
+        (
+            Policy(),
+            {},
+            TypeError,
+            r"advantage must be a tensor .* for Policy\(bonus=0.1\), was None",
+        ),
         (Policy(), {"advantage": torch.ones(4)}, ValueError, r"advantage must have shape \(5,\), had \(4,\)"),
         (Policy(), {"advantage": torch.ones(5, requires_grad=True)}, ValueError, "advantage requires grad"),
         (Policy(), {"advantage": 1.0}, TypeError, "advantage must be a tensor"),
