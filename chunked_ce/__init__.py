@@ -12,7 +12,7 @@ from chunked_ce.lazy.logits import LazyLogits
 from chunked_ce.lm_head import LMHead
 from chunked_ce.modules import LinearCrossEntropyLoss
 from chunked_ce.options import ChunkOptions
-from chunked_ce.parallel.tokens import TokenMean, count_tokens
+from chunked_ce.parallel.tokens import TokenMean, count_tokens, sequence_weights
 from chunked_ce.parallel.vocab import VocabShard
 
 __all__ = [
@@ -29,4 +29,5 @@ __all__ = [
     "linear_logprobs",
     "linear_loss",
     "logits_loss",
+    "sequence_weights",
 ]

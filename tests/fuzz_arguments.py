@@ -36,6 +36,7 @@ from chunked_ce import (
     cross_entropy,
     linear_cross_entropy,
     linear_logprobs,
+    sequence_weights,
 )
 
 N, D, V = 6, 4, 9
@@ -288,7 +289,9 @@ def _calls() -> dict[str, Call]:
     place = Argument((V, np.int64(V)), wrongs(*NOT_INTEGERS, None, -1, V + 1, blamed=("start", "stop", "total")))
     group = Argument((None,), wrongs(*OBJECTS, 0, -100, True))
     targets = tensor((N,), (torch.int64, torch.int32), blamed=("a call",), optional=False)
+    target = _alone(targets, [torch.ones(2, dtype=torch.int64)])
     targets = _alone(targets, [torch.ones(2)], [3], [torch.ones(2, dtype=torch.int64), None])
+    weights = tensor((N,), (*FLOATS, *INTEGERS, torch.bool), constant=True, blamed=("weights", "targets"))
     sums = tensor((), FLOATS, blamed=("a call",), optional=False)
     head = {**TERMS, "options": LOSS["options"], "vocab": LOSS["vocab"], "lazy": one_of("auto", "always")}
     mean = {
@@ -349,8 +352,9 @@ def _calls() -> dict[str, Call]:
         "TokenMean": Call(_mean, mean),
         "TokenMean.over": Call(
             TokenMean.over,
-            {"targets": targets, **ignored, "divisor": mean["divisor"]},
+            {"targets": targets, **ignored, "divisor": mean["divisor"], "weights": weights},
         ),
+        "sequence_weights": Call(sequence_weights, {"target": target, "ignore_index": INDEX}),
         "TokenMean()": Call(TokenMean(3), {"loss_sum": _alone(sums, torch.ones(2))}),
         "TokenMean.report": Call(TokenMean(3).report, {"loss_sums": _alone(sums, [1.0], [torch.tensor(1)])}),
         "VocabShard": Call(

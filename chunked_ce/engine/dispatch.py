@@ -90,7 +90,7 @@ def stats(call: Call, weights: TokenWeights, rows: RowStatistics) -> LossStats:
     rows, objective = rows.map(Tensor.detach), call.specification.objective
     loss_sum = _losses(call, objective, rows, weights.shares()).sum()
     arguments = call.target, call.ignore_index, call.class_weight, call.vocab_size, call.per_token
-    sums = objective.counted_sums(rows.map(Tensor.double), *arguments)
+    sums = objective.counted_sums(rows, *arguments)
     plainly = runs_at_once(loss_sum) or is_transformed(call.specification.shard)
     stats_of = plain_loss_stats if plainly else loss_stats
     known = loss_sum, weights.count(), rows.lse, rows.correct, rows.entropy, weights.counted

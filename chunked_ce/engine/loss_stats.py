@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from chunked_ce.tracing import assume_constant
+
 __all__ = ["LossStats", "loss_stats", "named_stats", "plain_loss_stats"]
 
 
@@ -43,7 +45,7 @@ def named_stats(names: tuple[str, ...], values: Iterable[Tensor]) -> LossStats:
     return tuple.__new__(_kind(names), values) if names else LossStats(*values)
 
 
-@torch.compiler.assume_constant_result  # a compiler cannot trace the making of a class
+@assume_constant  # a compiler cannot trace the making of a class
 def _kind(names: tuple[str, ...]) -> type[LossStats]:
     return _kinds(names)
 

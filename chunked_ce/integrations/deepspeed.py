@@ -35,6 +35,7 @@ def token_mean(
     *,
     ignore_index: int = -100,
     scale_wrt_gas: bool = True,
+    weights: Tensor | Iterable[Tensor] | None = None,
 ) -> TokenMean:
     """The mean over the tokens that count in one accumulation window, on all ranks of a DeepSpeed engine.
 
@@ -53,6 +54,7 @@ def token_mean(
             with the targets of all of them.
         ignore_index: the target that marks a token as not counted.
         scale_wrt_gas: the value that `engine.backward` is given.
+        weights: as for `TokenMean.over`.
 
     Raises:
         TypeError: engine is not a DeepSpeed engine.
@@ -69,7 +71,8 @@ def token_mean(
     _check_predivide(engine, group)
     steps = engine.gradient_accumulation_steps() if scale_wrt_gas else 1
     divisor = _ranks_divided_by(engine, group) * steps
-    return TokenMean.over(targets_of_the_window, group=group, divisor=divisor, ignore_index=ignore_index)
+    means = {"group": group, "divisor": divisor, "ignore_index": ignore_index, "weights": weights}
+    return TokenMean.over(targets_of_the_window, **means)
 
 
 def _reduction_group(engine: DeepSpeedEngine) -> dist.ProcessGroup:

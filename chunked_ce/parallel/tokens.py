@@ -22,10 +22,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from chunked_ce.arguments import COUNTS, FLOATING, INDICES, check_tensor, described, integer, is_integer, number
+from chunked_ce.arguments import (
+    COUNTS,
+    FLOATING,
+    INDICES,
+    WEIGHTS,
+    check_tensor,
+    described,
+    integer,
+    is_integer,
+    number,
+)
 from chunked_ce.tracing import check_values
 
-__all__ = ["TokenMean", "count_tokens"]
+__all__ = ["TokenMean", "count_tokens", "sequence_weights"]
 
 
 def count_tokens(
@@ -63,8 +73,34 @@ def count_tokens(
     return _sum_over_ranks(_add_up(((target != ignore_index).sum() for target in targets), torch.int64), group)
 
 
+def sequence_weights(target: Tensor, *, ignore_index: int = -100) -> Tensor:
+    """Token weights that make a mean over tokens one over sequences: 1 / (counted tokens of the token's sequence).
+
+    Each token then weighs as much in its sequence's mean, and each sequence as much in the mean over sequences. Give
+    them to a loss as ``token_weight``, and to `TokenMean.over` as ``weights``: their sum is the number of sequences
+    that have a counted token.
+
+    Args:
+        target: int32 or int64 (..., T), a whole sequence in each row.
+        ignore_index: the target that marks a token as not counted.
+
+    Returns:
+        float64 (..., T), 0 where ignored.
+
+    Raises:
+        TypeError: target is not an int32 or int64 tensor.
+
+    >>> sequence_weights(torch.tensor([[3, 1, -100, 2, 7], [-100, 5, -100, 4, -100]]))
+    tensor([[0.2500, 0.2500, 0.0000, 0.2500, 0.2500],
+            [0.0000, 0.5000, 0.0000, 0.5000, 0.0000]], dtype=torch.float64)
+    """
+    check_tensor("target", target, INDICES)
+    counted = target != integer("ignore_index", ignore_index)
+    return counted / counted.sum(-1, keepdim=True).clamp(min=1).double()
+
+
 class TokenMean:
-    """The mean over all counted tokens, on whatever rank and in whatever micro-batch they are.
+    """The mean over all counted tokens, weighted or not, on whatever rank and in whatever micro-batch they are.
 
     Made once per window, before its first backward: every micro-batch needs the whole window's count.
 
@@ -75,8 +111,8 @@ class TokenMean:
         mean.report(loss_sums)                                                        # sum_rm S_rm / T
 
     Args:
-        num_tokens: T, the same on every rank: a number >= 0 or a 0-d tensor. For a denominator other than the
-            number of targets, such as a sum of token weights over all ranks; `TokenMean.over` counts targets.
+        num_tokens: T, the same on every rank: a number >= 0 or a 0-d tensor, for a denominator of your own.
+            `TokenMean.over` counts targets, or adds up their weights.
         group: the ranks whose sums `report` adds up, as in `count_tokens`.
         divisor: the whole divisor between the loss and a parameter's gradient, > 0. None: the group's
             size (1 without a group), which is what DDP and FSDP divide by. Accumulation steps belong in it
@@ -113,11 +149,28 @@ class TokenMean:
         group: dist.ProcessGroup | None = None,
         divisor: float | None = None,
         ignore_index: int = -100,
+        weights: Tensor | Iterable[Tensor] | None = None,
     ) -> TokenMean:
-        """The mean over the targets that count in this window on all ranks of `group`: one all-reduce."""
+        """The mean over the targets that count in this window on all ranks of `group`: one all-reduce.
+
+        With `weights`, one tensor for each of `targets` and in its shape, T is the sum of the weights of those targets:
+        the `token_weight` that the losses are given. Those of `sequence_weights` make it the mean over sequences.
+
+        >>> targets = [torch.tensor([[3, 1, 4, 2], [2, -100, -100, -100]]), torch.tensor([[5, 6, -100, -100]])]
+        >>> TokenMean.over(targets, weights=map(sequence_weights, targets)).num_tokens
+        tensor(3., dtype=torch.float64)
+        """
         _check_group(group)
         divisor = _check_divisor(divisor, group)
-        num_tokens = count_tokens(targets, ignore_index=ignore_index, group=group)
+        if weights is None:
+            num_tokens = count_tokens(targets, ignore_index=ignore_index, group=group)
+        else:
+            targets, weights = _check_weights(targets, weights)
+            counted = (target != integer("ignore_index", ignore_index) for target in targets)
+            pairs = zip(weights, counted, strict=True)
+            sums = (weight.double().where(counts, 0).sum() for weight, counts in pairs)
+            num_tokens = _sum_over_ranks(_add_up(sums, torch.float64), group)
+            check_values(num_tokens, _is_count, "weights must have a finite sum >= 0 over the targets that count")
         return cls(num_tokens, group=group, divisor=divisor)
 
     def __call__(self, loss_sum: Tensor) -> Tensor:
@@ -187,6 +240,24 @@ def _check_targets(targets: Tensor | Iterable[Tensor]) -> list[Tensor]:
     return targets
 
 
+def _check_weights(
+    targets: Tensor | Iterable[Tensor], weights: Tensor | Iterable[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    targets, weights = _check_targets(targets), _check_tensors("weights", weights)
+    if len(weights) != len(targets):
+        raise ValueError(f"weights must hold a tensor for each of the {len(targets)} of targets, held {len(weights)}")
+    for weight, target in zip(weights, targets, strict=True):
+        check_tensor("weights", weight, WEIGHTS)
+        if weight.shape != target.shape:
+            shapes = f"{tuple(target.shape)}, had {tuple(weight.shape)}"
+            raise ValueError(f"weights must have the shape of targets, {shapes}")
+        if weight.device != target.device:
+            raise ValueError(f"weights must be on the device of targets, {target.device}, was on {weight.device}")
+        if weight.requires_grad:
+            raise ValueError("weights requires grad, but the mean is not differentiated in it: detach it")
+    return targets, weights
+
+
 def _check_loss_sums(loss_sums: Tensor | Iterable[Tensor]) -> list[Tensor]:
     loss_sums = _check_tensors("loss_sums", loss_sums)
     for loss_sum in loss_sums:
@@ -220,12 +291,16 @@ def _check_num_tokens(num_tokens: Tensor | float) -> Tensor:
             raise ValueError(f"num_tokens must be 0-d, had shape {tuple(num_tokens.shape)}")
         if num_tokens.requires_grad:
             raise ValueError("num_tokens requires grad, but the mean is not differentiated in it: detach it")
-        check_values(num_tokens, lambda n: (n >= 0) & (n < math.inf), "num_tokens must be finite and >= 0")
+        check_values(num_tokens, _is_count, "num_tokens must be finite and >= 0")
         return num_tokens
     if not 0 <= number("num_tokens", num_tokens, "a number or a 0-d tensor") < math.inf:
         raise ValueError(f"num_tokens must be finite and >= 0, was {described(num_tokens)}")
     whole = is_integer(num_tokens) and num_tokens < 2**63
     return torch.tensor(int(num_tokens) if whole else float(num_tokens), dtype=torch.int64 if whole else torch.float64)
+
+
+def _is_count(num_tokens: Tensor) -> Tensor:
+    return (num_tokens >= 0) & (num_tokens < math.inf)
 
 
 def _check_divisor(divisor: float | None, group: dist.ProcessGroup | None) -> float:
