@@ -4,6 +4,7 @@ from chunked_ce.functional import (
     LossStats,
     cross_entropy,
     linear_cross_entropy,
+    linear_divergence,
     linear_logprobs,
     linear_loss,
     logits_loss,
@@ -11,6 +12,7 @@ from chunked_ce.functional import (
 from chunked_ce.lazy.logits import LazyLogits
 from chunked_ce.lm_head import LMHead
 from chunked_ce.modules import LinearCrossEntropyLoss
+from chunked_ce.objectives import Teacher
 from chunked_ce.options import ChunkOptions
 from chunked_ce.parallel.tokens import TokenMean, count_tokens, sequence_weights
 from chunked_ce.parallel.vocab import VocabShard
@@ -21,11 +23,13 @@ __all__ = [
     "LazyLogits",
     "LinearCrossEntropyLoss",
     "LossStats",
+    "Teacher",
     "TokenMean",
     "VocabShard",
     "count_tokens",
     "cross_entropy",
     "linear_cross_entropy",
+    "linear_divergence",
     "linear_logprobs",
     "linear_loss",
     "logits_loss",

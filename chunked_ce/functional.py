@@ -14,15 +14,24 @@ from chunked_ce.engine import dispatch
 from chunked_ce.engine.call import Call
 from chunked_ce.engine.loss_stats import LossStats
 from chunked_ce.engine.specification import TEMPERATURE, Specification
-from chunked_ce.objectives import CrossEntropy, Objective
+from chunked_ce.objectives import CrossEntropy, Divergence, Objective, Teacher
 from chunked_ce.options import ChunkOptions
 from chunked_ce.parallel.agreement import agreed, facts_of_call
 from chunked_ce.parallel.dtensors import is_dtensor, local_arguments
 from chunked_ce.parallel.vocab import VocabShard
 from chunked_ce.plan import Settings
 from chunked_ce.rows.statistics import Logits, names_of, work_dtype
+from chunked_ce.teachers import check_teacher, of_this_rank, product_dtype
 
-__all__ = ["LossStats", "cross_entropy", "linear_cross_entropy", "linear_logprobs", "linear_loss", "logits_loss"]
+__all__ = [
+    "LossStats",
+    "cross_entropy",
+    "linear_cross_entropy",
+    "linear_divergence",
+    "linear_logprobs",
+    "linear_loss",
+    "logits_loss",
+]
 
 
 def linear_cross_entropy(
@@ -180,6 +189,7 @@ def linear_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     temperature: float | Tensor = 1.0,
+    teacher: Teacher | None = None,
     vocab: VocabShard | None = None,
     options: ChunkOptions | None = None,
     return_stats: bool = False,
@@ -192,6 +202,8 @@ def linear_loss(
 
     Args:
         objective: an objective of `chunked_ce.objectives`, or one of your own. Class weights are a field of it.
+        teacher: the `chunked_ce.Teacher` that a `chunked_ce.objectives.Divergence` needs. The temperature divides its
+            logits as well.
         per_token_tensors: the tensors that the objective takes for each token, by name, in the shape of ``target``,
             constant. Those that it calls optional may be None.
 
@@ -219,7 +231,7 @@ def linear_loss(
         "temperature": 1.0 if isinstance(temperature, Tensor) else temperature,
         "num_tokens": num_tokens,
     }
-    call = _Arguments("linear_loss", tensors, keywords, vocab, options, {"return_stats": return_stats})
+    call = _Arguments("linear_loss", tensors, keywords, vocab, options, {"return_stats": return_stats}, teacher)
     return _loss(lambda: check_objective(objective), call, per_token_tensors)
 
 
@@ -235,6 +247,7 @@ def logits_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     temperature: float | Tensor = 1.0,
+    teacher: Teacher | None = None,
     vocab: VocabShard | None = None,
     options: ChunkOptions | None = None,
     return_stats: bool = False,
@@ -263,8 +276,68 @@ def logits_loss(
         "temperature": 1.0 if isinstance(temperature, Tensor) else temperature,
         "num_tokens": num_tokens,
     }
-    call = _Arguments("logits_loss", tensors, keywords, vocab, options, {"return_stats": return_stats})
+    call = _Arguments("logits_loss", tensors, keywords, vocab, options, {"return_stats": return_stats}, teacher)
     return _loss(lambda: check_objective(objective), call, per_token_tensors)
+
+
+def linear_divergence(
+    input: Tensor,
+    linear_weight: Tensor,
+    teacher: Teacher,
+    *,
+    target: Tensor | None = None,
+    beta: float = 0.0,
+    linear_bias: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    token_weight: Tensor | None = None,
+    num_tokens: float | Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    vocab: VocabShard | None = None,
+    options: ChunkOptions | None = None,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, LossStats]:
+    """The divergence between a teacher's and a student's distributions, neither of whose logits exist as a whole.
+
+    It is `linear_loss` of `chunked_ce.objectives.Divergence`, which has the formula: KL(teacher || student) for
+    ``beta=0``, KL(student || teacher) for ``beta=1``, a Jensen-Shannon divergence between them.
+
+    Args:
+        input: the student's hidden states (..., D).
+        linear_weight: the student's head (V, D).
+        teacher: a `chunked_ce.Teacher` with the same tokens and the same vocabulary.
+        target: (...), only says which tokens count: those that are not ``ignore_index``. None: all of them.
+        beta: in [0, 1].
+
+    All other arguments, the result and the errors are those of `linear_cross_entropy`.
+
+    >>> import torch
+    >>> hidden = torch.eye(2, 4)
+    >>> linear_divergence(hidden, torch.zeros(8, 4), Teacher(hidden, torch.eye(8, 4)))
+    tensor(0.0780)
+    """
+    if target is None and isinstance(input, Tensor):
+        ignore_index, target = -100, _every_token(input, vocab)
+    return linear_loss(
+        Divergence(beta),
+        input,
+        linear_weight,
+        target,
+        linear_bias=linear_bias,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        token_weight=token_weight,
+        num_tokens=num_tokens,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        temperature=temperature,
+        teacher=teacher,
+        vocab=vocab,
+        options=options,
+        return_stats=return_stats,
+    )
 
 
 def linear_logprobs(
@@ -317,6 +390,14 @@ def linear_logprobs(
     return (logprobs, rows.entropy.view(shape)) if return_entropy else logprobs
 
 
+def _every_token(input: Tensor, vocab: VocabShard | None) -> Tensor:
+    """Targets that are not ignored, for the tokens of all ranks if ``input`` is a sequence shard."""
+    shape = input.shape[:-1]
+    if isinstance(vocab, VocabShard) and vocab.input_grad == "sequence":
+        shape = (vocab.size * shape.numel(),)
+    return torch.zeros(shape, dtype=torch.int64, device=input.device)
+
+
 def _given(temperature: float | Tensor) -> dict[str, Tensor]:
     """The temperature among the tensors of a call, if it is one."""
     return {"temperature": temperature} if isinstance(temperature, Tensor) else {}
@@ -331,6 +412,7 @@ class _Arguments(NamedTuple):
     vocab: VocabShard | None
     options: ChunkOptions | None
     flags: dict[str, bool]
+    teacher: Teacher | None = None
 
     @property
     def is_head(self) -> bool:
@@ -339,6 +421,11 @@ class _Arguments(NamedTuple):
     @property
     def input(self) -> Tensor:
         return self.tensors["input" if self.is_head else "logits"]
+
+    @property
+    def vocab_size(self) -> int:
+        """Vocabulary entries that this rank is given."""
+        return self.tensors["linear_weight"].shape[0] if self.is_head else self.input.shape[-1]
 
     def local(self) -> _Arguments:
         """What this rank needs of DTensors, and the shard that they say that it holds."""
@@ -386,6 +473,7 @@ def _agreed(
         objective = objective_of()
         transformed = dispatch.is_transformed(None)
         checked = check_call(tensors, keywords, vocab, options, arguments.flags, objective, per_token, transformed)
+        check_teacher(arguments.teacher, objective, tensors["target"], arguments.vocab_size, vocab)
         dispatch.is_transformed(vocab)
         return checked, objective
 
@@ -407,11 +495,12 @@ def _call(
     """What the engine is given: flat tensors, this rank's rows without padding, and the specification."""
     tensors, keywords, vocab = arguments.tensors, arguments.keywords, arguments.vocab
     input, target = arguments.input, tensors["target"]
-    logits, temperature = _logits(arguments)
+    logits, temperature, of_teacher = _logits(arguments)
     shard = None if vocab is None else vocab.plain()
     if arguments.is_head:
         weight, bias = tensors["linear_weight"], tensors["linear_bias"]
         settings = dispatch.settings_of(options, input, weight, compute_dtype_of(input), vocab)
+        settings = settings._replace(teacher_dtype=product_dtype(arguments.teacher))
         source = [input.reshape(-1, input.shape[-1]), weight] + ([] if bias is None else [bias])
         if vocab is not None:  # rows of padding never get probability
             source[1:] = [part if len(part) == vocab.rows else part[: vocab.rows] for part in source[1:]]
@@ -428,17 +517,22 @@ def _call(
     specification = Specification(kind, names, logits, settings, shard, needed, objective)
     flat = target.reshape(-1).long()
     call = Call(source, classes, flat, plain_integer(keywords["ignore_index"]), specification)
+    if arguments.teacher is not None:
+        call = call.with_teacher(*of_this_rank(arguments.teacher, vocab, of_teacher, getattr(objective, "beta", 0.0)))
     if temperature is None:
         return call
     return call.with_per_token({TEMPERATURE: temperature.reshape(-1).to(work_dtype(settings.compute_dtype))})
 
 
-def _logits(arguments: _Arguments) -> tuple[Logits, Tensor | None]:
-    """How logits follow from products, and the temperatures (...) if these are not a factor of the scale."""
+def _logits(arguments: _Arguments) -> tuple[Logits, Tensor | None, Logits]:
+    """How logits follow from products, the temperatures (...) if these are not a factor of the scale, and how the
+    teacher's logits follow from its products."""
     keywords, temperature = arguments.keywords, arguments.tensors.get("temperature")
     scale, softcap, number = (keywords[name] for name in ("logit_scale", "softcap", "temperature"))
-    if softcap is None:
-        return Logits(float(scale) / float(number)), temperature
+    teacher = arguments.teacher or Teacher  # whose fields have defaults
+    if softcap is None and teacher.softcap is None:
+        return Logits(float(scale) / float(number)), temperature, Logits(float(teacher.logit_scale) / float(number))
     if temperature is None and number != 1.0:
         temperature = torch.full_like(arguments.tensors["target"], float(number), dtype=torch.float64)
-    return Logits(float(scale), float(softcap)), temperature
+    caps = [None if cap is None else float(cap) for cap in (softcap, teacher.softcap)]
+    return Logits(float(scale), caps[0]), temperature, Logits(float(teacher.logit_scale), caps[1])

@@ -64,6 +64,7 @@ class Settings(NamedTuple):
     gradient_filter: float | None = None
     accumulate_into: str | None = None
     head_sum_dtype: torch.dtype | None = None  # of head gradients computed in the forward; None: the plan's
+    teacher_dtype: torch.dtype | None = None  # of the products of a teacher's head beside the student's
 
     @classmethod
     def of(cls, options: ChunkOptions, compute_dtype: torch.dtype) -> Settings:
@@ -76,6 +77,11 @@ class Settings(NamedTuple):
             options.filter_threshold(compute_dtype),
             options.accumulate_into,
         )
+
+    @property
+    def logit_bytes(self) -> int:
+        """Bytes that a chunk holds for each logit, a teacher's included."""
+        return self.compute_dtype.itemsize + (0 if self.teacher_dtype is None else self.teacher_dtype.itemsize)
 
     @property
     def wide_dtype(self) -> torch.dtype:
@@ -157,7 +163,7 @@ class Plan(NamedTuple):
         A block has as many logits as a chunk of ``chunk_size`` tokens and the whole vocabulary would have.
         """
         most = budget(vocab_size, 0, settings.memory_budget, sums_head=False)
-        size = most.size // max(1, num_counted * settings.compute_dtype.itemsize)
+        size = most.size // max(1, num_counted * settings.logit_bytes)
         if settings.chunk_size is not None:
             size = settings.chunk_size * vocab_size // max(1, num_counted)
         if size > _ALIGNED:
@@ -191,7 +197,7 @@ def tokens_per_chunk(
         return settings.chunk_size
     compute_dtype, accumulate_dtype = settings.compute_dtype, settings.accumulate_dtype
     most = budget(vocab_size, hidden_size, settings.memory_budget, sums_head=head_dtype is not None).size
-    token_bytes = max(1, vocab_size * compute_dtype.itemsize)
+    token_bytes = max(1, vocab_size * settings.logit_bytes)
     # A single chunk needs no wide sum of a narrow head's gradient: its logits may take that memory.
     # An fp16 gradient is always summed wide: before it is divided by the token count it can overflow.
     if settings.memory_budget is None and head_dtype == compute_dtype != torch.float16:

@@ -15,6 +15,7 @@ PUBLIC = {
     "linear_cross_entropy",
     "cross_entropy",
     "linear_logprobs",
+    "linear_divergence",
     "linear_loss",
     "logits_loss",
     "predict_memory",

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from chunked_ce.engine.specification import TEMPERATURE, Specification
+from chunked_ce.engine.specification import TEMPERATURE, Specification, TeacherSpecification
 from chunked_ce.parallel.collectives import Collectives
 from chunked_ce.plan import Plan
 
@@ -21,17 +21,30 @@ class Call(NamedTuple):
     target: Tensor  # (N,), of all ranks if the input is a sequence shard
     ignore_index: int
     specification: Specification
-    extra: Sequence[Tensor] = ()  # constant: the tensors per token, (N, ...) each
+    extra: Sequence[Tensor] = ()  # constant: the tensors per token, (N, ...) each, and then those of the teacher
 
     @property
     def per_token(self) -> dict[str, Tensor]:
         """The tensors per token, by name."""
-        return dict(zip(self.specification.per_token, self.extra, strict=True))
+        return dict(zip(self.specification.per_token, self.extra, strict=False))
+
+    @property
+    def teacher(self) -> dict[str, Tensor]:
+        """The tensors of the teacher, by name."""
+        specification = self.specification
+        if specification.teacher is None:
+            return {}
+        return dict(zip(specification.teacher.parts, self.extra[len(specification.per_token) :], strict=True))
 
     def with_per_token(self, tensors: dict[str, Tensor], **changes: Any) -> Call:
         """The call with these ``tensors`` per token instead, and a specification with ``changes``."""
         specification = self.specification._replace(per_token=tuple(tensors), **changes)
-        return self._replace(specification=specification, extra=list(tensors.values()))
+        return self._replace(specification=specification, extra=[*tensors.values(), *self.teacher.values()])
+
+    def with_teacher(self, specification: TeacherSpecification, tensors: Sequence[Tensor]) -> Call:
+        """The call with a teacher: its ``tensors`` in the order of the parts in ``specification``."""
+        extra = [*self.extra, *tensors]
+        return self._replace(specification=self.specification._replace(teacher=specification), extra=extra)
 
     def for_statistics(self) -> Call:
         """The call of the statistics that its objective reads."""

@@ -114,6 +114,10 @@ class CountedTokens:
             if into is not None:
                 self.put(into, rows, self.mask(values, rows))
 
+    def kept_mask(self, rows: slice) -> Tensor | None:
+        """Which of the tokens ``rows`` count, where ignored ones are kept."""
+        return None if self._mask is None else self._mask[rows]
+
     def mask(self, values: Tensor, rows: slice = slice(None)) -> Tensor:
         """``values`` of the tokens ``rows``, 0 for ignored tokens that are kept."""
         return values if self._mask is None else values.where(along(self._mask[rows], values), 0)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chunked_ce.engine.call import Call
+from chunked_ce.engine.teacher import teacher_logits
 from chunked_ce.rows.statistics import RowStatistics, along, row_statistics, work_dtype
 
 __all__ = ["loss", "statistics"]
@@ -33,5 +34,7 @@ def statistics(call: Call) -> RowStatistics:
     temperature = None if temperature is None else temperature.where(counted, 1)
     ids = None if ids is None else ids.where(ids != call.ignore_index, -1)
     z = specification.logits(products.to(work_dtype(products.dtype)), temperature)
-    rows = row_statistics(z, call.target.where(counted, 0), call.class_weight, specification.names, ids)
+    of_teacher = teacher_logits(call, counted, temperature, z.dtype)
+    target = call.target.where(counted, 0)
+    rows = row_statistics(z, target, call.class_weight, specification.names, ids, of_teacher)
     return rows.map(lambda part: part.where(along(counted, part), 0))

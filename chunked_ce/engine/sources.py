@@ -14,6 +14,7 @@ from chunked_ce.engine.call import Call
 from chunked_ce.engine.counted_tokens import CountedTokens, check_range, columns_of
 from chunked_ce.engine.products import project
 from chunked_ce.engine.scratch import logits_scratch
+from chunked_ce.engine.teacher import TeacherSource
 from chunked_ce.parallel.collectives import Collectives, Pending
 from chunked_ce.plan import Plan
 from chunked_ce.rows.statistics import PerRow, RowStatistics
@@ -47,6 +48,7 @@ class Source:
     """Where logits come from."""
 
     owns_products = True  # whether the products of its blocks may be overwritten
+    in_flight = 1  # blocks that exist at a time
 
     def __init__(self, call: Call) -> None:
         self.call = call
@@ -63,12 +65,21 @@ class Source:
             check_range(call.specification.ids, self.ids, call.ignore_index, call.vocab_size)
             ids = self.ids.where(self.ids != call.ignore_index, -1)
             self.ids = self.tokens.select(self.in_chunk_order(ids))  # (n, K) -1 for none
+        self.teacher = None if call.specification.teacher is None else TeacherSource(call, self.tokens, self._index())
 
     def per_row(self, rows: slice, start: int, size: int) -> PerRow:
         """What is known about the tokens ``rows`` for the ``size`` vocabulary entries from ``start`` on."""
         temperature = None if self.temperature is None else self.temperature[rows]
         ids = None if self.ids is None else columns_of(self.ids[rows], start, size)
-        return PerRow(temperature, ids)
+        first = start - self.call.start
+        teacher = None if self.teacher is None else self.teacher.rows(rows, slice(first, first + size), self.in_flight)
+        return PerRow(temperature, ids, teacher)
+
+    def _index(self) -> Tensor | None:
+        """The token (n,) of each counted one, in the order of the chunks; None where each counts, in that order."""
+        if self.tokens.all_kept:
+            return None
+        return self.tokens.select(torch.arange(self.tokens.num_tokens, device=self.column.device))
 
     def chunks(self) -> Iterator[Chunk]:
         """The chunks of counted tokens in order; none if no token counts."""
@@ -116,6 +127,10 @@ class HeadSource(Source):
     def head(self) -> tuple[Tensor, Tensor | None]:
         """Weight (V, D) and bias (V,) in the products' dtype."""
         return self._head(slice(0, len(self.weight)))
+
+    @property
+    def in_flight(self) -> int:
+        return self.plan.in_flight
 
     def cut(self, plan: Plan) -> HeadSource:
         """Cut the tokens and the vocabulary as ``plan`` says."""
@@ -183,6 +198,9 @@ class SequenceSource(HeadSource):
 
     def in_chunk_order(self, values: Tensor) -> Tensor:
         return values[self._order]
+
+    def _index(self) -> Tensor:
+        return self.tokens.unmasked(self._order, slice(None))
 
     def in_order(self, rows: RowStatistics) -> RowStatistics:
         return rows.map(lambda values: torch.empty_like(values).index_copy_(0, self._order, values))

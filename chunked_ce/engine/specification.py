@@ -20,9 +20,18 @@ from chunked_ce.plan import Settings
 from chunked_ce.rows.backend import row_kernels
 from chunked_ce.rows.statistics import Logits
 
-__all__ = ["TEMPERATURE", "Specification", "decoded", "encoded"]
+__all__ = ["TEMPERATURE", "Specification", "TeacherSpecification", "decoded", "encoded"]
 
 TEMPERATURE = "_temperature"  # the name of the temperatures among the tensors per token
+
+
+class TeacherSpecification(NamedTuple):
+    """A teacher beside its student."""
+
+    parts: tuple[str, ...]  # names of its tensors
+    logits: Logits
+    dtype: torch.dtype  # of its products
+    share: float = 0.0  # of its distribution in the mixture with the student's
 
 
 class Specification(NamedTuple):
@@ -38,6 +47,7 @@ class Specification(NamedTuple):
     per_token: tuple[str, ...] = ()  # names of the per-token tensors
     ids: str | None = None  # which of them holds the ids that the statistic ``at_ids`` reads
     slopes: tuple[str, ...] = ()  # the statistics for which slopes are given
+    teacher: TeacherSpecification | None = None
 
     def row_kernels(self, device: torch.device) -> ModuleType:
         return row_kernels(self.settings.backend, device, self.settings.compute_dtype, self.names)
@@ -67,8 +77,11 @@ def decoded(text: str) -> Specification:
     values, objective = _value(json.loads(text, strict=False))
     specification = Specification(*values)._replace(objective=objective)
     shard = None if specification.shard is None else Shard(*specification.shard)
-    logits, settings = Logits(*specification.logits), Settings(*specification.settings)
-    return specification._replace(logits=logits, settings=settings, shard=shard)
+    logits, settings, teacher = Logits(*specification.logits), Settings(*specification.settings), specification.teacher
+    if teacher is not None:
+        teacher = TeacherSpecification(*teacher)
+        teacher = teacher._replace(logits=Logits(*teacher.logits))
+    return specification._replace(logits=logits, settings=settings, shard=shard, teacher=teacher)
 
 
 def _text(value: Any) -> str:

@@ -2,6 +2,8 @@
 
 from chunked_ce.objectives.base import Objective, Tokens
 from chunked_ce.objectives.cross_entropy import CrossEntropy
+from chunked_ce.objectives.divergence import Divergence
 from chunked_ce.objectives.policy_gradient import PolicyGradient
+from chunked_ce.objectives.teacher import Teacher
 
-__all__ = ["CrossEntropy", "Objective", "PolicyGradient", "Tokens"]
+__all__ = ["CrossEntropy", "Divergence", "Objective", "PolicyGradient", "Teacher", "Tokens"]

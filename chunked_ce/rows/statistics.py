@@ -10,10 +10,17 @@ They are relative to the row's largest logit ``m``, so that a large common offse
     squares   = log sum_v exp(2 (z_v - m))          log sum_v p_v^2 = squares - 2 log_sum
     at_ids    = z_id - m for each of K ids          -inf for an id that stands for none
 
+A teacher's logits t, their maximum m' and probabilities p' add
+
+    teacher_maximum, teacher_log_sum                m' and log sum_v exp(t_v - m')
+    forward_kl = sum_v p'_v (log p'_v - log p_v)    KL(p' || p)
+    reverse_kl = sum_v p_v (log p_v - log p'_v)     KL(p || p')
+
 With the slopes (s_lse, s_target, ...) of the loss in these, the gradient of a logit is
 
     dz_v = p_v * (s_lse + s_mean * (1 + z_v - m - mean) + s_squares * 2 exp(z_v - m + log_sum - squares))
            + s_target * [v == y] + s_weighted * w_v + sum_k s_at_ids_k * [v == id_k]
+           + s_forward_kl * (p_v - p'_v) + s_reverse_kl * p_v * (log p_v - log p'_v - reverse_kl)
 
 `STATISTICS` enumerates them. For each, a shard of the vocabulary sends a few numbers, its part: `merge_shards`
 combines the parts of all shards, and `statistics_of` computes the statistics from the combined part.
@@ -29,6 +36,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from chunked_ce.rows.logits import Logits
+from chunked_ce.rows.teacher import Pair, TeacherRows
 
 __all__ = [
     "EXP_IS_ZERO",
@@ -55,27 +65,17 @@ __all__ = [
 EXP_IS_ZERO = -1000.0  # its exp is 0 in fp32 and fp64, and 0 times it is 0, not NaN as for -inf
 
 
-class Logits(NamedTuple):
-    """How logits are computed from the product of hidden states and head."""
-
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def __call__(self, product: Tensor, temperature: Tensor | None = None) -> Tensor:
-        """``scale * product``, then ``softcap * tanh(. / softcap)``, over the temperature (n,) of each row (n, V)."""
-        logits = product if self.scale == 1.0 else product * self.scale
-        logits = logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
-        return logits if temperature is None else logits / temperature.unsqueeze(-1)
-
-
 class PerRow(NamedTuple):
     """What a loss knows about each of n rows besides its logits and its target, None where not given."""
 
     temperature: Tensor | None = None  # (n,) which divides the logits
     ids: Tensor | None = None  # (n, K) columns, -1 for an id that is in no column
+    teacher: TeacherRows | None = None
 
     def at(self, rows: slice) -> PerRow:
-        return PerRow(*[None if part is None else part[rows] for part in self])
+        *tensors, teacher = self
+        tensors = [None if part is None else part[rows] for part in tensors]
+        return PerRow(*tensors, None if teacher is None else teacher.at(rows))
 
     @property
     def num_ids(self) -> int:
@@ -99,6 +99,10 @@ class RowStatistics(NamedTuple):
     correct: Tensor | None = None
     squares: Tensor | None = None
     at_ids: Tensor | None = None
+    teacher_maximum: Tensor | None = None
+    teacher_log_sum: Tensor | None = None
+    forward_kl: Tensor | None = None
+    reverse_kl: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> RowStatistics:
         """Apply ``function`` to every statistic that is not None."""
@@ -149,6 +153,8 @@ class Row(NamedTuple):
     weight_sum: Tensor | float  # sum of the class weights, V without them
     ids: Tensor | None = None  # (r, K) columns, -1 for an id that is in none
     relative: Tensor | None = None  # (r, V) z - m, a copy that may be overwritten, if its part reads ``"both"``
+    pair: Pair | None = None  # of student and teacher
+    teacher: Tensor | None = None  # (r, V) the teacher's logits, of `Statistic.reference`
 
     def at(self, rows: slice) -> Row:
         ids = None if self.ids is None else self.ids[rows]
@@ -162,13 +168,23 @@ class Shards(NamedTuple):
     share: Tensor  # exp(shift)
     is_largest: Tensor
     sum_exp: Tensor  # relative to the shard's own maximum
+    teacher: Shards | None = None  # the same of the teacher
+
+    @classmethod
+    def of(cls, maxima: Tensor, sum_exp: Tensor) -> Shards:
+        # Clamped so that a shard without columns contributes 0, not NaN, also where no shard has a finite logit yet.
+        lowest = torch.finfo(maxima.dtype).min
+        maximum = maxima.amax(0)
+        shift = (maxima - maximum.clamp(min=lowest)).clamp(min=lowest)
+        return cls(shift, shift.exp(), maxima == maximum, sum_exp)
 
 
 class Statistic:
     """One statistic of a row.
 
     ``reads`` says what the buffer of a few rows holds when `part` is called: ``"logits"`` z, ``"relative"`` z - m,
-    ``"exponentials"`` exp(z - m), or ``"both"``: the exponentials, and z - m in ``Row.relative``.
+    ``"exponentials"`` exp(z - m), or ``"both"``: the exponentials, and z - m in ``Row.relative``. One that is
+    ``of_teacher`` reads the teacher's logits or exponentials at the same time, in ``Row.pair``.
     """
 
     name: str
@@ -181,6 +197,9 @@ class Statistic:
     in_gradient = True  # whether the gradient of the logits needs its value
     in_triton = True  # whether the Triton kernels compute it
     per_id = False  # whether it is (n, K), and its part too
+    of_teacher = False  # whether it depends on a teacher
+    reads_gap = False  # whether its part needs the gap between teacher and student
+    keeps_gap = False  # whether the factor of p_v needs it
     empty: tuple[float, ...] = (0.0,)  # the part of a shard without columns
 
     def part(self, values: Tensor, row: Row) -> Sequence[Tensor]:
@@ -202,7 +221,8 @@ class Statistic:
     def softmax_factor(self, slope: Tensor, values: Tensor, rows: RowStatistics) -> Tensor:
         """The term of its slope (r, 1) in the factor of p_v, if it is ``in_factor``.
 
-        ``values`` (r, V) are z - m if it ``keeps_relative``, and may be overwritten; else exp(z - m).
+        ``values`` (r, V) are z - m if it ``keeps_relative``, or the gap to the teacher if it ``keeps_gap``, and may be
+        overwritten; else exp(z - m).
         """
         raise NotImplementedError
 
@@ -375,17 +395,135 @@ class AtIds(Statistic):
         return slope.abs().sum(-1)
 
 
+class TeacherMaximum(Statistic):
+    name, reads, differentiable, of_teacher, in_triton = "teacher_maximum", "logits", False, True, False
+    empty = (-math.inf,)
+
+    def part(self, values, row):
+        return (row.pair.t.amax(-1),)
+
+    def merge(self, part, shards):
+        return (part[0].amax(0),)
+
+    def reference(self, logits, shifted, row):
+        return row.teacher.amax(-1)
+
+
+class TeacherLogSum(Statistic):
+    """Its part is the sum of the teacher's exponentials."""
+
+    name, reads, differentiable, of_teacher, in_triton = "teacher_log_sum", "exponentials", False, True, False
+
+    def part(self, values, row):
+        return (row.pair.sum_exp,)
+
+    def merge(self, part, shards):
+        return ((part[0] * shards.teacher.share).sum(0),)
+
+    def value(self, part, sum_exp, target):
+        return part[0].log()
+
+    def reference(self, logits, shifted, row):
+        return torch.logsumexp(row.teacher, -1) - row.teacher.amax(-1)
+
+
+class ForwardKL(Statistic):
+    """Its part is the sum of exp(t - m') times the gap, and the sum of these exponentials.
+
+    Its slope enters the factor of p_v, and the gradient of every logit with -p'_v.
+    """
+
+    name, reads, in_factor, low_rank, in_gradient, in_triton = "forward_kl", "exponentials", True, False, False, False
+    of_teacher = reads_gap = True
+    empty = (0.0, 0.0)
+
+    def part(self, values, row):
+        return row.pair.mean_gap(row.pair.t), row.pair.sum_exp
+
+    def merge(self, part, shards):
+        gaps, sums = part
+        moved = gaps + (shards.teacher.shift - shards.shift) * sums
+        share = shards.teacher.share
+        return (share * moved).where(share > 0, 0).sum(0), (share * sums).sum(0)
+
+    def value(self, part, sum_exp, target):
+        gaps, sums = part
+        return gaps / sums + (sum_exp / sums).log()
+
+    def reference(self, logits, shifted, row):
+        p = row.teacher.softmax(-1)
+        terms = row.teacher.log_softmax(-1).where(p > 0, 0) - logits.log_softmax(-1)
+        return (p * terms.where(p > 0, 0)).sum(-1)
+
+    def softmax_factor(self, slope, values, rows):
+        return slope.clone()
+
+    def bound(self, slope, rows, largest_weight):
+        return slope.abs()
+
+
+class ReverseKL(Statistic):
+    """Its part is minus the sum of exp(z - m) times the gap, and the sum of the teacher's exponentials."""
+
+    name, reads, in_factor, low_rank, in_triton = "reverse_kl", "exponentials", True, False, False
+    of_teacher = reads_gap = keeps_gap = True
+    empty = (0.0, 0.0)
+
+    def part(self, values, row):
+        return -row.pair.mean_gap(values), row.pair.sum_exp
+
+    def merge(self, part, shards):
+        gaps, sums = part
+        moved = gaps + (shards.shift - shards.teacher.shift) * shards.sum_exp
+        share = shards.share
+        return (share * moved).where(share > 0, 0).sum(0), (shards.teacher.share * sums).sum(0)
+
+    def value(self, part, sum_exp, target):
+        gaps, sums = part
+        return gaps / sum_exp + (sums / sum_exp).log()
+
+    def reference(self, logits, shifted, row):
+        logprobs = logits.log_softmax(-1)
+        p = logprobs.exp()
+        terms = logprobs.where(p > 0, 0) - row.teacher.log_softmax(-1)
+        return (p * terms.where(p > 0, 0)).sum(-1)
+
+    def softmax_factor(self, slope, values, rows):
+        offset = rows.reverse_kl + rows.log_sum - rows.teacher_log_sum
+        return values.add_(offset.unsqueeze(-1)).mul_(-slope)
+
+    def bound(self, slope, rows, largest_weight):
+        # |p log(p / p')| is at most the divergence plus 1 / e: all other terms of its sum are at least -1 / e together.
+        return slope.abs() * (1 + 2 * rows.reverse_kl)
+
+
 STATISTICS: dict[str, Statistic] = {
     statistic.name: statistic
-    for statistic in (Maximum(), LogSum(), Target(), Weighted(), Mean(), Correct(), Squares(), AtIds())
+    for statistic in (
+        Maximum(),
+        LogSum(),
+        Target(),
+        Weighted(),
+        Mean(),
+        Correct(),
+        Squares(),
+        AtIds(),
+        TeacherMaximum(),
+        TeacherLogSum(),
+        ForwardKL(),
+        ReverseKL(),
+    )
 }
 _ALWAYS = ("maximum", "log_sum", "target")
+_ALWAYS_OF_TEACHER = ("teacher_maximum", "teacher_log_sum")
 
 
 def names_of(asked: Iterable[str]) -> tuple[str, ...]:
     """The statistics that every loss needs and those in ``asked``, in the order of `STATISTICS`."""
-    asked = set(asked)
-    return tuple([name for name in STATISTICS if name in _ALWAYS or name in asked])
+    asked = {*_ALWAYS, *asked}
+    if any(STATISTICS[name].of_teacher for name in asked):
+        asked.update(_ALWAYS_OF_TEACHER)
+    return tuple([name for name in STATISTICS if name in asked])
 
 
 @functools.cache
@@ -425,12 +563,9 @@ def empty_part(
 def merge_shards(parts: Tensor, names: tuple[str, ...]) -> Tensor:
     """The part (n, columns) of R shards taken together, from their parts (R, n, columns)."""
     columns = _split(parts, names)
-    (maxima,), (sum_exp,) = columns["maximum"], columns["log_sum"]
-    # Clamped so that a shard without columns contributes 0, not NaN, also where no shard has a finite logit yet.
-    lowest = torch.finfo(parts.dtype).min
-    maximum = maxima.amax(0)
-    shift = (maxima - maximum.clamp(min=lowest)).clamp(min=lowest)
-    shards = Shards(shift, shift.exp(), maxima == maximum, sum_exp)
+    shards = Shards.of(*columns["maximum"], *columns["log_sum"])
+    if "teacher_log_sum" in columns:
+        shards = shards._replace(teacher=Shards.of(*columns["teacher_maximum"], *columns["teacher_log_sum"]))
     return joined(merged for name in names for merged in STATISTICS[name].merge(columns[name], shards))
 
 
@@ -462,10 +597,11 @@ def row_statistics(
     class_weight: Tensor | None,  # (V,)
     names: tuple[str, ...],
     ids: Tensor | None = None,  # (n, K) in [0, V), or -1
+    teacher: Tensor | None = None,  # (n, V) logits
 ) -> RowStatistics:
     """The statistics of each row in plain differentiable torch: the reference of every kernel."""
     shifted = logits - logits.detach().amax(-1, keepdim=True)
-    row = Row(target, class_weight, weight_sum(class_weight, logits.shape[-1]), ids)
+    row = Row(target, class_weight, weight_sum(class_weight, logits.shape[-1]), ids, teacher=teacher)
     return RowStatistics(**{name: STATISTICS[name].reference(logits, shifted, row) for name in names})
 
 

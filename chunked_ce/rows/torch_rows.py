@@ -32,6 +32,7 @@ from chunked_ce.rows.statistics import (
     work_dtype,
     zero_statistics,
 )
+from chunked_ce.rows.teacher import Pair, Pairs
 
 __all__ = [
     "logit_gradients",
@@ -92,9 +93,10 @@ def shard_statistics(
     places = columns_of(names, num_ids)
     parts = torch.empty(len(products), num_columns(names, num_ids), dtype=dtype, device=products.device)
     whole = Row(target.clamp(min=0), class_weight, weight_sum(class_weight, products.shape[1]), per_row.ids)
+    pair_of = _pairs(products, per_row, overwrite=overwrite, gap=any(STATISTICS[name].reads_gap for name in names))
     for rows, z in _visit(products, logits, overwrite, per_row):
         # Clamped so that a row whose entries are all masked, by a bias of -inf, has exponentials of 0, not NaN.
-        part = _exponentiate_(z, whole.at(rows), names, torch.finfo(dtype).min)
+        part = _exponentiate_(z, whole.at(rows)._replace(pair=pair_of(rows)), names, torch.finfo(dtype).min)
         joined((values for name in names for values in part[name]), out=parts[rows])
     columns = parts.unbind(-1)
     columns[places["target"].start].masked_fill_(target < 0, -torch.inf)
@@ -123,9 +125,10 @@ def statistics_and_gradients_(
     whole = zero_statistics(len(products), names, products.dtype, products.device, per_row.num_ids)
     every = Row(target, class_weight, weight_sum(class_weight, products.shape[1]), per_row.ids)
     keeps = _keeps_logits(logits, slope_names)
+    pair_of = _pairs(products, per_row, overwrite=True, gap=any(STATISTICS[name].reads_gap for name in names))
     for rows, z in _visit(products, logits, True, per_row):
         kept = z.clone() if keeps else None
-        row, column = every.at(rows), target[rows]
+        row, column = every.at(rows)._replace(pair=pair_of(rows)), target[rows]
         part = _exponentiate_(z, row, names)
         (sum_exp,) = part["log_sum"]
         block = RowStatistics(**{name: STATISTICS[name].value(part[name], sum_exp, column) for name in names})
@@ -133,7 +136,9 @@ def statistics_and_gradients_(
             if into is not None:
                 into[rows] = values
         slopes = slopes_of(block, rows)
-        few = Few(sum_exp, column, class_weight, slopes, kept, block, per_row.at(rows))
+        few = Few(sum_exp, column, class_weight, slopes, kept, block, per_row.at(rows), row.pair)
+        if row.pair is not None:
+            few = few._replace(teacher_sum=row.pair.sum_exp)
         gradients = _gradients_(z, few, logits, columns)
         if apart is not None:
             apart[rows] = _take_targets_(gradients, column)
@@ -169,12 +174,20 @@ def logit_gradients(
         zero = [slope == 0 for slope in slopes if slope is not None]
         dead = functools.reduce(torch.logical_and, [each.all(-1) if each.dim() > 1 else each for each in zero])
     keeps = _keeps_logits(logits, slopes.named())
+    pair_of = _pairs(products, per_row, overwrite=True, gap=any(STATISTICS[name].keeps_gap for name in slopes.named()))
     for rows, z in _visit(products, logits, overwrite, per_row):
         block = known.at(rows)
         dead_rows = None if dead is None else dead[rows].unsqueeze(-1)
         kept = z.clone() if keeps else None
-        z.sub_(block.maximum.unsqueeze(-1)).exp_()
-        few = Few(block.log_sum.exp(), target[rows], class_weight, slopes.at(rows), kept, block, per_row.at(rows))
+        z.sub_(block.maximum.unsqueeze(-1))
+        pair = pair_of(rows)
+        if pair is not None:
+            pair.relate_(z, block.teacher_maximum)
+            pair.exponentiate_()
+        z.exp_()
+        few = Few(block.log_sum.exp(), target[rows], class_weight, slopes.at(rows), kept, block, per_row.at(rows), pair)
+        if pair is not None:
+            few = few._replace(teacher_sum=block.teacher_log_sum.exp())
         gradients = _gradients_(z, few, logits, columns, dead_rows)
         if dead_rows is not None:
             gradients.masked_fill_(dead_rows, 0)
@@ -215,12 +228,7 @@ def _visit(
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
         z = products[rows] if scratch is None else scratch[: rows.stop - start].copy_(products[rows])
-        if logits.softcap is not None:
-            z.mul_(logits.scale).div_(logits.softcap).tanh_().mul_(logits.softcap)
-        elif logits.scale != 1.0:
-            z.mul_(logits.scale)
-        if per_row.temperature is not None:
-            z.div_(per_row.temperature[rows].unsqueeze(-1))
+        logits.apply_(z, None if per_row.temperature is None else per_row.temperature[rows])
         yield rows, z
 
 
@@ -236,6 +244,10 @@ def _exponentiate_(
         part[name] = STATISTICS[name].part(z, row)
     (maximum,) = part["maximum"]
     z.sub_((maximum if least is None else maximum.clamp(min=least)).unsqueeze(-1))
+    if row.pair is not None:
+        (maximum,) = part["teacher_maximum"]
+        row.pair.relate_(z, maximum if least is None else maximum.clamp(min=least))
+        row.pair.exponentiate_()
     for name in _reading("relative", names):
         part[name] = STATISTICS[name].part(z, row)
     with_both = {name: row._replace(relative=z.clamp(min=EXP_IS_ZERO)) for name in _reading("both", names)}
@@ -263,6 +275,24 @@ class Few(NamedTuple):
     z: Tensor | None  # (r, V) the logits, where softcap or a slope needs them
     rows: RowStatistics
     per_row: PerRow
+    pair: Pair | None  # exponentials of the teacher, and the gap
+    teacher_sum: Tensor | None = None  # (r,) of the teacher's exponentials over the whole vocabulary
+
+
+def _pairs(
+    products: Tensor,  # (n, V)
+    per_row: PerRow,
+    *,
+    overwrite: bool,
+    gap: bool,
+) -> Callable[[slice], Pair | None]:
+    """Gives the pair of each few rows that `_visit` visits, None without a teacher."""
+    if per_row.teacher is None:
+        return lambda rows: None
+    n, vocab_size = products.shape
+    shape = min(n, rows_in_flight(vocab_size, products.device.type)), vocab_size
+    pairs = Pairs(per_row.teacher, shape, work_dtype(products.dtype), gap=gap, overwrite=overwrite)
+    return lambda rows: pairs.at(rows, None if per_row.temperature is None else per_row.temperature[rows])
 
 
 def _gradients_(
@@ -277,20 +307,27 @@ def _gradients_(
     With ``columns``, the term of label smoothing is left out.
     """
     slopes, rows, target = few.slopes, few.rows, few.target
-    factor = (slopes.log_sum / few.sum_exp).unsqueeze(-1)
+    factor, column = (slopes.log_sum / few.sum_exp).unsqueeze(-1), target.clamp(min=0).unsqueeze(-1)
+    gap = None  # (r, 1) of the target
+    if any(STATISTICS[name].keeps_gap for name in slopes.named()):
+        gap = few.pair.finite_gap().gather(-1, column)
     for name in _IN_FACTOR:
         slope = getattr(slopes, name)
         if slope is not None:
             values = few.z - rows.maximum.unsqueeze(-1) if STATISTICS[name].keeps_relative else exponentials
+            values = few.pair.finite_gap() if STATISTICS[name].keeps_gap else values
             share = (slope / few.sum_exp).unsqueeze(-1)
-            factor = STATISTICS[name].softmax_factor(share, values, rows).add_(factor)
+            term = STATISTICS[name].softmax_factor(share, values, rows)
+            factor = term.add_(factor) if term.shape[1] >= factor.shape[1] else factor.add_(term)
     gradients = exponentials.mul_(factor)
     if columns is not None:
         part = gradients if logits.softcap is None else gradients * _chain(few, logits)
         columns.add(part if dead is None else part.masked_fill(dead, 0), slopes.log_sum)
-    column = target.clamp(min=0).unsqueeze(-1)
-    at_target = _at_target(slopes, rows).unsqueeze(-1)
+    at_target = _at_target(slopes, rows, gap).unsqueeze(-1)
     gradients.scatter_(-1, column, at_target.where(target.unsqueeze(-1) >= 0, gradients.gather(-1, column)))
+    if slopes.forward_kl is not None:
+        share = slopes.forward_kl / few.teacher_sum
+        gradients.addcmul_(few.pair.t, -share.unsqueeze(-1))
     if slopes.at_ids is not None:
         ids = few.per_row.ids
         gradients.scatter_add_(-1, ids.clamp(min=0), slopes.at_ids.where(ids >= 0, 0))
@@ -320,14 +357,19 @@ def _take_targets_(
     return taken.where(is_local, 0).squeeze(-1)
 
 
-def _at_target(slopes: RowStatistics, rows: RowStatistics) -> Tensor:
-    """The gradients (r,) of the targets' logits, without the term of label smoothing."""
+def _at_target(
+    slopes: RowStatistics,
+    rows: RowStatistics,
+    gap: Tensor | None,  # (r, 1) of the target
+) -> Tensor:
+    """The gradients (r,) of the targets' logits, without what is added to those of all logits."""
     factor, logprob = slopes.log_sum, rows.logprob
     for name in _IN_FACTOR:
         slope = getattr(slopes, name)
         if slope is not None:
             values = rows.target.unsqueeze(-1).clone()
             values = values if STATISTICS[name].keeps_relative else values.exp_()
+            values = gap if STATISTICS[name].keeps_gap else values
             factor = factor + STATISTICS[name].softmax_factor(slope.unsqueeze(-1), values, rows).squeeze(-1)
     # For a confident token, expm1(log p) is p - 1 without cancellation.
     confident = torch.expm1(logprob) * factor + (factor + slopes.target)
