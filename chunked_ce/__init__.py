@@ -7,6 +7,7 @@ from chunked_ce.functional import (
     linear_divergence,
     linear_logprobs,
     linear_loss,
+    linear_statistics,
     logits_loss,
 )
 from chunked_ce.lazy.logits import LazyLogits
@@ -16,6 +17,7 @@ from chunked_ce.objectives import Teacher
 from chunked_ce.options import ChunkOptions
 from chunked_ce.parallel.tokens import TokenMean, count_tokens, sequence_weights
 from chunked_ce.parallel.vocab import VocabShard
+from chunked_ce.token_statistics import TokenStatistics
 
 __all__ = [
     "ChunkOptions",
@@ -25,6 +27,7 @@ __all__ = [
     "LossStats",
     "Teacher",
     "TokenMean",
+    "TokenStatistics",
     "VocabShard",
     "count_tokens",
     "cross_entropy",
@@ -32,6 +35,7 @@ __all__ = [
     "linear_divergence",
     "linear_logprobs",
     "linear_loss",
+    "linear_statistics",
     "logits_loss",
     "sequence_weights",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,17 @@ from chunked_ce.parallel.vocab import VocabShard
 from chunked_ce.plan import Settings
 from chunked_ce.rows.statistics import Logits, names_of, work_dtype
 from chunked_ce.teachers import check_teacher, of_this_rank, product_dtype
+from chunked_ce.token_statistics import (
+    TokenStatistics,
+    asked_flags,
+    check_ids,
+    check_outputs,
+    has_ids,
+    names_for,
+    one_of_the_ids,
+    support_statistics,
+    token_statistics,
+)
 
 __all__ = [
     "LossStats",
@@ -30,6 +41,7 @@ __all__ = [
     "linear_divergence",
     "linear_logprobs",
     "linear_loss",
+    "linear_statistics",
     "logits_loss",
 ]
 
@@ -396,6 +408,139 @@ def _every_token(input: Tensor, vocab: VocabShard | None) -> Tensor:
     if isinstance(vocab, VocabShard) and vocab.input_grad == "sequence":
         shape = (vocab.size * shape.numel(),)
     return torch.zeros(shape, dtype=torch.int64, device=input.device)
+
+
+def linear_statistics(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    outputs: Sequence[str] = ("logprob",),
+    linear_bias: Tensor | None = None,
+    ignore_index: int = -100,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    support: Tensor | None = None,
+    vocab: VocabShard | None = None,
+    options: ChunkOptions | None = None,
+) -> TokenStatistics:
+    """Statistics of each token's predicted distribution, differentiable per token, without the full logits.
+
+    With z the logits of a token, which ``temperature`` has divided, and p their softmax, ``outputs`` may name:
+
+    - ``"logprob"``: z_y - lse for the target y
+    - ``"entropy"``: -sum_v p_v log p_v
+    - ``"lse"``: log sum_v exp(z_v)
+    - ``"log_sum_sq_probs"``: log sum_v p_v^2
+    - ``"mean_logit"``: (1 / V) sum_v z_v
+    - ``"is_top1"``: 1.0 where the target has the largest logit, the first of equals; it has no gradient
+
+    Only what they need is computed. As in `linear_logprobs`, their short form, logits are formed again in the backward,
+    one block of the vocabulary at a time.
+
+    Args:
+        target: class indices (...), or K of them per token (..., K): ``logprob`` is then (..., K), an id equal to
+            ``ignore_index`` gives 0 there, a token counts if any of its ids does, and there is no ``is_top1``.
+        outputs: a tuple of names.
+        support: ids (..., S) padded with ``ignore_index``: probabilities are renormalised over a token's support, as
+            when sampling from the most likely entries (top-p, top-k) is replayed. Targets outside of it count as
+            members, duplicates once. It costs N S D operations, not N V D, and allows ``"logprob"``, ``"entropy"`` and
+            ``"lse"``.
+
+    All other arguments are those of `linear_cross_entropy`.
+
+    Returns:
+        `TokenStatistics`, None for what was not asked; float32 (float64 for float64 input), 0 where ignored.
+
+    Raises:
+        ValueError, TypeError: an argument is not as described above.
+        IndexError: an id of ``target`` or ``support`` is outside [0, V) and not ``ignore_index`` (on a GPU: a
+            device-side assertion).
+
+    >>> import torch
+    >>> hidden, head = torch.zeros(2, 4), torch.eye(8, 4)
+    >>> linear_statistics(hidden, head, torch.tensor([3, -100]), outputs=("logprob", "log_sum_sq_probs"))
+    TokenStatistics(logprob=tensor([-2.0794,  0.0000]), entropy=None, lse=None, log_sum_sq_probs=tensor([-2.0794, ...
+    >>> linear_statistics(hidden, head, torch.tensor([[3, 5], [1, -100]])).logprob
+    tensor([[-2.0794, -2.0794],
+            [-2.0794,  0.0000]])
+    >>> linear_statistics(hidden, head, torch.tensor([3, 5]), support=torch.tensor([[3, 4], [1, 2]])).logprob
+    tensor([-0.6931, -1.0986])
+    """
+    tensors = {
+        "input": input,
+        "linear_weight": linear_weight,
+        "target": target,
+        "linear_bias": linear_bias,
+        "weight": None,
+        "token_weight": None,
+        **_given(temperature),
+        **({} if support is None else {"support": support}),
+    }
+    keywords = {
+        "reduction": "none",
+        "ignore_index": ignore_index,
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+        "temperature": 1.0 if isinstance(temperature, Tensor) else temperature,
+    }
+    arguments = _Arguments("linear_statistics", tensors, keywords, vocab, options, asked_flags(outputs)).local()
+    tensors = dict(arguments.tensors)
+    with_ids = has_ids(tensors["input"], tensors["target"])
+    if with_ids:
+        tensors["target ids"] = tensors["target"]
+        tensors["target"] = one_of_the_ids(tensors["target"], ignore_index)
+        arguments = arguments._replace(tensors=tensors)
+
+    def check() -> None:
+        check_outputs(outputs, with_ids=with_ids, with_support=support is not None)
+        is_sequence = isinstance(vocab, VocabShard) and vocab.input_grad == "sequence"
+        shape = None if is_sequence else tensors["input"].shape[:-1]
+        if with_ids:
+            check_ids("target", tensors["target ids"], shape)
+        if support is not None:
+            check_ids("support", tensors["support"], tensors["target"].shape, least=0)
+
+    options, _ = _agreed(check, arguments, {})
+    call = _call(arguments, options, None, names_for(outputs, with_ids=with_ids))
+    ids = None
+    if with_ids:
+        ids = tensors["target ids"].reshape(-1, tensors["target ids"].shape[-1]).long()  # (N, K)
+        counted = (ids != call.ignore_index).any(-1)
+        # An id out of range is reported by its place among the ids, not as a target.
+        inside = call.target.clamp(0, call.vocab_size - 1).where(counted, call.ignore_index)
+        call = call._replace(target=inside)
+    shape = tensors["target"].shape
+    if support is None:
+        return _over_the_vocabulary(call, outputs, ids, shape)
+    return _over_a_support(call, outputs, ids, tensors["support"], shape)
+
+
+def _over_the_vocabulary(call: Call, outputs: Sequence[str], ids: Tensor | None, shape: torch.Size) -> TokenStatistics:
+    """Statistics of the distributions over all vocabulary entries, in the ``shape`` of the tokens."""
+    valid = None
+    if ids is not None:
+        call = call.with_per_token(call.per_token | {"target": ids}, ids="target")
+        valid = ids != call.ignore_index
+    return token_statistics(outputs, dispatch.statistics(call), call.vocab_size, shape, valid)
+
+
+def _over_a_support(
+    call: Call, outputs: Sequence[str], ids: Tensor | None, support: Tensor, shape: torch.Size
+) -> TokenStatistics:
+    """Statistics of the distributions over each token's support and its targets."""
+    targets = call.target.unsqueeze(-1) if ids is None else ids  # (N, K)
+    support = support.reshape(len(targets), -1).long()  # (N, S)
+    gathered = call.with_per_token({"target": targets, "support": support})
+    members = torch.cat([targets, support], -1)
+    members = members.where(members != call.ignore_index, -1)
+    counted = call.target != call.ignore_index
+    temperature = None if call.temperature is None else call.temperature.where(counted, 1)
+    logits = call.specification.logits(dispatch.gathered_logits(gathered), temperature)
+    found = support_statistics(outputs, logits, members, targets.shape[1], counted)
+    shapes = {"logprob": shape if ids is None else (*shape, ids.shape[1])}
+    return TokenStatistics(**{n: v.view(shapes.get(n, shape)) for n, v in found._asdict().items() if v is not None})
 
 
 def _given(temperature: float | Tensor) -> dict[str, Tensor]:

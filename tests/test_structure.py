@@ -17,6 +17,7 @@ PUBLIC = {
     "linear_logprobs",
     "linear_divergence",
     "linear_loss",
+    "linear_statistics",
     "logits_loss",
     "predict_memory",
     "LinearCrossEntropyLoss.__init__",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from chunked_ce.engine import operators, plain
+from chunked_ce.engine import gathered, gathered_operator, operators, plain
 from chunked_ce.engine.call import Call
 from chunked_ce.engine.device_memory import free_bytes
 from chunked_ce.engine.loss_stats import LossStats, loss_stats, named_stats, plain_loss_stats
@@ -19,7 +19,7 @@ from chunked_ce.plan import Settings, budget_within
 from chunked_ce.rows.statistics import RowStatistics, work_dtype
 from chunked_ce.tracing import has_values, is_recorded, runs_at_once
 
-__all__ = ["TokenWeights", "is_transformed", "loss", "settings_of", "statistics", "stats"]
+__all__ = ["TokenWeights", "gathered_logits", "is_transformed", "loss", "settings_of", "statistics", "stats"]
 
 
 class TokenWeights(NamedTuple):
@@ -84,6 +84,13 @@ def loss(
 def statistics(call: Call) -> RowStatistics:
     """The statistics of every row, differentiable, (N,) each and 0 where ignored."""
     return (plain if is_transformed(call.specification.shard) else operators).statistics(call)
+
+
+def gathered_logits(call: Call) -> Tensor:
+    """The logits, before scale and softcap, at the ids of all tensors per token, (N, M), differentiable."""
+    if is_transformed(call.specification.shard):
+        return gathered.plain_logits(call)
+    return gathered_operator.logits(call)
 
 
 def stats(call: Call, weights: TokenWeights, rows: RowStatistics) -> LossStats:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from chunked_ce import devices
-from chunked_ce.engine import sweep
+from chunked_ce.engine import gathered, sweep
 from chunked_ce.engine.call import Call
 from chunked_ce.engine.gradient_products import Gradients
 from chunked_ce.engine.ranks import HIDDEN_GRADIENT, STATISTICS
@@ -26,7 +26,7 @@ from chunked_ce.engine.sources import HIDDEN
 from chunked_ce.parallel.collectives import Collectives
 from chunked_ce.rows.statistics import RowStatistics, num_columns, work_dtype
 
-__all__ = ["gradients", "loss_and_gradients", "statistics"]
+__all__ = ["gathered_gradients", "gathered_logits", "gradients", "loss_and_gradients", "statistics"]
 
 _Result = TypeVar("_Result")
 
@@ -58,16 +58,38 @@ def gradients(
     call: Call, known: RowStatistics, slopes: RowStatistics, weight_sum: Tensor | None = None
 ) -> Gradients | list[Tensor]:
     """`sweep.gradients`."""
+    return _reducing(call, sweep.gradients, call, known, slopes, weight_sum)
+
+
+def gathered_logits(call: Call) -> Tensor:
+    """`gathered.logits`."""
+
+    def steps() -> Iterator[_Step]:
+        yield from _Chunks(call).steps()
+        num_ids = sum(ids.shape[1] for ids in call.extra)
+        shape, dtype = (len(call.target), num_ids), work_dtype(call.specification.settings.compute_dtype)
+        yield _Step("all_reduce_", gathered.GATHERED, shape, dtype)
+
+    return _together(steps, call, gathered.logits, call)
+
+
+def gathered_gradients(call: Call, upstream: Tensor) -> list[Tensor | None]:
+    """`gathered.gradients`."""
+    return _reducing(call, gathered.gradients, call, upstream)
+
+
+def _reducing(call: Call, work: Callable[..., _Result], *arguments) -> _Result:
+    """``work(*arguments)`` of a backward, whose collectives sum the gradient of the hidden states."""
     reduces = call.is_head and call.specification.needed[0] and call.specification.shard.input_grad != "partial"
     if not (reduces or call.is_sequence):
-        return sweep.gradients(call, known, slopes, weight_sum)  # no collective: a rank that fails holds up no other
+        return work(*arguments)  # no collective: a rank that fails holds up no other
 
     def steps() -> Iterator[_Step]:
         if call.is_sequence:
             return _Chunks(call).steps(reduces=reduces)
         return iter([_Step("all_reduce_", HIDDEN_GRADIENT, call.tensors[0].shape, call.reduce_dtype())])
 
-    return _together(steps, call, sweep.gradients, call, known, slopes, weight_sum)
+    return _together(steps, call, work, *arguments)
 
 
 class _Chunks:

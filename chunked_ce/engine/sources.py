@@ -89,9 +89,13 @@ class Source:
         """``values`` (N, ...) of the tokens in the order in which the chunks take them."""
         return values
 
+    def from_chunk_order(self, values: Tensor) -> Tensor:
+        """``values`` (N, ...) from the order of the chunks to that of the targets."""
+        return values
+
     def in_order(self, rows: RowStatistics) -> RowStatistics:
         """The statistics (N,), from the order of the chunks to that of the targets."""
-        return rows
+        return rows.map(self.from_chunk_order)
 
 
 class LogitsSource(Source):
@@ -141,7 +145,7 @@ class HeadSource(Source):
         rows, entries = self._largest_chunk(), len(self.weight) if self.plan.entries is None else self.plan.entries
         head = self.head if self.plan.entries is None else None
         buffers: list[Tensor] = []
-        for turn, (rows_of_chunk, x, window) in enumerate(self._parts()):
+        for turn, (rows_of_chunk, x, window) in enumerate(self.parts()):
             if turn < self.plan.in_flight:
                 size = rows, min(entries, len(self.weight))
                 buffers.append(logits_scratch(*size, dtype=self.dtype, device=self.hidden.device))
@@ -177,7 +181,7 @@ class HeadSource(Source):
     def _largest_chunk(self) -> int:
         return min(self.plan.tokens, len(self.tokens))
 
-    def _parts(self) -> Iterator[tuple[slice, Tensor, slice]]:
+    def parts(self) -> Iterator[tuple[slice, Tensor, slice]]:
         """Each chunk's rows and hidden states."""
         for rows in self.tokens.blocks(self.plan.tokens):
             yield rows, self.tokens.select(self.hidden, rows).to(self.dtype), slice(0)
@@ -202,13 +206,13 @@ class SequenceSource(HeadSource):
     def _index(self) -> Tensor:
         return self.tokens.unmasked(self._order, slice(None))
 
-    def in_order(self, rows: RowStatistics) -> RowStatistics:
-        return rows.map(lambda values: torch.empty_like(values).index_copy_(0, self._order, values))
+    def from_chunk_order(self, values: Tensor) -> Tensor:
+        return torch.empty_like(values).index_copy_(0, self._order, values)
 
     def _largest_chunk(self) -> int:
         return min(self._share * self._collectives.size, len(self.call.target))
 
-    def _parts(self) -> Iterator[tuple[slice, Tensor, slice]]:
+    def parts(self) -> Iterator[tuple[slice, Tensor, slice]]:
         """Each chunk's rows and hidden states, gathered during the work on the previous chunk."""
         windows = [slice(at, at + self._share) for at in range(0, len(self.hidden), self._share)]
 

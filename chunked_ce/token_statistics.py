@@ -1,0 +1,179 @@
+"""Statistics per token, for `chunked_ce.linear_statistics`: which statistics of a row each needs, and its formula."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from chunked_ce.arguments import INDICES, check_tensor, described, is_integer
+from chunked_ce.rows.statistics import EXP_IS_ZERO, RowStatistics, names_of
+
+__all__ = [
+    "TokenStatistics",
+    "asked_flags",
+    "check_ids",
+    "check_outputs",
+    "has_ids",
+    "names_for",
+    "one_of_the_ids",
+    "support_statistics",
+    "token_statistics",
+]
+
+
+class TokenStatistics(NamedTuple):
+    """Statistics of the predicted distribution p of each token, in the shape of the tokens; None if not asked for.
+
+    They are in float32 (float64 for float64 input), 0 where ignored, and differentiable but for ``is_top1``.
+    """
+
+    logprob: Tensor | None = None
+    """The log-probability of the target, (...); of each id, (..., K), if the target has K ids per token."""
+    entropy: Tensor | None = None
+    """-sum_v p_v log p_v, in nats."""
+    lse: Tensor | None = None
+    """log sum_v exp(z_v)."""
+    log_sum_sq_probs: Tensor | None = None
+    """log sum_v p_v^2: minus the Renyi entropy of order 2."""
+    mean_logit: Tensor | None = None
+    """(1 / V) sum_v z_v."""
+    is_top1: Tensor | None = None
+    """1.0 where the target has the largest logit, the first of equals; it has no gradient."""
+
+
+class _Output(NamedTuple):
+    """An output of `linear_statistics`."""
+
+    needs: tuple[str, ...]  # statistics of a row besides those that every call computes
+    of: Callable[[RowStatistics, int], Tensor]  # from the statistics and V
+    of_support: bool = False  # whether it can be asked of a support
+
+
+_OUTPUTS = {
+    "logprob": _Output((), lambda rows, size: rows.logprob, True),
+    "entropy": _Output(("mean",), lambda rows, size: rows.entropy, True),
+    "lse": _Output((), lambda rows, size: rows.lse, True),
+    "log_sum_sq_probs": _Output(("squares",), lambda rows, size: rows.squares - 2 * rows.log_sum),
+    "mean_logit": _Output(("weighted",), lambda rows, size: rows.maximum + rows.weighted / size),
+    "is_top1": _Output(("correct",), lambda rows, size: rows.correct),
+}
+
+
+def names_for(outputs: Sequence[str], *, with_ids: bool) -> tuple[str, ...]:
+    """The statistics of a row that ``outputs`` need."""
+    at_ids = ("at_ids",) if with_ids and "logprob" in outputs else ()
+    return names_of([*at_ids, *(name for output in outputs for name in _OUTPUTS[output].needs)])
+
+
+def token_statistics(
+    outputs: Sequence[str],
+    rows: RowStatistics,  # (N,) each, 0 where ignored
+    vocab_size: int,
+    shape: torch.Size,  # of the tokens
+    valid: Tensor | None,  # (N, K) which ids are not ignored, if the target has K ids per token
+) -> TokenStatistics:
+    """The ``outputs`` from the statistics of the rows."""
+    found = {}
+    for name in outputs:
+        if name == "logprob" and valid is not None:
+            found[name] = rows.logprobs.where(valid, 0).view(*shape, valid.shape[1])
+        else:
+            found[name] = _OUTPUTS[name].of(rows, vocab_size).view(shape)
+    return TokenStatistics(**found)
+
+
+def support_statistics(
+    outputs: Sequence[str],
+    logits: Tensor,  # (N, K + S) at the targets, then at the support
+    ids: Tensor,  # (N, K + S) -1 where an id is none
+    num_targets: int,  # K
+    counted: Tensor,  # (N,)
+) -> TokenStatistics:
+    """The ``outputs`` (N, ...) of the distribution over the ids of each token."""
+    member = _first_of_equals(ids) & (ids >= 0)
+    # All are members of an ignored token, so that neither its statistics nor their gradients are NaN.
+    member = member | ~counted.unsqueeze(-1)
+    maximum = logits.detach().masked_fill(~member, -torch.inf).amax(-1, keepdim=True)
+    shifted = logits - maximum
+    members = shifted.masked_fill(~member, -torch.inf)
+    log_sum = members.logsumexp(-1, keepdim=True)
+    found = {}
+    if "logprob" in outputs:
+        found["logprob"] = (shifted[:, :num_targets] - log_sum).where(ids[:, :num_targets] >= 0, 0)
+    if "entropy" in outputs:
+        log_p = members - log_sum
+        found["entropy"] = -(log_p.exp() * log_p.clamp(min=EXP_IS_ZERO)).sum(-1).where(counted, 0)
+    if "lse" in outputs:
+        found["lse"] = (maximum + log_sum).squeeze(-1).where(counted, 0)
+    return TokenStatistics(**found)
+
+
+def _first_of_equals(ids: Tensor) -> Tensor:
+    """Whether each id (N, M) is the first of its value in its row."""
+    ordered, order = ids.sort(dim=-1, stable=True)
+    again = torch.cat([torch.zeros_like(ordered[:, :1]), (ordered[:, 1:] == ordered[:, :-1]).long()], -1)
+    return torch.zeros_like(ids).scatter(-1, order, again) == 0
+
+
+def asked_flags(outputs: object) -> dict[str, bool]:
+    """Whether each output is asked for, which ranks compare; {} for ``outputs`` that `check_outputs` refuses."""
+    if not _are_names(outputs):
+        return {}
+    return {f"outputs has {name!r}": name in outputs for name in _OUTPUTS}
+
+
+def check_outputs(outputs: object, *, with_ids: bool, with_support: bool) -> None:
+    """Check the names of the outputs, and that K ids per token and a support have them."""
+    allowed = f"outputs must be a tuple of names among {', '.join(map(repr, _OUTPUTS))}"
+    if not _are_names(outputs):
+        raise TypeError(f"{allowed}, was {described(outputs)}")
+    for name in outputs:
+        if name not in _OUTPUTS:
+            raise ValueError(f"{allowed}, had {described(name)}")
+    if with_ids and "is_top1" in outputs:
+        raise ValueError("outputs must not have 'is_top1' where target has K ids per token: there is no one target")
+    of_support = [name for name, output in _OUTPUTS.items() if output.of_support]
+    for name in outputs if with_support else ():
+        if name not in of_support:
+            raise ValueError(f"outputs must be among {', '.join(map(repr, of_support))} with a support, had {name!r}")
+
+
+def _are_names(outputs: object) -> bool:
+    return isinstance(outputs, tuple | list) and all(isinstance(name, str) for name in outputs)
+
+
+def has_ids(input: object, target: object) -> bool:
+    """Whether a target has K ids per token, (..., K), and not one, (...), for hidden states (..., D)."""
+    return isinstance(input, Tensor) and isinstance(target, Tensor) and target.dim() == input.dim() > 0
+
+
+def check_ids(
+    name: str,
+    ids: object,  # (..., K)
+    tokens: torch.Size | None,  # their shape; None if the ids are only known to be as many as all ranks' tokens
+    *,
+    least: int = 1,
+) -> None:
+    """Check the type and shape of ids per token."""
+    check_tensor(name, ids, INDICES)
+    shape = tuple(ids.shape)
+    if len(shape) < 1 or shape[-1] < least or (tokens is not None and shape[:-1] != tuple(tokens)):
+        of_tokens = "the shape of the tokens" if tokens is None else f"{tuple(tokens)}, the shape of the tokens,"
+        some = f", at least {least}" if least else ""
+        raise ValueError(f"{name} must have {of_tokens} and a last dimension of ids{some}, had {shape}")
+
+
+def one_of_the_ids(ids: Tensor, ignore_index: Any) -> Tensor:
+    """One id (...) of each token's ids (..., K) that are not ignored, ``ignore_index`` where all are.
+
+    Whatever it is given: arguments are checked later, on all ranks together.
+    """
+    if ids.dtype not in INDICES.dtypes or not is_integer(ignore_index) or ids.shape[-1] < 1:
+        return ids.sum(-1)
+    ids = ids.long()
+    counted = ids != ignore_index
+    largest = ids.masked_fill(~counted, torch.iinfo(torch.int64).min).amax(-1)
+    return largest.where(counted.any(-1), int(ignore_index))
