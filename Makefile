@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test thorough fuzz lint bench clean
+.PHONY: install demo test thorough packages fuzz lint bench clean
 
 install: $(VENV)/.installed
 
@@ -29,6 +29,18 @@ test: lint
 thorough: install
 	$(PYTEST) -m thorough
 
+# The same numbers as other people's packages: TRL, Liger and verl, in an environment of their own.
+PACKAGES := .venv-packages
+packages: $(PACKAGES)/.installed
+	OMP_NUM_THREADS=1 $(PACKAGES)/bin/python -m pytest -q tests/packages
+
+$(PACKAGES)/.installed: setup.cfg pyproject.toml constraints.txt tests/packages/requirements.txt
+	$(PYTHON) -m venv $(PACKAGES)
+	$(PACKAGES)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(PACKAGES)/bin/python -m pip install --quiet --constraint constraints.txt --requirement tests/packages/requirements.txt
+	$(PACKAGES)/bin/python -m pip install --quiet --no-deps verl==0.9.1 --editable .
+	touch $@
+
 # Random calls beyond those of the tests, right ones and wrong ones: some five minutes.
 fuzz: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --seed 4000 --cases 20000
@@ -46,4 +58,4 @@ bench: install
 		--benchmark-json=$(RESULTS)/speed.json
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(PACKAGES) runs

@@ -1,5 +1,6 @@
 """Exact large-vocabulary cross-entropy in chunks: the logits never exist as a whole."""
 
+from chunked_ce import preference
 from chunked_ce.functional import (
     LossStats,
     cross_entropy,
@@ -37,5 +38,6 @@ __all__ = [
     "linear_loss",
     "linear_statistics",
     "logits_loss",
+    "preference",
     "sequence_weights",
 ]
