@@ -5,6 +5,9 @@ import torch
 # Two workers end together if no long file comes last.
 LONG_FILES = [f"test_{name}.py" for name in ("compile_dynamic", "compile", "memory", "fuzz", "precision")]
 
+# `make packages` runs these, in an environment of their own.
+collect_ignore = ["packages"]
+
 hypothesis.settings.register_profile(
     "suite",
     deadline=None,
