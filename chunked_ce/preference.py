@@ -19,7 +19,7 @@ What all of them share:
 - ``policy_*`` are sums over the tokens of a response, (B,), of a floating-point dtype, and differentiable.
 - ``reference_*``, the same sums of the frozen reference model, and ``*_length``, the numbers of tokens in these sums,
   are constant, (B,). The mean of a sequence without tokens is 0.
-- The result is the mean over the B pairs (or sequences), a 0-d tensor in float32 (float64 if one of the sums is
+- The result is the mean over the B pairs (or all sequences), a 0-d tensor in float32 (float64 if one of the sums is
   float64). For B = 0 it is 0, attached to the graph.
 - ``ValueError`` or ``TypeError`` says which argument was wrong: a shape, a dtype, a device, a number out of range, or a
   constant that requires grad.
@@ -33,11 +33,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chunked_ce.arguments import COUNTS, FLOATING, Kind, check_tensor, described, number
+from chunked_ce.arguments import COUNTS, FLOATING, check_tensor, described, number
 
 __all__ = ["cpo", "dpo", "ipo", "kto", "orpo", "simpo"]
-
-_LABELS = Kind((torch.bool,), "boolean")
 
 
 def dpo(
@@ -98,9 +96,6 @@ def ipo(
     tensor(9.)
     """
     beta = _positive("beta", beta)
-    if (chosen_length is None) != (rejected_length is None):
-        missing = "chosen_length" if chosen_length is None else "rejected_length"
-        raise TypeError(f"{missing} was None: give the lengths of both sides of a pair, or of neither")
     margin = _log_ratio_margin(
         policy_chosen, policy_rejected, reference_chosen, reference_rejected, chosen_length, rejected_length
     )
@@ -111,8 +106,8 @@ def simpo(
     policy_chosen: Tensor,
     policy_rejected: Tensor,
     *,
-    chosen_length: Tensor,
-    rejected_length: Tensor,
+    chosen_length: Tensor | None = None,
+    rejected_length: Tensor | None = None,
     beta: float = 2.0,
     gamma: float = 0.5,
     label_smoothing: float = 0.0,
@@ -125,7 +120,7 @@ def simpo(
 
     Args:
         policy_chosen, policy_rejected: sums of log-probabilities, (B,).
-        chosen_length, rejected_length: numbers of tokens, (B,).
+        chosen_length, rejected_length: numbers of tokens, (B,); None for sums that are divided by them already.
         beta: > 0.
         gamma: >= 0, the margin by which the chosen response should win. It is not multiplied by ``beta``.
         label_smoothing: as in `dpo`.
@@ -146,8 +141,8 @@ def orpo(
     policy_chosen: Tensor,
     policy_rejected: Tensor,
     *,
-    chosen_length: Tensor,
-    rejected_length: Tensor,
+    chosen_length: Tensor | None = None,
+    rejected_length: Tensor | None = None,
     beta: float = 0.1,
     alpha: float = 1.0,
     nll: Tensor | None = None,
@@ -160,7 +155,7 @@ def orpo(
 
     Args:
         policy_chosen, policy_rejected: sums of log-probabilities, (B,).
-        chosen_length, rejected_length: numbers of tokens, (B,).
+        chosen_length, rejected_length: numbers of tokens, (B,); None for sums that are divided by them already.
         beta: > 0, the factor of the odds ratio.
         alpha: >= 0, the factor of the first term, the negative log-likelihood of the chosen responses: 1 in the paper.
         nll: a tensor of one element that takes the place of the mean of ``-a_chosen``; differentiable. TRL and Liger
@@ -216,12 +211,13 @@ def cpo(
 
 
 def kto(
-    policy: Tensor,
-    reference: Tensor,
-    desirable: Tensor,
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    reference_chosen: Tensor,
+    reference_rejected: Tensor,
     *,
-    kl: float | Tensor,
     beta: float = 0.1,
+    kl: float | Tensor = 0.0,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Tensor:
@@ -229,35 +225,38 @@ def kto(
 
     With r the log-ratio ``policy - reference`` and z = max(kl, 0) the reference point::
 
-        desirable_weight * (1 - sigmoid(beta * (r - z)))        of a desirable sequence
-        undesirable_weight * (1 - sigmoid(beta * (z - r)))      of an undesirable one
+        desirable_weight * (1 - sigmoid(beta * (r - z)))        of a chosen (desirable) sequence
+        undesirable_weight * (1 - sigmoid(beta * (z - r)))      of a rejected (undesirable) one
 
     Args:
-        policy, reference: sums of log-probabilities, (B,).
-        desirable: boolean, (B,).
+        policy_chosen, reference_chosen: sums of log-probabilities of the desirable sequences, (B,).
+        policy_rejected, reference_rejected: those of the undesirable ones, (B',), perhaps of another number.
+        beta: > 0.
         kl: the estimated divergence of the policy from the reference, a number or a tensor of one element, constant.
             The paper's estimate is the mean log-ratio of responses to other prompts than their own:
             ``(policy_mismatched - reference_mismatched).mean().detach()``, over all ranks if there are several. 0
             leaves the reference point out.
-        beta: > 0.
         desirable_weight, undesirable_weight: >= 0, the paper's lambda_D and lambda_U.
 
     Returns:
-        The mean over all B sequences.
+        The mean over all B + B' sequences.
 
     >>> import torch
-    >>> kto(torch.tensor([-4.0, -6.0]), torch.tensor([-5.0, -5.0]), torch.tensor([True, False]), kl=0.5)
+    >>> kto(*(torch.tensor([sum]) for sum in (-4.0, -6.0, -5.0, -5.0)), kl=0.5)
     tensor(0.4750)
     """
     beta = _positive("beta", beta)
     desirable_weight = _not_negative("desirable_weight", desirable_weight)
     undesirable_weight = _not_negative("undesirable_weight", undesirable_weight)
-    policy, reference = _sums({"policy": policy}, {"reference": reference})
-    _check_labels(desirable, policy)
-    ratio = policy - reference - _reference_point(kl, policy)
+    policy_chosen, reference_chosen = _sums({"policy_chosen": policy_chosen}, {"reference_chosen": reference_chosen})
+    rejected = {"policy_rejected": policy_rejected}, {"reference_rejected": reference_rejected}
+    policy_rejected, reference_rejected = _sums(*rejected)
+    _check_device("policy_rejected", policy_rejected, policy_chosen)
+    point = _reference_point(kl, policy_chosen)
     # 1 - sigmoid(x) as sigmoid(-x), which does not cancel where the loss is small.
-    losses = torch.sigmoid(beta * torch.where(desirable, -ratio, ratio))
-    return _mean(torch.where(desirable, desirable_weight * losses, undesirable_weight * losses))
+    chosen = desirable_weight * torch.sigmoid(-beta * (policy_chosen - reference_chosen - point))
+    rejected = undesirable_weight * torch.sigmoid(beta * (policy_rejected - reference_rejected - point))
+    return _mean(torch.cat([chosen, rejected]))
 
 
 def _log_ratio_margin(
@@ -274,15 +273,26 @@ def _log_ratio_margin(
     policy_chosen, policy_rejected, reference_chosen, reference_rejected = tensors
     # Policy and reference first: two large sums that are close to each other.
     chosen, rejected = policy_chosen - reference_chosen, policy_rejected - reference_rejected
-    if chosen_length is None:
-        return chosen - rejected
-    return _per_token("chosen_length", chosen, chosen_length) - _per_token("rejected_length", rejected, rejected_length)
+    chosen, rejected = _over_lengths(chosen, rejected, chosen_length, rejected_length)
+    return chosen - rejected
 
 
 def _means_per_token(
-    policy_chosen: Tensor, policy_rejected: Tensor, chosen_length: Tensor, rejected_length: Tensor
+    policy_chosen: Tensor, policy_rejected: Tensor, chosen_length: Tensor | None, rejected_length: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     chosen, rejected = _sums({"policy_chosen": policy_chosen, "policy_rejected": policy_rejected})
+    return _over_lengths(chosen, rejected, chosen_length, rejected_length)
+
+
+def _over_lengths(
+    chosen: Tensor, rejected: Tensor, chosen_length: Tensor | None, rejected_length: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The sums over the numbers of tokens, if these are given."""
+    if (chosen_length is None) != (rejected_length is None):
+        missing = "chosen_length" if chosen_length is None else "rejected_length"
+        raise TypeError(f"{missing} was None: give the lengths of both sides of a pair, or of neither")
+    if chosen_length is None:
+        return chosen, rejected
     return (
         _per_token("chosen_length", chosen, chosen_length),
         _per_token("rejected_length", rejected, rejected_length),
@@ -359,11 +369,6 @@ def _reference_point(kl: float | Tensor, policy: Tensor) -> Tensor | float:
     _check_constant("kl", kl)
     _check_device("kl", kl, policy)
     return kl.reshape(()).to(policy.dtype).clamp(min=0)
-
-
-def _check_labels(desirable: Tensor, policy: Tensor) -> None:
-    check_tensor("desirable", desirable, _LABELS)
-    _check_like("desirable", desirable, policy)
 
 
 def _check_like(name: str, tensor: Tensor, policy: Tensor) -> None:

@@ -50,13 +50,23 @@ def cpo(policy_chosen, policy_rejected, *, beta=0.1, alpha=1.0, nll=None, label_
     return classified(beta * policy_chosen - beta * policy_rejected, label_smoothing).mean() + alpha * nll
 
 
-def kto(policy, reference, desirable, *, kl, beta=0.1, desirable_weight=1.0, undesirable_weight=1.0):
+def kto(
+    policy_chosen,
+    policy_rejected,
+    reference_chosen,
+    reference_rejected,
+    *,
+    kl=0.0,
+    beta=0.1,
+    desirable_weight=1.0,
+    undesirable_weight=1.0,
+):
     z = max(float(kl), 0.0)
     losses = []
-    for logratio, is_desirable in zip(policy - reference, desirable, strict=True):
-        weight = desirable_weight if is_desirable else undesirable_weight
-        gain = logratio - z if is_desirable else z - logratio
-        losses.append(weight - weight * torch.sigmoid(beta * gain))
+    for policy, reference in zip(policy_chosen, reference_chosen, strict=True):
+        losses.append(desirable_weight - desirable_weight * torch.sigmoid(beta * (policy - reference - z)))
+    for policy, reference in zip(policy_rejected, reference_rejected, strict=True):
+        losses.append(undesirable_weight - undesirable_weight * torch.sigmoid(beta * (z - (policy - reference))))
     return torch.stack(losses).mean()
 
 
@@ -96,11 +106,8 @@ class Case(NamedTuple):
         lengths = [torch.randint(5, 60, (pairs,), generator=g) for _ in range(2)]
         leaves = {"policy_chosen": sums(lengths[0]), "policy_rejected": sums(lengths[1])}
         constants = {}
-        if self.name in ("dpo", "ipo"):
+        if self.name in ("dpo", "ipo", "kto"):
             constants = {name.replace("policy", "reference"): sums(None, leaf) for name, leaf in leaves.items()}
-        if self.name == "kto":
-            leaves = {"policy": leaves["policy_chosen"]}
-            constants = {"reference": sums(None, leaves["policy"]), "desirable": torch.rand(pairs, generator=g) < 0.6}
         if self.with_lengths or self.name in ("simpo", "orpo"):
             constants |= {"chosen_length": lengths[0], "rejected_length": lengths[1]}
         if self.with_nll:
@@ -123,6 +130,7 @@ CASES = [
     Case("cpo"),
     Case("cpo", {"beta": 0.2, "alpha": 0.0, "label_smoothing": 0.1}),
     Case("cpo", {"alpha": 2.0}, with_nll=True),
+    Case("kto"),
     Case("kto", {"kl": 0.7}),
     Case("kto", {"kl": -0.7, "beta": 0.4, "desirable_weight": 1.3, "undesirable_weight": 0.5}),
 ]

@@ -190,29 +190,40 @@ def test_a_likelihood_of_no_weight_is_left_out():
 
 
 def test_the_reference_point_of_kto():
-    policy, reference = torch.tensor([-3.0, -5.0]), torch.tensor([-4.0, -4.0])
-    desirable = torch.tensor([True, False])
+    sums = [torch.tensor([value]) for value in (-3.0, -5.0, -4.0, -4.0)]
     values = [
-        preference.kto(policy, reference, desirable, kl=kl)
+        preference.kto(*sums, kl=kl)
         for kl in (2, 2.0, torch.tensor(2.0), torch.tensor([2.0]), torch.tensor(2.0).double(), np.float32(2.0))
     ]
     assert all(torch.equal(value, values[0]) and value.dtype == torch.float32 for value in values)
-    below = [preference.kto(policy, reference, desirable, kl=kl) for kl in (0.0, -3.0, torch.tensor(-3.0))]
+    below = [preference.kto(*sums, **kl) for kl in ({}, {"kl": 0.0}, {"kl": -3.0}, {"kl": torch.tensor(-3.0)})]
     assert all(torch.equal(value, below[0]) for value in below)
     assert not torch.equal(values[0], below[0])
 
 
-def test_kto_of_one_kind_only():
-    policy, reference = torch.tensor([-3.0, -5.0]), torch.tensor([-4.0, -4.0])
-    for sign, desirable in ((1, torch.ones(2)), (-1, torch.zeros(2))):
-        value = preference.kto(policy, reference, desirable.bool(), kl=0.0, beta=1.0)
-        torch.testing.assert_close(value, 1 - torch.sigmoid(sign * (policy - reference)).mean())
+def test_kto_of_kinds_of_different_numbers():
+    policy, reference, none = torch.tensor([-3.0, -5.0]), torch.tensor([-4.0, -4.0]), torch.zeros(0)
+    gain = torch.sigmoid(policy - reference)
+    chosen = preference.kto(policy, none, reference, none, beta=1.0)
+    torch.testing.assert_close(chosen, 1 - gain.mean())
+    rejected = preference.kto(none, policy, none, reference, beta=1.0)
+    torch.testing.assert_close(rejected, gain.mean())
+    both = preference.kto(policy, policy[:1], reference, reference[:1], beta=1.0)
+    torch.testing.assert_close(both, (2 - gain.sum() + gain[0]) / 3)
 
 
 def test_a_small_kto_does_not_cancel():
     """1 - sigmoid(30) is 0 in float32."""
-    value = preference.kto(torch.tensor([30.0]), torch.zeros(1), torch.tensor([True]), kl=0.0, beta=1.0)
+    value = preference.kto(torch.tensor([30.0]), torch.zeros(0), torch.zeros(1), torch.zeros(0), beta=1.0)
     assert value == pytest.approx(math.exp(-30), rel=1e-6, abs=0)
+
+
+@pytest.mark.parametrize("loss", [preference.simpo, preference.orpo])
+def test_sums_that_are_means_already(loss):
+    length = torch.tensor([4, 8, 16])
+    chosen, rejected = torch.tensor([-4.0, -9.0, -30.0]), torch.tensor([-8.0, -8.0, -20.0])
+    with_lengths = loss(chosen, rejected, chosen_length=length, rejected_length=2 * length)
+    assert torch.equal(loss(chosen / length, rejected / (2 * length)), with_lengths)
 
 
 @pytest.mark.parametrize("case", ONE_EACH, ids=str)
@@ -281,7 +292,7 @@ def trained(x):
         (lambda: preference.dpo(P, P, P, P.to("meta")), ValueError, "reference_rejected must be on the device of the"),
         (lambda: preference.ipo(P, P, P, P, chosen_length=L), TypeError, "rejected_length was None: give the lengths"),
         (lambda: preference.ipo(P, P, P, P, rejected_length=L), TypeError, "chosen_length was None: give the lengths"),
-        (lambda: preference.simpo(P, P), TypeError, "chosen_length"),
+        (lambda: preference.simpo(P, P, chosen_length=L), TypeError, "rejected_length was None: give the lengths"),
         (
             lambda: preference.simpo(P, P, chosen_length=L[:2], rejected_length=L),
             ValueError,
@@ -304,16 +315,15 @@ def trained(x):
         ),
         (lambda: preference.orpo(P, P, **LENGTHS, nll=P), ValueError, r"nll must have one element, had shape \(3,\)"),
         (lambda: preference.cpo(P, P, nll=1.0), TypeError, "nll must be a tensor, was float"),
-        (lambda: preference.kto(P, P, L, kl=0.0), TypeError, "desirable must be boolean, was torch.int64"),
-        (lambda: preference.kto(P, P, [True], kl=0.0), TypeError, "desirable must be a tensor, was list"),
-        (lambda: preference.kto(P, P, L[:2] > 3, kl=0.0), ValueError, "desirable must have the shape of the sums"),
-        (lambda: preference.kto(P, P, L > 3), TypeError, "kl"),
-        (lambda: preference.kto(P, P, L > 3, kl=P), ValueError, r"kl must have one element, had shape \(3,\)"),
-        (lambda: preference.kto(P, P, L > 3, kl=trained(P[0])), ValueError, "kl requires grad"),
-        (lambda: preference.kto(P, P, L > 3, kl=None), TypeError, "kl must be a number or a tensor of one element"),
-        (lambda: preference.kto(P, P, L > 3, kl=math.nan), ValueError, "kl must be finite, was nan"),
+        (lambda: preference.kto(P, P, P[:2], P), ValueError, "reference_chosen must have the shape of the sums"),
+        (lambda: preference.kto(P, P[:2], P, P), ValueError, "reference_rejected must have the shape of the sums"),
+        (lambda: preference.kto(P, P, P), TypeError, "reference_rejected"),
+        (lambda: preference.kto(P, P, P, P, kl=P), ValueError, r"kl must have one element, had shape \(3,\)"),
+        (lambda: preference.kto(P, P, P, P, kl=trained(P[0])), ValueError, "kl requires grad"),
+        (lambda: preference.kto(P, P, P, P, kl=None), TypeError, "kl must be a number or a tensor of one element"),
+        (lambda: preference.kto(P, P, P, P, kl=math.nan), ValueError, "kl must be finite, was nan"),
         (
-            lambda: preference.kto(P, P, L > 3, kl=0.0, undesirable_weight=-1.0),
+            lambda: preference.kto(P, P, P, P, undesirable_weight=-1.0),
             ValueError,
             "undesirable_weight must be finite and >= 0, was -1.0",
         ),
@@ -353,9 +363,8 @@ def loss_of(name, logprobs, reference, target):
     if name in ("dpo", "ipo"):
         return getattr(preference, name)(*policy.chunk(2), *frozen.chunk(2))
     if name == "kto":
-        desirable = torch.arange(2 * PAIRS) < PAIRS
         kl = (policy.roll(1) - frozen.roll(1)).mean().detach().abs()
-        return preference.kto(policy, frozen, desirable, kl=kl)
+        return preference.kto(*policy.chunk(2), *frozen.chunk(2), kl=kl)
     return getattr(preference, name)(*policy.chunk(2), **(lengths if name in ("simpo", "orpo") else {}))
 
 

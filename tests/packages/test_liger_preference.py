@@ -101,7 +101,9 @@ def test_kto(beta, kl):
 
     def ours(*leaves):
         policy = sums(*leaves)
-        return preference.kto(policy, reference_sums(policy.dtype), desirable, kl=kl, beta=beta)
+        reference = reference_sums(policy.dtype)
+        of_both = policy[desirable], policy[~desirable], reference[desirable], reference[~desirable]
+        return preference.kto(*of_both, kl=kl, beta=beta)
 
     def theirs(hidden, weight, bias):
         reference = {"ref_input": REFERENCE.hidden, "ref_weight": REFERENCE.weight, "ref_bias": REFERENCE.bias}
