@@ -40,6 +40,7 @@ __all__ = [
     "check_backend",
     "check_call",
     "check_class_weight",
+    "check_ids",
     "check_keywords",
     "check_layer",
     "check_num_tokens",
@@ -68,7 +69,10 @@ def check_call(
     """Check all arguments of a call, by name; returns the options, the default ones for None."""
     name = "input" if "linear_weight" in tensors else "logits"
     check_per_token(objective, per_token)
-    check_tensors(tensors, vocab, name, per_token)
+    with_ids = () if objective is None or objective.ids is None else (objective.ids, *objective.per_id)
+    check_tensors(tensors, vocab, name, [one for one in per_token if one not in with_ids])
+    if with_ids:
+        check_per_id(tensors, *with_ids)
     check_keywords(**{key: value for key, value in keywords.items() if key != "num_tokens"})
     check_temperatures(tensors.get("temperature"), tensors["target"], keywords["ignore_index"])
     for flag, value in flags.items():
@@ -221,6 +225,14 @@ def check_objective(objective: Objective) -> Objective:
         reserved = _ARGUMENTS.intersection(getattr(objective, field))
         if reserved:
             raise ValueError(f"objective.{field} must not name an argument of the loss, had {reserved.pop()!r}")
+    named = (*objective.per_token, *objective.optional_per_token)
+    if objective.ids is not None and objective.ids not in objective.per_token:
+        raise ValueError(f"objective.ids must be None or a name among {objective.per_token}, was {objective.ids!r}")
+    if objective.ids is None and (objective.per_id or "at_ids" in objective.statistics):
+        raise ValueError("objective.ids must name a tensor of per_token for 'at_ids' and per_id, was None")
+    for name in objective.per_id:
+        if name not in named:
+            raise ValueError(f"objective.per_id must be names among {named}, had {name!r}")
     unknown = [name for name in objective.statistics if name not in STATISTICS]
     if unknown:
         raise ValueError(f"objective.statistics must be names among {tuple(STATISTICS)}, had {unknown[0]!r}")
@@ -247,7 +259,38 @@ def check_per_token(objective: Objective | None, per_token: dict[str, Tensor]) -
     for name in required:
         if per_token.get(name) is None:
             needed_by = f"{type(objective).__name__}({_fields(objective)})"
-            raise TypeError(f"{name} must be a tensor in the shape of target for {needed_by}, was None")
+            with_ids = ", K ids for each token," if name in (objective.ids, *objective.per_id) else ""
+            raise TypeError(f"{name} must be a tensor in the shape of target{with_ids} for {needed_by}, was None")
+
+
+def check_ids(
+    name: str,
+    ids: object,  # (..., K)
+    tokens: torch.Size | None,  # their shape; None if the ids are only known to be as many as all ranks' tokens
+    *,
+    least: int = 1,
+) -> None:
+    """Check the type and shape of ids per token."""
+    check_tensor(name, ids, INDICES)
+    shape = tuple(ids.shape)
+    if len(shape) < 1 or shape[-1] < least or (tokens is not None and shape[:-1] != tuple(tokens)):
+        of_tokens = "the shape of the tokens" if tokens is None else f"{tuple(tokens)}, the shape of the tokens,"
+        some = f", at least {least}" if least else ""
+        raise ValueError(f"{name} must have {of_tokens} and a last dimension of ids{some}, had {shape}")
+
+
+def check_per_id(tensors: dict[str, Tensor | None], ids: str, *per_id: str) -> None:
+    """Check the tensor ``ids`` (..., K) of an objective, and those that have a number for each id."""
+    check_ids(ids, tensors[ids], tensors["target"].shape)
+    for name in per_id:
+        tensor = tensors.get(name)
+        if tensor is None:
+            continue
+        check_tensor(name, tensor, WEIGHTS)
+        if _shape(tensor) != _shape(tensors[ids]):
+            raise ValueError(f"{name} must have the shape of {ids}, {_shape(tensors[ids])}, had {_shape(tensor)}")
+        if tensor.requires_grad:
+            raise ValueError(f"{name} requires grad, but the loss is not differentiated in it: detach it")
 
 
 def check_layer(

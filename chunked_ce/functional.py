@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from chunked_ce.arguments import plain_integer
-from chunked_ce.checks import check_call, check_objective, compute_dtype_of, described_objective
+from chunked_ce.checks import check_call, check_ids, check_objective, compute_dtype_of, described_objective
 from chunked_ce.engine import dispatch
 from chunked_ce.engine.call import Call
 from chunked_ce.engine.loss_stats import LossStats
@@ -25,7 +25,6 @@ from chunked_ce.teachers import check_teacher, of_this_rank, product_dtype
 from chunked_ce.token_statistics import (
     TokenStatistics,
     asked_flags,
-    check_ids,
     check_outputs,
     has_ids,
     names_for,
@@ -531,7 +530,7 @@ def _over_a_support(
 ) -> TokenStatistics:
     """Statistics of the distributions over each token's support and its targets."""
     targets = call.target.unsqueeze(-1) if ids is None else ids  # (N, K)
-    support = support.reshape(len(targets), -1).long()  # (N, S)
+    support = support.reshape(targets.shape[0], support.shape[-1]).long()  # (N, S)
     gathered = call.with_per_token({"target": targets, "support": support})
     members = torch.cat([targets, support], -1)
     members = members.where(members != call.ignore_index, -1)
@@ -599,13 +598,22 @@ def _loss(
     asked = objective.statistics + (("mean", "correct") if return_stats else ())
     call = _call(arguments, options, objective.without_tensors(), names_of(asked))
     weights = dispatch.TokenWeights.of(call, tensors["token_weight"])
-    given = {name: tensors[name].reshape(-1) for name, tensor in per_token.items() if tensor is not None}
-    call = call.with_per_token(call.per_token | given)
+    given = {name: tensors[name] for name, tensor in per_token.items() if tensor is not None}
+    flat = {name: _of_tokens(objective, name, tensor) for name, tensor in given.items()}
+    call = call.with_per_token(call.per_token | flat, ids=objective.ids)
     coefficient = weights.coefficient(reduction, keywords["num_tokens"])
     in_forward = arguments.is_head and not options.in_backward
     loss, rows = dispatch.loss(call, coefficient, in_forward=in_forward, reduces=reduction != "none")
     loss = loss.view(target.shape) if reduction == "none" else loss
     return (loss, dispatch.stats(call, weights, rows)) if return_stats else loss
+
+
+def _of_tokens(objective: Objective, name: str, tensor: Tensor) -> Tensor:
+    """A tensor per token of an objective, (N,), or (N, K) with K ids per token."""
+    if name not in (objective.ids, *objective.per_id):
+        return tensor.reshape(-1)
+    tensor = tensor.reshape(-1, tensor.shape[-1])
+    return tensor.long() if name == objective.ids else tensor
 
 
 def _agreed(

@@ -8,13 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from chunked_ce.arguments import INDICES, check_tensor, described, is_integer
+from chunked_ce.arguments import INDICES, described, is_integer
 from chunked_ce.rows.statistics import EXP_IS_ZERO, RowStatistics, names_of
 
 __all__ = [
     "TokenStatistics",
     "asked_flags",
-    "check_ids",
     "check_outputs",
     "has_ids",
     "names_for",
@@ -148,22 +147,6 @@ def _are_names(outputs: object) -> bool:
 def has_ids(input: object, target: object) -> bool:
     """Whether a target has K ids per token, (..., K), and not one, (...), for hidden states (..., D)."""
     return isinstance(input, Tensor) and isinstance(target, Tensor) and target.dim() == input.dim() > 0
-
-
-def check_ids(
-    name: str,
-    ids: object,  # (..., K)
-    tokens: torch.Size | None,  # their shape; None if the ids are only known to be as many as all ranks' tokens
-    *,
-    least: int = 1,
-) -> None:
-    """Check the type and shape of ids per token."""
-    check_tensor(name, ids, INDICES)
-    shape = tuple(ids.shape)
-    if len(shape) < 1 or shape[-1] < least or (tokens is not None and shape[:-1] != tuple(tokens)):
-        of_tokens = "the shape of the tokens" if tokens is None else f"{tuple(tokens)}, the shape of the tokens,"
-        some = f", at least {least}" if least else ""
-        raise ValueError(f"{name} must have {of_tokens} and a last dimension of ids{some}, had {shape}")
 
 
 def one_of_the_ids(ids: Tensor, ignore_index: Any) -> Tensor:

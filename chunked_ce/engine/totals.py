@@ -41,7 +41,7 @@ class ForwardTotals:
         self._losses = torch.zeros_like(tokens.target, dtype=torch.float64)  # (n,)
         selected = {name: tokens.select(source.in_chunk_order(values)) for name, values in call.per_token.items()}
         self._coefficient = tokens.mask(selected.pop("_coefficient"))  # (n,)
-        selected = self._objective.tensors(selected)
+        selected = self._objective.tensors(selected, call.ignore_index)
         classes = call.class_weight
         target_weight = None if classes is None else classes[tokens.target]
         self._largest_weight = 1.0 if classes is None else classes.abs().amax()

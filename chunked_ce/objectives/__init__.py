@@ -5,5 +5,6 @@ from chunked_ce.objectives.cross_entropy import CrossEntropy
 from chunked_ce.objectives.divergence import Divergence
 from chunked_ce.objectives.policy_gradient import PolicyGradient
 from chunked_ce.objectives.teacher import Teacher
+from chunked_ce.objectives.top_k import TopKDivergence
 
-__all__ = ["CrossEntropy", "Divergence", "Objective", "PolicyGradient", "Teacher", "Tokens"]
+__all__ = ["CrossEntropy", "Divergence", "Objective", "PolicyGradient", "Teacher", "Tokens", "TopKDivergence"]

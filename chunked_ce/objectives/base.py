@@ -81,6 +81,13 @@ class Objective:
     optional_per_token: ClassVar[tuple[str, ...]] = ()
     """More such tensors, which may be left out or None: ``tokens`` then has None for them."""
 
+    ids: ClassVar[str | None] = None
+    """Which tensor of ``per_token`` holds K ids per token, (..., K), at which the statistic ``"at_ids"`` reads the
+    logits: int32 or int64 in [0, V), or ``ignore_index`` for padding. ``tokens`` has -1 for padding."""
+
+    per_id: ClassVar[tuple[str, ...]] = ()
+    """The tensors of ``per_token`` and ``optional_per_token`` that have a number for each of these ids, (..., K)."""
+
     def __init_subclass__(cls, **keywords) -> None:
         super().__init_subclass__(**keywords)
         if "loss" in vars(cls) and "slopes" not in vars(cls):
@@ -132,9 +139,12 @@ class Objective:
         """The same objective without class weights, which travel as a tensor of the call."""
         return self if self.class_weight is None else dataclasses.replace(self, class_weight=None)
 
-    def tensors(self, given: dict[str, Tensor]) -> dict[str, Tensor | None]:
+    def tensors(self, given: dict[str, Tensor], ignore_index: int) -> dict[str, Tensor | None]:
         """The tensors that were ``given`` for each token, and None for the optional ones that were not."""
-        return dict.fromkeys(self.optional_per_token) | given
+        tensors = dict.fromkeys(self.optional_per_token) | given
+        if self.ids is not None:
+            tensors[self.ids] = given[self.ids].where(given[self.ids] != ignore_index, -1)
+        return tensors
 
     def losses(
         self,
@@ -177,4 +187,4 @@ class Objective:
         counted = target != ignore_index
         target_weight = None if class_weight is None else class_weight[target.where(counted, 0)]
         sum_of_weights = weight_sum(class_weight, vocab_size)
-        return Tokens(vocab_size, sum_of_weights, target_weight, self.tensors(per_token)), counted
+        return Tokens(vocab_size, sum_of_weights, target_weight, self.tensors(per_token, ignore_index)), counted
