@@ -671,7 +671,7 @@ def _call(
     flat = target.reshape(-1).long()
     call = Call(source, classes, flat, plain_integer(keywords["ignore_index"]), specification)
     if arguments.teacher is not None:
-        call = call.with_teacher(*of_this_rank(arguments.teacher, vocab, of_teacher, getattr(objective, "beta", 0.0)))
+        call = call.with_teacher(*of_this_rank(arguments.teacher, vocab, of_teacher, objective.teacher_share))
     if temperature is None:
         return call
     return call.with_per_token({TEMPERATURE: temperature.reshape(-1).to(work_dtype(settings.compute_dtype))})

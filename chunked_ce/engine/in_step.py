@@ -24,7 +24,7 @@ from chunked_ce.engine.gradient_products import Gradients
 from chunked_ce.engine.ranks import HIDDEN_GRADIENT, STATISTICS
 from chunked_ce.engine.sources import HIDDEN
 from chunked_ce.parallel.collectives import Collectives
-from chunked_ce.rows.statistics import RowStatistics, num_columns, work_dtype
+from chunked_ce.rows.statistics import RowStatistics, num_columns, passes_of, work_dtype
 
 __all__ = ["gathered_gradients", "gathered_logits", "gradients", "loss_and_gradients", "statistics"]
 
@@ -124,15 +124,23 @@ class _Chunks:
             if at < last and self._call.is_sequence:
                 yield self._hidden(at + 1)
             if combines:
-                yield self._statistics(at)
-            if reduces and at >= combines:
-                yield self._reduction(at - combines)
-        if reduces and combines and last >= 0:
-            yield self._reduction(last)
+                yield self._statistics(at, 0)
+            if at >= combines:
+                yield from self._finishing(at - combines, combines, reduces)
+        if combines and last >= 0:
+            yield from self._finishing(last, combines, reduces)
 
-    def _statistics(self, at: int) -> _Step:
+    def _finishing(self, at: int, combines: bool, reduces: bool) -> Iterator[_Step]:
+        """The collectives of a chunk once its first statistics have come."""
+        if combines and passes_of(self._call.specification.names)[1]:
+            yield self._statistics(at, 1)
+        if reduces:
+            yield self._reduction(at)
+
+    def _statistics(self, at: int, turn: int) -> _Step:
         specification = self._call.specification
-        shape = self._rows[at], num_columns(specification.names, self._call.num_ids)
+        names = passes_of(specification.names)[turn]
+        shape = self._rows[at], num_columns(names, self._call.num_ids)
         return _Step("all_gather", STATISTICS, shape, work_dtype(specification.settings.compute_dtype))
 
     def _hidden(self, at: int) -> _Step:

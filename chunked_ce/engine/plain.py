@@ -34,7 +34,10 @@ def statistics(call: Call) -> RowStatistics:
     temperature = None if temperature is None else temperature.where(counted, 1)
     ids = None if ids is None else ids.where(ids != call.ignore_index, -1)
     z = specification.logits(products.to(work_dtype(products.dtype)), temperature)
-    of_teacher = teacher_logits(call, counted, temperature, z.dtype)
+    teacher = {}
+    if specification.teacher is not None:
+        of_teacher = teacher_logits(call, counted, temperature, z.dtype)
+        teacher = {"teacher": of_teacher, "share": specification.teacher.share}
     target = call.target.where(counted, 0)
-    rows = row_statistics(z, target, call.class_weight, specification.names, ids, of_teacher)
+    rows = row_statistics(z, target, call.class_weight, specification.names, ids, **teacher)
     return rows.map(lambda part: part.where(along(counted, part), 0))

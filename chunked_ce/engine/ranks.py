@@ -36,8 +36,8 @@ class OneRank:
     def __init__(self, source: Source) -> None:
         self.source = source
 
-    def combine(self, part: Tensor) -> Pending:
-        """Start combining the ranks' parts (C, columns) of a chunk's statistics."""
+    def combine(self, part: Tensor, names: tuple[str, ...]) -> Pending:
+        """Start combining the ranks' parts (C, columns) of a chunk's statistics, those of one pass."""
         return Pending(part, None, STATISTICS)
 
     def reduce(self, chunk: Chunk, part: Tensor) -> Pending:
@@ -61,7 +61,7 @@ class ManyRanks(OneRank):
     def __init__(self, source: Source) -> None:
         super().__init__(source)
         call = source.call
-        self._shard, self._names = call.specification.shard, call.specification.names
+        self._shard = call.specification.shard
         self._collectives = Collectives(self._shard.group_name)
         self._dtype = call.reduce_dtype()
         # Tokens in one collective of statistics: a chunk of the plan by tokens, equal on all ranks; None for a chunk.
@@ -69,9 +69,9 @@ class ManyRanks(OneRank):
         if call.is_head and not call.is_sequence:
             self._at_a_time = call.plan_by_tokens(len(call.target), sums_head=call.sums_head).tokens
 
-    def combine(self, part: Tensor) -> Combining:
+    def combine(self, part: Tensor, names: tuple[str, ...]) -> Combining:
         pieces = part.split(self._at_a_time) if self._at_a_time else (part,)
-        return Combining([self._collectives.all_gather(piece, STATISTICS) for piece in pieces], self._names)
+        return Combining([self._collectives.all_gather(piece, STATISTICS) for piece in pieces], names)
 
     def reduce(self, chunk: Chunk, part: Tensor) -> Pending:
         if self._shard.input_grad == "partial":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -42,6 +42,16 @@ class Chunk(NamedTuple):
     blocks: Iterable[Block]  # each is valid until the next one
     x: Tensor | None = None  # (C, D) hidden states in the products' dtype
     window: slice = slice(0)  # of this rank's tokens, in a sequence shard
+
+
+class _Blocks:
+    """Blocks that are made again for each pass over them."""
+
+    def __init__(self, make: Callable[[], Iterator[Block]]) -> None:
+        self._make = make
+
+    def __iter__(self) -> Iterator[Block]:
+        return self._make()
 
 
 class Source:
@@ -105,7 +115,7 @@ class LogitsSource(Source):
 
     def chunks(self) -> Iterator[Chunk]:
         if len(self.tokens):
-            yield Chunk(slice(0, len(self.tokens)), self._blocks())
+            yield Chunk(slice(0, len(self.tokens)), _Blocks(self._blocks))
 
     def _blocks(self) -> Iterator[Block]:
         (logits,) = self.call.tensors

@@ -26,7 +26,14 @@ from chunked_ce.engine.gradient_products import ChunkProducts, Gradients, LogitG
 from chunked_ce.engine.ranks import OneRank, ranks_of
 from chunked_ce.engine.sources import Chunk, HeadSource, LogitsSource, SequenceSource, Source
 from chunked_ce.engine.totals import ForwardTotals
-from chunked_ce.rows.statistics import RowStatistics, merge_shards, statistics_of, work_dtype, zero_statistics
+from chunked_ce.rows.statistics import (
+    RowStatistics,
+    merge_shards,
+    passes_of,
+    statistics_of,
+    work_dtype,
+    zero_statistics,
+)
 
 __all__ = ["gradients", "loss_and_gradients", "statistics"]
 
@@ -40,14 +47,15 @@ def statistics(call: Call) -> RowStatistics:
     specification, device = call.specification, call.target.device
     names, dtype = specification.names, specification.settings.compute_dtype
     whole = zero_statistics(len(call.target), names, dtype, device, call.num_ids)
-    source = _source(call)
+    first, second = passes_of(names)
+    source = _source(call, sums_head=call.sums_head if second else None)
     ranks, row_kernels = ranks_of(source), specification.row_kernels(device)
 
     def start(chunk: Chunk) -> Any:
-        return ranks.combine(_part(source, chunk, row_kernels))
+        return ranks.combine(_part(source, chunk, row_kernels, overwrite=not second), first)
 
     def finish(chunk: Chunk, pending: Any) -> None:
-        rows = statistics_of(pending.wait(), source.tokens.target[chunk.rows], names)
+        rows = _finished(source, chunk, row_kernels, ranks, pending.wait())
         source.tokens.put_statistics(whole, chunk.rows, rows)
 
     _pipeline(source.chunks(), start, finish, ranks)
@@ -70,7 +78,9 @@ def loss_and_gradients(call: Call) -> tuple[Tensor, Gradients, Tensor | None, Ro
     fused = specification.shard is None and not specification.scales_chunks
 
     def start(chunk: Chunk) -> Any:
-        return None if fused else ranks.combine(_part(source, chunk, row_kernels, overwrite=False))
+        if fused:
+            return None
+        return ranks.combine(_part(source, chunk, row_kernels, overwrite=False), passes_of(specification.names)[0])
 
     def finish(chunk: Chunk, pending: Any) -> None:
         (block,) = chunk.blocks
@@ -86,7 +96,7 @@ def loss_and_gradients(call: Call) -> tuple[Tensor, Gradients, Tensor | None, Ro
             if products.is_filtered:
                 slopes = totals.slopes(chunk.rows, rows)
         else:
-            rows = statistics_of(pending.wait(), source.tokens.target[chunk.rows], specification.names)
+            rows = _finished(source, chunk, row_kernels, ranks, pending.wait())
             if specification.scales_chunks and len(chunk.x):  # a chunk of a sequence shard may have no counted token
                 slopes, scale = totals.scaled_slopes(chunk.rows, rows, largest=products.largest_gradient)
             else:
@@ -112,7 +122,8 @@ def gradients(
     The weight's gradient is added to ``weight_sum``, if given.
     """
     specification = call.specification
-    source = _source(call, filtered=can_filter(specification, slopes.named()))
+    filtered = can_filter(specification, slopes.named())
+    source = _source(call, sums_head=specification.needed[1] if filtered else None)
     tokens, row_kernels = source.tokens, specification.row_kernels(call.target.device)
     scale = specification.logits.scale
     known = known.map(lambda values: tokens.select(source.in_chunk_order(values)))
@@ -144,14 +155,18 @@ def gradients(
     return Gradients(*(None if grad is None else grad.to(tensor.dtype) for grad, tensor in pairs))
 
 
-def _source(call: Call, *, filtered: bool = False) -> Source:
+def _source(call: Call, *, sums_head: bool | None = None) -> Source:
+    """The source of a call, in chunks of tokens if it has an objective or ``sums_head`` is not None, and says whether
+    the head's gradient is a sum over them; else in blocks of the vocabulary."""
     if not call.is_head:
         return LogitsSource(call)
     if call.is_sequence:
         return SequenceSource(call)
     source = HeadSource(call)
-    if filtered or call.specification.objective is not None:
-        return source.cut(call.plan_by_tokens(len(source.tokens), sums_head=call.specification.needed[1]))
+    if sums_head is None and call.specification.objective is not None:
+        sums_head = call.specification.needed[1]
+    if sums_head is not None:
+        return source.cut(call.plan_by_tokens(len(source.tokens), sums_head=sums_head))
     return source.cut(call.plan_by_vocabulary(len(source.tokens)))
 
 
@@ -178,8 +193,9 @@ def _destination(
 
 
 def _part(source: Source, chunk: Chunk, row_kernels: ModuleType, *, overwrite: bool = True) -> Tensor:
-    """This rank's part (C, columns) of a chunk's statistics, merged over its blocks in float64."""
+    """This rank's part (C, columns) of a chunk's statistics, of the first pass, merged over its blocks in float64."""
     specification = source.call.specification
+    names, _ = passes_of(specification.names)
     parts: dict[int, Tensor] = {}  # by their first row
     for block in chunk.blocks:
         part = row_kernels.shard_statistics(
@@ -187,17 +203,33 @@ def _part(source: Source, chunk: Chunk, row_kernels: ModuleType, *, overwrite: b
             block.column,
             block.class_weight,
             specification.logits,
-            specification.names,
+            names,
             block.start,
             overwrite=overwrite and source.owns_products,
             per_row=block.per_row,
         )
         before = parts.get(block.rows.start)
         if before is not None:
-            part = merge_shards(torch.stack([before, part]).double(), specification.names)
+            part = merge_shards(torch.stack([before, part]).double(), names)
         parts[block.rows.start] = part
     whole = torch.cat(list(parts.values())) if len(parts) > 1 else next(iter(parts.values()))
     return whole.to(work_dtype(specification.settings.compute_dtype))
+
+
+def _finished(source: Source, chunk: Chunk, row_kernels: ModuleType, ranks: OneRank, part: Tensor) -> RowStatistics:
+    """The statistics of a chunk, from the part (C, columns) of its first pass over the whole vocabulary."""
+    specification = source.call.specification
+    first, second = passes_of(specification.names)
+    rows = statistics_of(part, source.tokens.target[chunk.rows], first)
+    if not second:
+        return rows
+    parts = []
+    for block in chunk.blocks:  # of tokens: each has all entries of this rank
+        within = slice(block.rows.start - chunk.rows.start, block.rows.stop - chunk.rows.start)
+        arguments = block.products, specification.logits, second, rows.at(within)
+        parts.append(row_kernels.second_statistics(*arguments, per_row=block.per_row))
+    values = ranks.combine(torch.cat(parts), second).wait()
+    return rows._replace(**dict(zip(second, values.unbind(-1), strict=True)))
 
 
 def _pipeline(

@@ -98,10 +98,8 @@ def teacher_logits(
     counted: Tensor,  # (N,)
     temperature: Tensor | None,  # (N,)
     dtype: torch.dtype,
-) -> Tensor | None:
-    """The teacher's logits (N, V) in plain torch, those of zeros where ignored; None without a teacher."""
-    if call.specification.teacher is None:
-        return None
+) -> Tensor:
+    """The teacher's logits (N, V) in plain torch, those of zeros where ignored."""
     tokens = CountedTokens(torch.zeros_like(call.target), -1, 1)
     rows = TeacherSource(call, tokens, None).rows(slice(0, len(call.target)), slice(0, call.rows), 1)
     return rows._replace(counted=counted).plain_logits(temperature, dtype)

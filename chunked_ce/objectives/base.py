@@ -73,6 +73,9 @@ class Objective:
     """The statistics that `loss` reads besides ``log_sum`` and ``target``: names of `chunked_ce.rows.statistics`. The
     entropy needs ``"mean"``."""
 
+    teacher_share: ClassVar[float] = 0.0
+    """Of the teacher in the mixture that the statistic ``mixture_kl`` compares with."""
+
     class_weight = None  # an objective with class weights (V,) has them as a field that is not compared
 
     per_token: ClassVar[tuple[str, ...]] = ()

@@ -39,11 +39,17 @@ class Divergence(Objective):
 
     @property
     def statistics(self) -> tuple[str, ...]:
-        return ("forward_kl",) if self.beta == 0 else ("reverse_kl",)
+        if 0 < self.beta < 1:
+            return "mixture_kl", "student_kl"
+        return ("reverse_kl",) if self.beta else ("forward_kl",)
+
+    @property
+    def teacher_share(self) -> float:
+        return self.beta
 
     def loss(self, rows: RowStatistics, tokens: Tokens) -> Tensor:
-        return rows.forward_kl if self.beta == 0 else rows.reverse_kl
+        return getattr(rows, self.statistics[0])
 
     def slopes(self, rows: RowStatistics, tokens: Tokens) -> RowStatistics:
-        none, (name,) = torch.zeros_like(rows.log_sum), self.statistics
+        none, name = torch.zeros_like(rows.log_sum), self.statistics[0]
         return RowStatistics(None, none, none)._replace(**{name: torch.ones_like(none)})

@@ -15,12 +15,17 @@ A teacher's logits t, their maximum m' and probabilities p' add
     teacher_maximum, teacher_log_sum                m' and log sum_v exp(t_v - m')
     forward_kl = sum_v p'_v (log p'_v - log p_v)    KL(p' || p)
     reverse_kl = sum_v p_v (log p_v - log p'_v)     KL(p || p')
+    mixture_kl, student_kl                          b KL(p' || m) + (1 - b) KL(p || m), and KL(p || m)
+
+with the mixture m_v = b p'_v + (1 - b) p_v. The last two need both sums of exponentials over the whole vocabulary, and
+thus a second pass over the row.
 
 With the slopes (s_lse, s_target, ...) of the loss in these, the gradient of a logit is
 
     dz_v = p_v * (s_lse + s_mean * (1 + z_v - m - mean) + s_squares * 2 exp(z_v - m + log_sum - squares))
            + s_target * [v == y] + s_weighted * w_v + sum_k s_at_ids_k * [v == id_k]
            + s_forward_kl * (p_v - p'_v) + s_reverse_kl * p_v * (log p_v - log p'_v - reverse_kl)
+           + s_mixture_kl * (1 - b) * p_v * (log p_v - log m_v - student_kl)
 
 `STATISTICS` enumerates them. For each, a shard of the vocabulary sends a few numbers, its part: `merge_shards`
 combines the parts of all shards, and `statistics_of` computes the statistics from the combined part.
@@ -55,6 +60,7 @@ __all__ = [
     "merge_shards",
     "names_of",
     "num_columns",
+    "passes_of",
     "row_statistics",
     "statistics_of",
     "weight_sum",
@@ -103,6 +109,8 @@ class RowStatistics(NamedTuple):
     teacher_log_sum: Tensor | None = None
     forward_kl: Tensor | None = None
     reverse_kl: Tensor | None = None
+    mixture_kl: Tensor | None = None
+    student_kl: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> RowStatistics:
         """Apply ``function`` to every statistic that is not None."""
@@ -155,6 +163,7 @@ class Row(NamedTuple):
     relative: Tensor | None = None  # (r, V) z - m, a copy that may be overwritten, if its part reads ``"both"``
     pair: Pair | None = None  # of student and teacher
     teacher: Tensor | None = None  # (r, V) the teacher's logits, of `Statistic.reference`
+    share: float = 0.0  # of the teacher in the mixture
 
     def at(self, rows: slice) -> Row:
         ids = None if self.ids is None else self.ids[rows]
@@ -200,6 +209,7 @@ class Statistic:
     of_teacher = False  # whether it depends on a teacher
     reads_gap = False  # whether its part needs the gap between teacher and student
     keeps_gap = False  # whether the factor of p_v needs it
+    mixes = False  # whether its part and factor need the mixture of the two, which needs the sums of a first pass
     empty: tuple[float, ...] = (0.0,)  # the part of a shard without columns
 
     def part(self, values: Tensor, row: Row) -> Sequence[Tensor]:
@@ -222,7 +232,7 @@ class Statistic:
         """The term of its slope (r, 1) in the factor of p_v, if it is ``in_factor``.
 
         ``values`` (r, V) are z - m if it ``keeps_relative``, or the gap to the teacher if it ``keeps_gap``, and may be
-        overwritten; else exp(z - m).
+        overwritten; log(p / m) if it ``mixes``; else exp(z - m).
         """
         raise NotImplementedError
 
@@ -497,6 +507,44 @@ class ReverseKL(Statistic):
         return slope.abs() * (1 + 2 * rows.reverse_kl)
 
 
+class MixtureKL(Statistic):
+    name, reads, in_factor, low_rank, in_gradient, in_triton = "mixture_kl", "mixture", True, False, False, False
+    of_teacher = mixes = True
+
+    def part(self, values, row):
+        pair = row.pair
+        return (pair.share * pair.kl_of_teacher + (1 - pair.share) * pair.kl_of_student,)
+
+    def reference(self, logits, shifted, row):
+        of_teacher, of_student = _kl_to_mixture(row.teacher, logits, row), _kl_to_mixture(logits, logits, row)
+        return row.share * of_teacher + (1 - row.share) * of_student
+
+    def softmax_factor(self, slope, values, rows):
+        return values.sub_(rows.student_kl.unsqueeze(-1)).mul_(slope)
+
+    def bound(self, slope, rows, largest_weight):
+        return slope.abs() * (1 + 2 * rows.student_kl)
+
+
+class StudentKL(Statistic):
+    name, reads, differentiable, low_rank, in_triton = "student_kl", "mixture", False, False, False
+    of_teacher = mixes = True
+
+    def part(self, values, row):
+        return (row.pair.kl_of_student,)
+
+    def reference(self, logits, shifted, row):
+        return _kl_to_mixture(logits, logits, row).detach()
+
+
+def _kl_to_mixture(of: Tensor, logits: Tensor, row: Row) -> Tensor:
+    """The divergence (n,) of the distribution with logits ``of`` (n, V) from the mixture, in plain torch."""
+    parts = row.teacher.log_softmax(-1) + math.log(row.share), logits.log_softmax(-1) + math.log1p(-row.share)
+    logprobs = of.log_softmax(-1)
+    p = logprobs.exp()
+    return (p * (logprobs - torch.logaddexp(*parts)).where(p > 0, 0)).sum(-1)
+
+
 STATISTICS: dict[str, Statistic] = {
     statistic.name: statistic
     for statistic in (
@@ -512,6 +560,8 @@ STATISTICS: dict[str, Statistic] = {
         TeacherLogSum(),
         ForwardKL(),
         ReverseKL(),
+        MixtureKL(),
+        StudentKL(),
     )
 }
 _ALWAYS = ("maximum", "log_sum", "target")
@@ -524,6 +574,13 @@ def names_of(asked: Iterable[str]) -> tuple[str, ...]:
     if any(STATISTICS[name].of_teacher for name in asked):
         asked.update(_ALWAYS_OF_TEACHER)
     return tuple([name for name in STATISTICS if name in asked])
+
+
+@functools.cache
+def passes_of(names: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The statistics whose parts are computed in the first pass over a row, and those that need the first ones."""
+    second = tuple([name for name in names if STATISTICS[name].mixes])
+    return tuple([name for name in names if name not in second]), second
 
 
 @functools.cache
@@ -561,8 +618,10 @@ def empty_part(
 
 
 def merge_shards(parts: Tensor, names: tuple[str, ...]) -> Tensor:
-    """The part (n, columns) of R shards taken together, from their parts (R, n, columns)."""
+    """The part (n, columns) of R shards taken together, from their parts (R, n, columns) of one pass."""
     columns = _split(parts, names)
+    if "maximum" not in columns:  # of the second pass
+        return parts.sum(0)
     shards = Shards.of(*columns["maximum"], *columns["log_sum"])
     if "teacher_log_sum" in columns:
         shards = shards._replace(teacher=Shards.of(*columns["teacher_maximum"], *columns["teacher_log_sum"]))
@@ -570,7 +629,7 @@ def merge_shards(parts: Tensor, names: tuple[str, ...]) -> Tensor:
 
 
 def statistics_of(
-    part: Tensor,  # (n, columns) of the whole vocabulary
+    part: Tensor,  # (n, columns) of the whole vocabulary, of the first pass
     target: Tensor,  # (n,)
     names: tuple[str, ...],
 ) -> RowStatistics:
@@ -598,10 +657,11 @@ def row_statistics(
     names: tuple[str, ...],
     ids: Tensor | None = None,  # (n, K) in [0, V), or -1
     teacher: Tensor | None = None,  # (n, V) logits
+    share: float = 0.0,  # of the teacher in the mixture
 ) -> RowStatistics:
     """The statistics of each row in plain differentiable torch: the reference of every kernel."""
     shifted = logits - logits.detach().amax(-1, keepdim=True)
-    row = Row(target, class_weight, weight_sum(class_weight, logits.shape[-1]), ids, teacher=teacher)
+    row = Row(target, class_weight, weight_sum(class_weight, logits.shape[-1]), ids, teacher=teacher, share=share)
     return RowStatistics(**{name: STATISTICS[name].reference(logits, shifted, row) for name in names})
 
 

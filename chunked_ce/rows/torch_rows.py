@@ -23,10 +23,12 @@ from chunked_ce.rows.statistics import (
     PerRow,
     Row,
     RowStatistics,
+    Statistic,
     columns_of,
     empty_part,
     joined,
     num_columns,
+    passes_of,
     statistics_of,
     weight_sum,
     work_dtype,
@@ -38,6 +40,7 @@ __all__ = [
     "logit_gradients",
     "rows_in_flight",
     "scale_into",
+    "second_statistics",
     "shard_statistics",
     "statistics",
     "statistics_and_gradients_",
@@ -68,8 +71,14 @@ def statistics(
     per_row: PerRow = NOTHING,
 ) -> RowStatistics:
     """The statistics of each row; with ``overwrite``, the products serve as scratch."""
-    part = shard_statistics(products, target, class_weight, logits, names, 0, overwrite=overwrite, per_row=per_row)
-    return statistics_of(part, target, names)
+    first, second = passes_of(names)
+    keywords = {"overwrite": overwrite and not second, "per_row": per_row}
+    part = shard_statistics(products, target, class_weight, logits, first, 0, **keywords)
+    rows = statistics_of(part, target, first)
+    if not second:
+        return rows
+    part = second_statistics(products, logits, second, rows, overwrite=overwrite, per_row=per_row)
+    return rows._replace(**dict(zip(second, part.unbind(-1), strict=True)))
 
 
 def shard_statistics(
@@ -93,7 +102,7 @@ def shard_statistics(
     places = columns_of(names, num_ids)
     parts = torch.empty(len(products), num_columns(names, num_ids), dtype=dtype, device=products.device)
     whole = Row(target.clamp(min=0), class_weight, weight_sum(class_weight, products.shape[1]), per_row.ids)
-    pair_of = _pairs(products, per_row, overwrite=overwrite, gap=any(STATISTICS[name].reads_gap for name in names))
+    pair_of = _pairs(products, per_row, names, overwrite=overwrite)
     for rows, z in _visit(products, logits, overwrite, per_row):
         # Clamped so that a row whose entries are all masked, by a bias of -inf, has exponentials of 0, not NaN.
         part = _exponentiate_(z, whole.at(rows)._replace(pair=pair_of(rows)), names, torch.finfo(dtype).min)
@@ -102,6 +111,33 @@ def shard_statistics(
     columns[places["target"].start].masked_fill_(target < 0, -torch.inf)
     if "correct" in places:
         columns[places["correct"].start].add_(start)
+    return parts
+
+
+def second_statistics(
+    products: Tensor,  # (n, V_r)
+    logits: Logits,
+    names: tuple[str, ...],  # of the second pass
+    known: RowStatistics,  # of the first pass, over the whole vocabulary
+    *,
+    overwrite: bool = False,
+    per_row: PerRow = NOTHING,
+) -> Tensor:
+    """This shard's part of the statistics that need those of a first pass, (n, columns); `overwrite` as before."""
+    dtype = work_dtype(products.dtype)
+    parts = torch.zeros(len(products), num_columns(names), dtype=dtype, device=products.device)
+    if products.shape[1] == 0:
+        return parts
+    pair_of = _pairs(products, per_row, names, overwrite=overwrite)
+    for rows, z in _visit(products, logits, overwrite, per_row):
+        block, pair = known.at(rows), pair_of(rows)
+        z.sub_(block.maximum.unsqueeze(-1))
+        pair.relate_(z, block.teacher_maximum)
+        pair.exponentiate_()
+        z.exp_()
+        pair.mix_(z, block.log_sum.exp(), block.teacher_log_sum.exp())
+        row = Row(None, None, 0.0, pair=pair)
+        joined((values for name in names for values in STATISTICS[name].part(z, row)), out=parts[rows])
     return parts
 
 
@@ -125,13 +161,17 @@ def statistics_and_gradients_(
     whole = zero_statistics(len(products), names, products.dtype, products.device, per_row.num_ids)
     every = Row(target, class_weight, weight_sum(class_weight, products.shape[1]), per_row.ids)
     keeps = _keeps_logits(logits, slope_names)
-    pair_of = _pairs(products, per_row, overwrite=True, gap=any(STATISTICS[name].reads_gap for name in names))
+    pair_of = _pairs(products, per_row, names, overwrite=True)
+    first, second = passes_of(names)
     for rows, z in _visit(products, logits, True, per_row):
         kept = z.clone() if keeps else None
         row, column = every.at(rows)._replace(pair=pair_of(rows)), target[rows]
-        part = _exponentiate_(z, row, names)
+        part = _exponentiate_(z, row, first)
         (sum_exp,) = part["log_sum"]
-        block = RowStatistics(**{name: STATISTICS[name].value(part[name], sum_exp, column) for name in names})
+        block = RowStatistics(**{name: STATISTICS[name].value(part[name], sum_exp, column) for name in first})
+        if second:
+            row.pair.mix_(z, sum_exp, row.pair.sum_exp)
+            block = block._replace(**{name: STATISTICS[name].part(z, row)[0] for name in second})
         for into, values in zip(whole, block, strict=True):
             if into is not None:
                 into[rows] = values
@@ -174,7 +214,10 @@ def logit_gradients(
         zero = [slope == 0 for slope in slopes if slope is not None]
         dead = functools.reduce(torch.logical_and, [each.all(-1) if each.dim() > 1 else each for each in zero])
     keeps = _keeps_logits(logits, slopes.named())
-    pair_of = _pairs(products, per_row, overwrite=True, gap=any(STATISTICS[name].keeps_gap for name in slopes.named()))
+    slope_names = slopes.named()
+    gap = any(STATISTICS[name].keeps_gap for name in slope_names)
+    mixes = any(STATISTICS[name].mixes for name in slope_names)
+    pair_of = _pairs(products, per_row, (), overwrite=True, gap=gap, mixed=mixes)
     for rows, z in _visit(products, logits, overwrite, per_row):
         block = known.at(rows)
         dead_rows = None if dead is None else dead[rows].unsqueeze(-1)
@@ -188,6 +231,8 @@ def logit_gradients(
         few = Few(block.log_sum.exp(), target[rows], class_weight, slopes.at(rows), kept, block, per_row.at(rows), pair)
         if pair is not None:
             few = few._replace(teacher_sum=block.teacher_log_sum.exp())
+        if mixes:
+            pair.mix_(z, few.sum_exp, few.teacher_sum)
         gradients = _gradients_(z, few, logits, columns, dead_rows)
         if dead_rows is not None:
             gradients.masked_fill_(dead_rows, 0)
@@ -282,16 +327,20 @@ class Few(NamedTuple):
 def _pairs(
     products: Tensor,  # (n, V)
     per_row: PerRow,
+    names: Iterable[str],  # of statistics to compute
     *,
     overwrite: bool,
-    gap: bool,
+    gap: bool = False,
+    mixed: bool = False,
 ) -> Callable[[slice], Pair | None]:
     """Gives the pair of each few rows that `_visit` visits, None without a teacher."""
     if per_row.teacher is None:
         return lambda rows: None
+    gap |= any(STATISTICS[name].reads_gap for name in names)
+    mixed |= any(STATISTICS[name].mixes for name in names)
     n, vocab_size = products.shape
     shape = min(n, rows_in_flight(vocab_size, products.device.type)), vocab_size
-    pairs = Pairs(per_row.teacher, shape, work_dtype(products.dtype), gap=gap, overwrite=overwrite)
+    pairs = Pairs(per_row.teacher, shape, work_dtype(products.dtype), gap=gap, mixed=mixed, overwrite=overwrite)
     return lambda rows: pairs.at(rows, None if per_row.temperature is None else per_row.temperature[rows])
 
 
@@ -308,14 +357,14 @@ def _gradients_(
     """
     slopes, rows, target = few.slopes, few.rows, few.target
     factor, column = (slopes.log_sum / few.sum_exp).unsqueeze(-1), target.clamp(min=0).unsqueeze(-1)
-    gap = None  # (r, 1) of the target
-    if any(STATISTICS[name].keeps_gap for name in slopes.named()):
-        gap = few.pair.finite_gap().gather(-1, column)
+    at_target = _at_target(few, column)
     for name in _IN_FACTOR:
         slope = getattr(slopes, name)
         if slope is not None:
-            values = few.z - rows.maximum.unsqueeze(-1) if STATISTICS[name].keeps_relative else exponentials
-            values = few.pair.finite_gap() if STATISTICS[name].keeps_gap else values
+            if STATISTICS[name].of_teacher:
+                slope, values = _of_pair(few, STATISTICS[name])
+            else:
+                values = few.z - rows.maximum.unsqueeze(-1) if STATISTICS[name].keeps_relative else exponentials
             share = (slope / few.sum_exp).unsqueeze(-1)
             term = STATISTICS[name].softmax_factor(share, values, rows)
             factor = term.add_(factor) if term.shape[1] >= factor.shape[1] else factor.add_(term)
@@ -323,7 +372,6 @@ def _gradients_(
     if columns is not None:
         part = gradients if logits.softcap is None else gradients * _chain(few, logits)
         columns.add(part if dead is None else part.masked_fill(dead, 0), slopes.log_sum)
-    at_target = _at_target(slopes, rows, gap).unsqueeze(-1)
     gradients.scatter_(-1, column, at_target.where(target.unsqueeze(-1) >= 0, gradients.gather(-1, column)))
     if slopes.forward_kl is not None:
         share = slopes.forward_kl / few.teacher_sum
@@ -357,23 +405,34 @@ def _take_targets_(
     return taken.where(is_local, 0).squeeze(-1)
 
 
+def _of_pair(few: Few, statistic: Statistic) -> tuple[Tensor, Tensor | None]:
+    """The slope (r,) of a statistic that depends on a teacher, and the values (r, V) that its factor reads."""
+    slope = getattr(few.slopes, statistic.name)
+    if statistic.mixes:
+        return slope * (1 - few.pair.share), few.pair.student
+    return slope, few.pair.finite_gap() if statistic.keeps_gap else None
+
+
 def _at_target(
-    slopes: RowStatistics,
-    rows: RowStatistics,
-    gap: Tensor | None,  # (r, 1) of the target
+    few: Few,
+    column: Tensor,  # (r, 1) of the target, 0 where it is in another block
 ) -> Tensor:
-    """The gradients (r,) of the targets' logits, without what is added to those of all logits."""
+    """The gradients (r, 1) of the targets' logits, without what is added to those of all logits."""
+    slopes, rows = few.slopes, few.rows
     factor, logprob = slopes.log_sum, rows.logprob
     for name in _IN_FACTOR:
         slope = getattr(slopes, name)
         if slope is not None:
-            values = rows.target.unsqueeze(-1).clone()
-            values = values if STATISTICS[name].keeps_relative else values.exp_()
-            values = gap if STATISTICS[name].keeps_gap else values
+            if STATISTICS[name].of_teacher:
+                slope, values = _of_pair(few, STATISTICS[name])
+                values = None if values is None else values.gather(-1, column)
+            else:
+                values = rows.target.unsqueeze(-1).clone()
+                values = values if STATISTICS[name].keeps_relative else values.exp_()
             factor = factor + STATISTICS[name].softmax_factor(slope.unsqueeze(-1), values, rows).squeeze(-1)
     # For a confident token, expm1(log p) is p - 1 without cancellation.
     confident = torch.expm1(logprob) * factor + (factor + slopes.target)
-    return confident.where(logprob > _LOG_HALF, logprob.exp() * factor + slopes.target)
+    return confident.where(logprob > _LOG_HALF, logprob.exp() * factor + slopes.target).unsqueeze(-1)
 
 
 def _chain(few: Few, logits: Logits) -> Tensor:
