@@ -21,7 +21,7 @@ from chunked_ce.parallel.dtensors import is_dtensor, local_arguments
 from chunked_ce.parallel.vocab import VocabShard
 from chunked_ce.plan import Settings
 from chunked_ce.rows.statistics import Logits, names_of, work_dtype
-from chunked_ce.teachers import check_teacher, of_this_rank, product_dtype
+from chunked_ce.teachers import check_teacher, facts_of_teacher, of_this_rank, product_dtype
 from chunked_ce.token_statistics import (
     TokenStatistics,
     asked_flags,
@@ -633,7 +633,7 @@ def _agreed(
     def facts(result: tuple[ChunkOptions, Objective | None]) -> dict[str, Any]:
         facts = {"function": arguments.function, "options": options}
         facts |= facts_of_call(tensors, keywords, compute_dtype_of(arguments.input), vocab) | arguments.flags
-        objective = result[1]
+        facts, objective = facts | facts_of_teacher(arguments.teacher), result[1]
         return facts if objective is None else facts | {"objective": described_objective(objective)}
 
     return agreed(check, facts, vocab, getattr(arguments.input, "device", None))
@@ -653,7 +653,6 @@ def _call(
     if arguments.is_head:
         weight, bias = tensors["linear_weight"], tensors["linear_bias"]
         settings = dispatch.settings_of(options, input, weight, compute_dtype_of(input), vocab)
-        settings = settings._replace(teacher_dtype=product_dtype(arguments.teacher))
         source = [input.reshape(-1, input.shape[-1]), weight] + ([] if bias is None else [bias])
         if vocab is not None:  # rows of padding never get probability
             source[1:] = [part if len(part) == vocab.rows else part[: vocab.rows] for part in source[1:]]
@@ -662,6 +661,7 @@ def _call(
         settings, needed = Settings.of(options, input.dtype), ()
         unpadded = input if vocab is None else input[..., : vocab.rows]
         source = [unpadded.reshape(target.numel(), unpadded.shape[-1])]
+    settings = settings._replace(teacher_dtype=product_dtype(arguments.teacher))
     classes = tensors["weight"]
     if classes is not None:
         classes = classes.to(work_dtype(settings.compute_dtype))

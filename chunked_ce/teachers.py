@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,12 +13,13 @@ from chunked_ce.checks import compute_dtype_of
 from chunked_ce.engine.released_parameters import is_released, where_it_is_whole
 from chunked_ce.engine.specification import TeacherSpecification
 from chunked_ce.objectives import Objective, Teacher
+from chunked_ce.parallel.agreement import checksums
 from chunked_ce.parallel.dtensors import is_dtensor
 from chunked_ce.parallel.vocab import VocabShard
 from chunked_ce.rows.statistics import STATISTICS, Logits
 from chunked_ce.tracing import check_values, has_values
 
-__all__ = ["check_teacher", "of_this_rank", "product_dtype"]
+__all__ = ["check_teacher", "facts_of_teacher", "of_this_rank", "product_dtype"]
 
 _PER_TOKEN = ("hidden", "logits", "probabilities")
 
@@ -97,6 +99,16 @@ def _vocabulary(tensors: dict[str, Tensor]) -> int:
 
 def _existing(tensors: dict[str, Tensor]) -> str:
     return "logits" if "logits" in tensors else "probabilities"
+
+
+def facts_of_teacher(teacher: Teacher | None) -> dict[str, Any]:
+    """The facts that must be equal on every rank of a vocabulary group, by name: a teacher's entries may differ."""
+    if teacher is None:
+        return {"teacher": None}
+    facts = {"teacher": tuple(teacher.tensors), "teacher's dtypes": tuple(x.dtype for x in teacher.tensors.values())}
+    facts |= {f"teacher.{name}": getattr(teacher, name) for name in ("softcap", "logit_scale")}
+    same = {f"teacher.{name}": teacher.tensors[name] for name in ("hidden", "words") if name in teacher.tensors}
+    return facts | checksums(same)
 
 
 def product_dtype(teacher: Teacher | None) -> torch.dtype | None:

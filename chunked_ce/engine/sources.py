@@ -16,7 +16,7 @@ from chunked_ce.engine.products import project
 from chunked_ce.engine.scratch import logits_scratch
 from chunked_ce.engine.teacher import TeacherSource
 from chunked_ce.parallel.collectives import Collectives, Pending
-from chunked_ce.plan import Plan
+from chunked_ce.plan import Plan, tokens_per_chunk
 from chunked_ce.rows.statistics import PerRow, RowStatistics
 
 __all__ = ["HIDDEN", "Block", "Chunk", "HeadSource", "LogitsSource", "SequenceSource", "Source"]
@@ -58,7 +58,6 @@ class Source:
     """Where logits come from."""
 
     owns_products = True  # whether the products of its blocks may be overwritten
-    in_flight = 1  # blocks that exist at a time
 
     def __init__(self, call: Call) -> None:
         self.call = call
@@ -81,9 +80,15 @@ class Source:
         """What is known about the tokens ``rows`` for the ``size`` vocabulary entries from ``start`` on."""
         temperature = None if self.temperature is None else self.temperature[rows]
         ids = None if self.ids is None else columns_of(self.ids[rows], start, size)
-        first = start - self.call.start
-        teacher = None if self.teacher is None else self.teacher.rows(rows, slice(first, first + size), self.in_flight)
+        teacher = None
+        if self.teacher is not None:
+            first = start - self.call.start
+            teacher = self.teacher.rows(rows, slice(first, first + size), *self._room(rows))
         return PerRow(temperature, ids, teacher)
+
+    def _room(self, rows: slice) -> tuple[int, int]:
+        """The most tokens of a block, and the blocks that exist at a time."""
+        return rows.stop - rows.start, 1
 
     def _index(self) -> Tensor | None:
         """The token (n,) of each counted one, in the order of the chunks; None where each counts, in that order."""
@@ -120,8 +125,11 @@ class LogitsSource(Source):
     def _blocks(self) -> Iterator[Block]:
         (logits,) = self.call.tensors
         row_kernels = self.call.specification.row_kernels(logits.device)
-        entries = slice(0, self.call.rows)
-        for rows in self.tokens.blocks(row_kernels.rows_in_flight(self.call.rows, logits.device.type)):
+        entries, size = slice(0, self.call.rows), row_kernels.rows_in_flight(self.call.rows, logits.device.type)
+        settings = self.call.specification.settings
+        if settings.teacher_dtype is not None:  # a teacher's head is worth larger products
+            size = tokens_per_chunk(len(self.tokens), self.call.rows, 1, settings)
+        for rows in self.tokens.blocks(size):
             products = self.tokens.unmasked(logits, rows)  # the slopes of tokens that do not count are 0
             per_row = self.per_row(rows, self.call.start, self.call.rows)
             yield Block(products, self.column[rows], self.class_weight, entries, self.call.start, rows, per_row)
@@ -141,10 +149,6 @@ class HeadSource(Source):
     def head(self) -> tuple[Tensor, Tensor | None]:
         """Weight (V, D) and bias (V,) in the products' dtype."""
         return self._head(slice(0, len(self.weight)))
-
-    @property
-    def in_flight(self) -> int:
-        return self.plan.in_flight
 
     def cut(self, plan: Plan) -> HeadSource:
         """Cut the tokens and the vocabulary as ``plan`` says."""
@@ -187,6 +191,9 @@ class HeadSource(Source):
         """The rows ``entries`` of weight and bias in the products' dtype."""
         bias = None if self.bias is None else self.bias[entries].to(self.dtype)
         return self.weight[entries].to(self.dtype), bias
+
+    def _room(self, rows: slice) -> tuple[int, int]:
+        return self._largest_chunk(), self.plan.in_flight
 
     def _largest_chunk(self) -> int:
         return min(self.plan.tokens, len(self.tokens))

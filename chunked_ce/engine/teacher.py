@@ -38,14 +38,14 @@ class TeacherSource:
         self._buffers: list[Tensor] = []
         self._turn = 0
 
-    def rows(self, rows: slice, entries: slice, in_flight: int) -> TeacherRows:
-        """The teacher's side of the counted tokens ``rows`` and this rank's ``entries``.
+    def rows(self, rows: slice, entries: slice, most: int, in_flight: int = 1) -> TeacherRows:
+        """The teacher's side of the counted tokens ``rows``, at ``most`` so many, and this rank's ``entries``.
 
         It is valid until that of the ``in_flight``-th block after it.
         """
         if self._existing is None:
             return TeacherRows(
-                self._products(rows, entries, in_flight), self._logits, overwrite=True, share=self._share
+                self._products(rows, entries, most, in_flight), self._logits, overwrite=True, share=self._share
             )
         existing, columns = self._existing[:, entries], None
         if self._words is not None:
@@ -56,23 +56,18 @@ class TeacherSource:
         kinds = {"are_probabilities": self._are_probabilities, "share": self._share}
         return TeacherRows(existing, self._logits, index, columns, counted, **kinds)
 
-    def _products(self, rows: slice, entries: slice, in_flight: int) -> Tensor:
+    def _products(self, rows: slice, entries: slice, most: int, in_flight: int) -> Tensor:
         """The products (C, B) of the teacher's head."""
         hidden = self._hidden[rows] if self._index is None else self._hidden.index_select(0, self._index[rows])
         mask = self._tokens.kept_mask(rows)
         hidden = (hidden if mask is None else hidden.where(mask.unsqueeze(-1), 0)).to(self._dtype)
         whole = entries == slice(0, self._num_entries)
         weight, bias = self._whole_head if whole else self._head(entries)
-        out = self._buffer(len(hidden), len(weight), in_flight)
-        return project(hidden, weight, bias, out=out)
-
-    def _buffer(self, tokens: int, entries: int, in_flight: int) -> Tensor:
-        """Memory for a block (tokens, entries); the first blocks are the largest."""
-        if len(self._buffers) < in_flight:
-            self._buffers.append(logits_scratch(tokens, entries, dtype=self._dtype, device=self._hidden.device))
-        buffer = self._buffers[self._turn % len(self._buffers)]
+        if len(self._buffers) < in_flight:  # the first blocks have the most entries
+            self._buffers.append(logits_scratch(most, len(weight), dtype=self._dtype, device=hidden.device))
+        buffer = self._buffers[self._turn % in_flight]
         self._turn += 1
-        return buffer[:tokens, :entries]
+        return project(hidden, weight, bias, out=buffer[: len(hidden), : len(weight)])
 
     @property
     def _num_entries(self) -> int:
@@ -101,5 +96,5 @@ def teacher_logits(
 ) -> Tensor:
     """The teacher's logits (N, V) in plain torch, those of zeros where ignored."""
     tokens = CountedTokens(torch.zeros_like(call.target), -1, 1)
-    rows = TeacherSource(call, tokens, None).rows(slice(0, len(call.target)), slice(0, call.rows), 1)
+    rows = TeacherSource(call, tokens, None).rows(slice(0, len(call.target)), slice(0, call.rows), len(call.target))
     return rows._replace(counted=counted).plain_logits(temperature, dtype)

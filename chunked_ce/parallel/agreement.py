@@ -11,7 +11,7 @@ from torch import Tensor
 from chunked_ce.parallel.checksum import checksum
 from chunked_ce.parallel.vocab import WHOLE_WEIGHT, VocabShard
 
-__all__ = ["agreed", "facts_of_call"]
+__all__ = ["agreed", "checksums", "facts_of_call"]
 
 _Result = TypeVar("_Result")
 _ALWAYS = ("input", "logits", "linear_weight", "target")
@@ -58,7 +58,7 @@ def facts_of_call(
     """
     input = tensors.get("logits", tensors.get("input"))
     target, linear_weight, weight = (tensors.get(name) for name in ("target", "linear_weight", "weight"))
-    facts = {"target": tuple(target.shape), "input dtype": input.dtype} | _checksums({"target": target})
+    facts = {"target": tuple(target.shape), "input dtype": input.dtype} | checksums({"target": target})
     if linear_weight is not None:
         facts |= {
             "input's last dimension": input.shape[-1],
@@ -78,13 +78,14 @@ def facts_of_call(
     number = keywords.get("num_tokens")
     facts |= keywords | {"num_tokens": None if number is None else float(number)}
     if linear_weight is not None and vocab.input_grad != "sequence":
-        facts |= _checksums({"input": input}, ": dropout with a seed of each rank's own makes them differ")
+        facts |= checksums({"input": input}, ": dropout with a seed of each rank's own makes them differ")
     local = ("linear_bias",) if facts[WHOLE_WEIGHT] else ("linear_bias", "weight")
     same = {name: tensor for name, tensor in optional.items() if tensor is not None and name not in local}
-    return facts | _checksums({name: tensor.double() for name, tensor in same.items()})
+    return facts | checksums({name: tensor.double() for name, tensor in same.items()})
 
 
-def _checksums(tensors: dict[str, Tensor], why: str = "") -> dict[str, int]:
+def checksums(tensors: dict[str, Tensor], why: str = "") -> dict[str, int]:
+    """Facts about the values of tensors, by name; ``why`` they may differ is part of the names."""
     return {
         f"{name}'s values (a checksum){why}": checksum(tensor)
         for name, tensor in tensors.items()
