@@ -70,6 +70,9 @@ def check_call(
     name = "input" if "linear_weight" in tensors else "logits"
     check_per_token(objective, per_token)
     with_ids = () if objective is None or objective.ids is None else (objective.ids, *objective.per_id)
+    for one in with_ids:
+        if tensors.get(one) is not None:
+            check_tensor(one, tensors[one], INDICES if one == objective.ids else WEIGHTS)
     check_tensors(tensors, vocab, name, [one for one in per_token if one not in with_ids])
     if with_ids:
         check_per_id(tensors, *with_ids)
@@ -280,13 +283,12 @@ def check_ids(
 
 
 def check_per_id(tensors: dict[str, Tensor | None], ids: str, *per_id: str) -> None:
-    """Check the tensor ``ids`` (..., K) of an objective, and those that have a number for each id."""
+    """Check the shapes of the tensor ``ids`` (..., K) of an objective, and of those with a number for each id."""
     check_ids(ids, tensors[ids], tensors["target"].shape)
     for name in per_id:
         tensor = tensors.get(name)
         if tensor is None:
             continue
-        check_tensor(name, tensor, WEIGHTS)
         if _shape(tensor) != _shape(tensors[ids]):
             raise ValueError(f"{name} must have the shape of {ids}, {_shape(tensors[ids])}, had {_shape(tensor)}")
         if tensor.requires_grad:

@@ -56,7 +56,7 @@ _OUTPUTS = {
     "entropy": _Output(("mean",), lambda rows, size: rows.entropy, True),
     "lse": _Output((), lambda rows, size: rows.lse, True),
     "log_sum_sq_probs": _Output(("squares",), lambda rows, size: rows.squares - 2 * rows.log_sum),
-    "mean_logit": _Output(("weighted",), lambda rows, size: rows.maximum + rows.weighted / size),
+    "mean_logit": _Output(("total",), lambda rows, size: rows.total / size),
     "is_top1": _Output(("correct",), lambda rows, size: rows.correct),
 }
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from chunked_ce.engine import dispatch
 from chunked_ce.rows import torch_rows
 from tests.cases import array, chunks, problem
 from tests.distributed.threads import run_threads
-from tests.precision import assert_no_worse, parts_in
+from tests.precision import FP32, RMS_SLACK, assert_no_worse, errors, parts_in, rounded
 from tests.statistics_reference import IGNORED, OF_SUPPORT, OUTPUTS, expected, gradients, inputs
 from tests.test_work import work
 
@@ -86,23 +87,22 @@ def test_garbage_of_ignored_tokens(num_ids, size):
 def test_no_worse_than_plain(num_ids, size, dtype):
     """Each output alone, value and gradients: error within that of plain code on full logits in the same dtype."""
     call = inputs(200, 64, 501, num_ids=num_ids, size=size and 40, dtype=dtype, terms=("temperature",), ignored=0.1)
-    for name in call.outputs():
-        if name == "is_top1":
-            continue
-        ours, plain, right = (
-            found(call, (name,), options=chunks(33)),
-            expected(call, (name,)),
-            expected(call.double(), (name,)),
-        )
-        assert_no_worse(ours[name], plain[name], array(right[name]), name)
-        double = call.double()
-        right = gradients(expected(double, (name,)), double.leaves())
-        of = "input", "linear_weight"
-        for leaf, one, other, wanted in zip(
-            of, gradients(ours, call.leaves()), gradients(plain, call.leaves()), right, strict=True
-        ):
-            part = None if size else parts_in(leaf, "backward", dtype)
-            assert_no_worse(one, other, array(wanted), f"gradient of {leaf} for {name}", part)
+    double = call.double()
+    for name in [one for one in call.outputs() if one != "is_top1"]:
+        plain, right = expected(call, (name,)), expected(double, (name,))
+        plain_gradients, right_gradients = gradients(plain, call.leaves()), gradients(right, double.leaves())
+        for options in (None, chunks(33)):
+            ours = found(call, (name,), options=options)
+            assert_no_worse(ours[name], plain[name], array(right[name]), name)
+            grads = zip(gradients(ours, call.leaves()), plain_gradients, right_gradients, strict=True)
+            for leaf, (one, other, wanted) in zip(("input", "linear_weight"), grads, strict=True):
+                if options is None or size:
+                    assert_no_worse(one, other, array(wanted), f"gradient of {leaf} for {name}")
+                else:  # a sum over blocks of the vocabulary, rounded each, which may cancel out
+                    parts = parts_in(leaf, "backward", dtype)
+                    of_parts = 0.0 if parts is None else errors(rounded(array(wanted), parts), array(wanted))[0]
+                    allowed = RMS_SLACK * math.hypot(errors(other, array(wanted))[0], of_parts)
+                    assert errors(one, array(wanted))[0] <= allowed + 4 * FP32 * abs(array(wanted)).max()
 
 
 def test_any_subset():
@@ -123,7 +123,7 @@ def test_any_subset():
         (("logprob", "lse"), ()),
         (("entropy",), ("mean",)),
         (("log_sum_sq_probs", "is_top1"), ("correct", "squares")),
-        (["mean_logit"], ("weighted",)),
+        (["mean_logit"], ("total",)),
     ],
 )
 def test_only_what_is_needed(outputs, names, monkeypatch):
@@ -262,7 +262,7 @@ def test_frozen_tensors_cost_nothing(num_ids, size, frozen):
     for leaves in ((), (frozen,)):
         for leaf in leaves:
             getattr(call, leaf).requires_grad_(False)
-        costs.append(work(lambda: gradients(found(call), call.leaves())))
+        costs.append(work(lambda: gradients(found(call, options=chunks(8)), call.leaves())))
     assert_right(call)
     if size is None:
         assert costs[1].multiplications == 3 / 4 * costs[0].multiplications
@@ -333,10 +333,13 @@ def test_one_graph_for_all_token_counts(num_ids, size):
         )
         return [value for value in values if value is not None]
 
-    compiled = torch.compile(call_of, backend=counter, fullgraph=True, dynamic=True)
+    compiled = torch.compile(call_of, backend=counter, fullgraph=True)
     for n in (24, 17, 3, 40):
         call = inputs(n, 6, 11, num_ids=num_ids, size=size, terms=("temperature",), seed=n)
         arguments = *call.arguments(), call.support, call.terms["temperature"]
+        for tensor in (call.hidden, call.target, call.support, call.terms["temperature"]):
+            if tensor is not None:
+                torch._dynamo.mark_dynamic(tensor, 0)
         ours, right = (dict(enumerate(function(*arguments))) for function in (compiled, call_of))
         torch.testing.assert_close(ours, right)
         torch.testing.assert_close(gradients(ours, call.leaves()), gradients(right, call.leaves()))
@@ -393,7 +396,7 @@ def test_ranks_that_disagree():
         other = call.target.roll(1, 0) if rank else call.target
         for arguments, message in [
             ({"outputs": ("entropy", "lse") if rank else ("entropy",)}, "outputs has 'lse'"),
-            ({"target": other}, "target ids's values"),
+            ({"target": other}, "target's values"),
             ({"support": call.support + rank}, "support's values"),
             ({"support": None if rank else call.support}, "support"),
             ({"outputs": "entropy" if rank else ("entropy",)}, "outputs must be a tuple|could not take part"),

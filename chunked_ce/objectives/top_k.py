@@ -59,10 +59,11 @@ class TopKDivergence(Objective):
 
     def loss(self, rows: RowStatistics, tokens: Tokens) -> Tensor:
         teacher = self._teacher(tokens)
-        at_ids = rows.at_ids.double()  # (n, K)
-        log_q = at_ids - (
-            at_ids.logsumexp(-1, True) if self.tail == "renormalize" else rows.log_sum.double().unsqueeze(-1)
-        )
+        if self.tail == "renormalize":
+            some = (tokens.teacher_ids >= 0).any(-1, keepdim=True)
+            log_q = rows.at_ids.double().where(some, 0).log_softmax(-1)  # (n, K)
+        else:
+            log_q = rows.logprobs.double()
         # A product of 0 and -inf, where the teacher has no probability, is 0.
         gap = (teacher.log_p - log_q).where(teacher.p > 0, 0)
         loss = (teacher.p * gap).sum(-1)

@@ -9,6 +9,7 @@ They are relative to the row's largest logit ``m``, so that a large common offse
     correct   = 1 if z_y is the first of the largest logits, else 0
     squares   = log sum_v exp(2 (z_v - m))          log sum_v p_v^2 = squares - 2 log_sum
     at_ids    = z_id - m for each of K ids          -inf for an id that stands for none
+    total     = sum_v z_v                           not relative: m + weighted / V would round as m does
 
 A teacher's logits t, their maximum m' and probabilities p' add
 
@@ -23,7 +24,7 @@ thus a second pass over the row.
 With the slopes (s_lse, s_target, ...) of the loss in these, the gradient of a logit is
 
     dz_v = p_v * (s_lse + s_mean * (1 + z_v - m - mean) + s_squares * 2 exp(z_v - m + log_sum - squares))
-           + s_target * [v == y] + s_weighted * w_v + sum_k s_at_ids_k * [v == id_k]
+           + s_target * [v == y] + s_weighted * w_v + s_total + sum_k s_at_ids_k * [v == id_k]
            + s_forward_kl * (p_v - p'_v) + s_reverse_kl * p_v * (log p_v - log p'_v - reverse_kl)
            + s_mixture_kl * (1 - b) * p_v * (log p_v - log m_v - student_kl)
 
@@ -94,7 +95,8 @@ NOTHING = PerRow()
 class RowStatistics(NamedTuple):
     """Each statistic of n rows, (n,) or for ``at_ids`` (n, K), or None if it was not requested.
 
-    Holds the statistics themselves, relative to ``maximum``, or the slopes (derivatives) of a loss in them.
+    Holds the statistics themselves, relative to ``maximum`` but for ``total``, or the slopes (derivatives) of a loss in
+    them.
     """
 
     maximum: Tensor | None
@@ -105,6 +107,7 @@ class RowStatistics(NamedTuple):
     correct: Tensor | None = None
     squares: Tensor | None = None
     at_ids: Tensor | None = None
+    total: Tensor | None = None
     teacher_maximum: Tensor | None = None
     teacher_log_sum: Tensor | None = None
     forward_kl: Tensor | None = None
@@ -405,6 +408,27 @@ class AtIds(Statistic):
         return slope.abs().sum(-1)
 
 
+class Total(Statistic):
+    """Its part is the sum of the logits."""
+
+    name, reads, low_rank, adds, in_gradient, in_triton = "total", "logits", False, True, False, False
+
+    def part(self, values, row):
+        return (values.sum(-1),)
+
+    def merge(self, part, shards):
+        return (part[0].sum(0),)
+
+    def reference(self, logits, shifted, row):
+        return logits.sum(-1)
+
+    def added(self, slope, class_weight):
+        return slope
+
+    def bound(self, slope, rows, largest_weight):
+        return slope.abs()
+
+
 class TeacherMaximum(Statistic):
     name, reads, differentiable, of_teacher, in_triton = "teacher_maximum", "logits", False, True, False
     empty = (-math.inf,)
@@ -556,6 +580,7 @@ STATISTICS: dict[str, Statistic] = {
         Correct(),
         Squares(),
         AtIds(),
+        Total(),
         TeacherMaximum(),
         TeacherLogSum(),
         ForwardKL(),
