@@ -411,7 +411,7 @@ class AtIds(Statistic):
 class Total(Statistic):
     """Its part is the sum of the logits."""
 
-    name, reads, low_rank, adds, in_gradient, in_triton = "total", "logits", False, True, False, False
+    name, reads, low_rank, adds, in_gradient = "total", "logits", False, True, False
 
     def part(self, values, row):
         return (values.sum(-1),)

@@ -78,6 +78,7 @@ def statistics_kernel(
     MEAN: tl.constexpr,
     CORRECT: tl.constexpr,
     SQUARES: tl.constexpr,
+    TOTAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The part of a row's statistics by an online softmax: a larger logit rescales the sums so far."""
@@ -89,6 +90,7 @@ def statistics_kernel(
     weight_sum = tl.full((), 0.0, tl.float32)
     moment = tl.full((), 0.0, tl.float32)
     squares = tl.full((), 0.0, tl.float32)
+    total = tl.full((), 0.0, tl.float32)
     heat = None
     if temperature is not None:
         heat = tl.load(temperature + row)
@@ -117,6 +119,8 @@ def statistics_kernel(
                 weight = tl.load(class_weight + columns, mask=inside, other=0.0)
             weighted += weight_sum * shift + tl.sum(weight * tl.where(inside, relative, 0.0), 0)
             weight_sum += tl.sum(weight, 0)
+        if TOTAL >= 0:
+            total += tl.sum(tl.where(inside, z, 0.0), 0)
         if SQUARES >= 0:
             squares = squares * (rescale * rescale) + tl.sum(exponentials * exponentials, 0)
         sum_exp = sum_exp * rescale + tl.sum(exponentials, 0)
@@ -140,6 +144,8 @@ def statistics_kernel(
         tl.store(out + MEAN * part_column_stride, tl.where(masked, 0.0, moment))
     if SQUARES >= 0:
         tl.store(out + SQUARES * part_column_stride, tl.where(masked, 0.0, squares))
+    if TOTAL >= 0:
+        tl.store(out + TOTAL * part_column_stride, total)
     if CORRECT >= 0:
         tl.store(out + CORRECT * part_column_stride, (best + start).to(tl.float32))
 

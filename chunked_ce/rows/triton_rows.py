@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from chunked_ce.rows import torch_rows
 from chunked_ce.rows import triton_kernels as kernels
 from chunked_ce.rows.columns import ColumnSums
 from chunked_ce.rows.statistics import (
@@ -116,7 +117,15 @@ def logit_gradients(
     n, vocab_size = products.shape
     if products.numel() == 0:
         return
-    if columns is not None:  # the filter adds the term of label smoothing itself
+    if slopes.total is not None:
+        if class_weight is not None:
+            arguments = products, target, class_weight, logits, slopes, known, out
+            torch_rows.logit_gradients(*arguments, per_row=per_row)
+            return
+        # Without class weights, both are added to the gradients of all logits.
+        weighted = slopes.total if slopes.weighted is None else slopes.weighted + slopes.total
+        slopes = slopes._replace(weighted=weighted, total=None)
+    elif columns is not None:  # the filter, which is for no slope in ``total``, adds the term of label smoothing itself
         slopes = slopes._replace(weighted=None)
     tensors = (
         products,

@@ -156,6 +156,20 @@ def test_what_is_asked_for(wanted, weighted):
         )
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_total(weighted, dtype):
+    """The sum of the logits, with class weights and without, beside that of the weighted ones."""
+    names = names_of(("weighted", "mean", "total"))
+    for logits, (n, vocab) in itertools.product(LOGITS, ((1, 1), (3, 4500))):
+        weight = weights_of(vocab) if weighted else None
+        arguments = products_of(n, vocab, dtype), targets_of(n, vocab), weight, logits
+        known = check_statistics(*arguments, names)
+        slopes = slopes_of(n)._replace(squares=None, total=normal(n, seed=9).float().to(DEVICE))
+        check_gradients(*arguments, slopes, known)
+        check_gradients(*arguments, slopes._replace(weighted=None), known)
+
+
 def test_large_offset():
     """Statistics are relative to the largest logit: an offset of all costs nothing."""
     products = products_of(4, 5000, torch.float32).round() + 10_000
