@@ -150,7 +150,7 @@ def _save_statistics(ctx, inputs, output):
         ctx.head_shapes = [tensor.shape for tensor in source[1:]]
     rows = dict(zip(specification.names, output, strict=True))
     kept = [rows[name] for name in _in_gradient(specification.names)]
-    ctx.save_for_backward(*source, *extra, class_weight, target, *kept)
+    ctx.save_for_backward(*source, *_saved_extra(ctx, extra), class_weight, target, *kept)
     ctx.mark_non_differentiable(*(part for name, part in rows.items() if not STATISTICS[name].differentiable))
     ctx.set_materialize_grads(False)
 
@@ -158,6 +158,7 @@ def _save_statistics(ctx, inputs, output):
 def _backward_of_statistics(ctx, upstream):
     saved = iter(ctx.saved_tensors)  # may be read only once
     source, extra = ([next(saved) for _ in range(size)] for size in ctx.sizes)
+    extra = _restored_extra(ctx, extra)
     class_weight, target, *known = saved
     specification = ctx.specification
     upstream = dict(zip(specification.names, upstream, strict=True))
@@ -262,7 +263,7 @@ def _save_loss(ctx, inputs, output):
     ctx.sizes = len(source), len(extra)
     ctx.head_shapes = [tensor.shape for tensor in source[1:]]
     _, *grads = output[: len(source) + 2]  # and those of the targets' logits
-    ctx.save_for_backward(*source, *extra, class_weight, target, *grads)
+    ctx.save_for_backward(*source, *_saved_extra(ctx, extra), class_weight, target, *grads)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -274,6 +275,7 @@ def _backward_of_loss(ctx, upstream):
         return [None] * num_tensors, *none
     saved = iter(ctx.saved_tensors)
     source, extra = ([next(saved) for _ in range(size)] for size in ctx.sizes)
+    extra = _restored_extra(ctx, extra)
     class_weight, target, *totals, targets = saved
     specification, needed = ctx.specification, _needed(ctx)
     read = [tensor if need else None for tensor, need in zip(source, needed, strict=True)]
@@ -339,6 +341,16 @@ def _rescaled(
 
 
 # ---- shared ----
+
+
+def _saved_extra(ctx, extra: Sequence[Tensor]) -> list[Tensor | None]:
+    """Constant tensors for ``save_for_backward``, which refuses those of inference mode: the context keeps them."""
+    ctx.of_inference = {at: tensor for at, tensor in enumerate(extra) if tensor.is_inference()}
+    return [None if at in ctx.of_inference else tensor for at, tensor in enumerate(extra)]
+
+
+def _restored_extra(ctx, extra: Sequence[Tensor | None]) -> list[Tensor]:
+    return [ctx.of_inference.get(at, tensor) for at, tensor in enumerate(extra)]
 
 
 def _needed(ctx) -> list[bool]:
