@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedTensorMixin
 
 __all__ = [
+    "ADAPTER",
     "COUNTS",
     "FLOATING",
     "INDICES",
@@ -40,6 +41,8 @@ FLOATING = Kind(_FLOATS, _FLOATS_SAID)
 INDICES = Kind((torch.int64, torch.int32), "int32 or int64 class indices")
 COUNTS = Kind((*_FLOATS, *_INTEGERS), f"an integer or {_FLOATS_SAID}")
 WEIGHTS = Kind((*COUNTS.dtypes, torch.bool), f"boolean, {COUNTS.said}")
+
+ADAPTER = ("linear_adapter[0]", "linear_adapter[1]")  # the factors of a low-rank adapter among named tensors
 
 _INT64_END = 2**63  # one more than the largest integer that an operator takes
 _LONGEST = 100  # most characters of a value in an error

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from chunked_ce.arguments import (
+    ADAPTER,
     COUNTS,
     FLOATING,
     INDICES,
@@ -53,6 +54,7 @@ __all__ = [
 ]
 
 _ARGUMENTS = {"input", "logits", "linear_weight", "linear_bias", "target", "weight", "token_weight", "temperature"}
+_ARGUMENTS |= {"linear_adapter"}
 _ARGUMENTS |= {"at", "target_weight", "vocab_size", "weight_sum", "_coefficient"}  # and what `Tokens` has itself
 
 
@@ -104,6 +106,7 @@ def check_tensors(
     if input_name != "logits":
         check_tensor("linear_weight", linear_weight, FLOATING)
         rows = _rows(linear_weight, input, vocab)
+        check_adapter(tensors, input, rows)
     elif vocab is None and rows < 1:
         raise ValueError(f"{input_name} must have at least one class, had shape {_shape(input)}")
     if vocab is not None and rows not in (vocab.rows, vocab.padded_rows):
@@ -146,6 +149,32 @@ def check_tensors(
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != input.device:
             raise ValueError(f"{name} must be on {input_name}'s device {input.device}, was on {tensor.device}")
+
+
+def check_adapter(tensors: dict[str, Tensor | None], input: Tensor, rows: int) -> None:
+    """Check the factors of a low-rank adapter of a head with ``rows`` rows, if there is one."""
+    if "linear_adapter" in tensors:
+        raise TypeError(
+            "linear_adapter must be None or a pair (input_r, weight_r) of tensors (..., r) and (V, r), "
+            f"was {described(tensors['linear_adapter'])}"
+        )
+    if ADAPTER[0] not in tensors:
+        return
+    hidden, weight = (tensors[name] for name in ADAPTER)
+    for name, tensor in zip(ADAPTER, (hidden, weight), strict=True):
+        check_tensor(name, tensor, FLOATING)
+    released = is_released(weight) or (weight.numel() == 0 and rows > 0)
+    if weight.dim() != 2 or released or weight.shape[0] != rows or weight.shape[1] < 1:
+        raise ValueError(
+            f"linear_adapter[1] must be (V, r) with the {rows} rows of linear_weight and r >= 1, had shape "
+            f"{_shape(weight)}" + (f". {where_it_is_whole(weight)}" if released else "")
+        )
+    allowed = (*_shape(input, -1), weight.shape[1])
+    if _shape(hidden) != allowed:
+        raise ValueError(
+            f"linear_adapter[0] must have the shape of input with r = {weight.shape[1]}, that of linear_adapter[1], as "
+            f"its last dimension, {allowed}, had {_shape(hidden)}"
+        )
 
 
 def check_keywords(

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from chunked_ce.arguments import plain_integer
+from chunked_ce.arguments import ADAPTER, plain_integer
 from chunked_ce.checks import check_call, check_ids, check_objective, compute_dtype_of, described_objective
+from chunked_ce.depths import (
+    are_depths,
+    check_one_depth,
+    check_widths,
+    check_with_depths,
+    depths_of,
+    for_each_depth,
+    in_shapes,
+    joined_depths,
+)
 from chunked_ce.engine import dispatch
 from chunked_ce.engine.call import Call
 from chunked_ce.engine.loss_stats import LossStats
@@ -17,7 +27,7 @@ from chunked_ce.engine.specification import TEMPERATURE, Specification
 from chunked_ce.objectives import CrossEntropy, Divergence, Objective, Teacher
 from chunked_ce.options import ChunkOptions
 from chunked_ce.parallel.agreement import agreed, facts_of_call
-from chunked_ce.parallel.dtensors import is_dtensor, local_arguments
+from chunked_ce.parallel.dtensors import has_dtensor, local_arguments
 from chunked_ce.parallel.vocab import VocabShard
 from chunked_ce.plan import Settings
 from chunked_ce.rows.statistics import Logits, names_of, work_dtype
@@ -60,6 +70,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     temperature: float | Tensor = 1.0,
+    linear_adapter: tuple[Tensor, Tensor] | None = None,
     num_tokens: float | Tensor | None = None,
     vocab: VocabShard | None = None,
     options: ChunkOptions | None = None,
@@ -121,14 +132,14 @@ def linear_cross_entropy(
         "linear_bias": linear_bias,
         "weight": weight,
         "token_weight": token_weight,
-        **_given(temperature),
+        **_given(temperature, linear_adapter),
     }
     keywords = {
         "reduction": reduction,
         "ignore_index": ignore_index,
         "softcap": softcap,
         "logit_scale": logit_scale,
-        "temperature": 1.0 if isinstance(temperature, Tensor) else temperature,
+        "temperature": 1.0 if _is_per_token(temperature) else temperature,
         "num_tokens": num_tokens,
         "label_smoothing": label_smoothing,
         "z_loss": z_loss,
@@ -177,7 +188,7 @@ def cross_entropy(
         "ignore_index": ignore_index,
         "softcap": softcap,
         "logit_scale": logit_scale,
-        "temperature": 1.0 if isinstance(temperature, Tensor) else temperature,
+        "temperature": 1.0 if _is_per_token(temperature) else temperature,
         "num_tokens": num_tokens,
         "label_smoothing": label_smoothing,
         "z_loss": z_loss,
@@ -201,6 +212,7 @@ def linear_loss(
     logit_scale: float = 1.0,
     temperature: float | Tensor = 1.0,
     teacher: Teacher | None = None,
+    linear_adapter: tuple[Tensor, Tensor] | None = None,
     vocab: VocabShard | None = None,
     options: ChunkOptions | None = None,
     return_stats: bool = False,
@@ -232,14 +244,14 @@ def linear_loss(
         "linear_bias": linear_bias,
         "weight": getattr(objective, "class_weight", None),
         "token_weight": token_weight,
-        **_given(temperature),
+        **_given(temperature, linear_adapter),
     }
     keywords = {
         "reduction": reduction,
         "ignore_index": ignore_index,
         "softcap": softcap,
         "logit_scale": logit_scale,
-        "temperature": 1.0 if isinstance(temperature, Tensor) else temperature,
+        "temperature": 1.0 if _is_per_token(temperature) else temperature,
         "num_tokens": num_tokens,
     }
     call = _Arguments("linear_loss", tensors, keywords, vocab, options, {"return_stats": return_stats}, teacher)
@@ -284,7 +296,7 @@ def logits_loss(
         "ignore_index": ignore_index,
         "softcap": softcap,
         "logit_scale": logit_scale,
-        "temperature": 1.0 if isinstance(temperature, Tensor) else temperature,
+        "temperature": 1.0 if _is_per_token(temperature) else temperature,
         "num_tokens": num_tokens,
     }
     call = _Arguments("logits_loss", tensors, keywords, vocab, options, {"return_stats": return_stats}, teacher)
@@ -306,6 +318,7 @@ def linear_divergence(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     temperature: float | Tensor = 1.0,
+    linear_adapter: tuple[Tensor, Tensor] | None = None,
     vocab: VocabShard | None = None,
     options: ChunkOptions | None = None,
     return_stats: bool = False,
@@ -344,6 +357,7 @@ def linear_divergence(
         softcap=softcap,
         logit_scale=logit_scale,
         temperature=temperature,
+        linear_adapter=linear_adapter,
         teacher=teacher,
         vocab=vocab,
         options=options,
@@ -361,6 +375,7 @@ def linear_logprobs(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     temperature: float | Tensor = 1.0,
+    linear_adapter: tuple[Tensor, Tensor] | None = None,
     vocab: VocabShard | None = None,
     options: ChunkOptions | None = None,
     return_entropy: bool = False,
@@ -382,23 +397,23 @@ def linear_logprobs(
         "linear_bias": linear_bias,
         "weight": None,
         "token_weight": None,
-        **_given(temperature),
+        **_given(temperature, linear_adapter),
     }
     keywords = {
         "reduction": "none",
         "ignore_index": ignore_index,
         "softcap": softcap,
         "logit_scale": logit_scale,
-        "temperature": 1.0 if isinstance(temperature, Tensor) else temperature,
+        "temperature": 1.0 if _is_per_token(temperature) else temperature,
     }
     flags = {"return_entropy": return_entropy}
     arguments = _Arguments("linear_logprobs", tensors, keywords, vocab, options, flags).local()
     options, _ = _agreed(lambda: None, arguments, {})
+    arguments = arguments.joined()
     call = _call(arguments, options, None, names_of(("mean",) if return_entropy else ()))
     rows = dispatch.statistics(call)
-    shape = arguments.tensors["target"].shape
-    logprobs = rows.logprob.view(shape)
-    return (logprobs, rows.entropy.view(shape)) if return_entropy else logprobs
+    logprobs = arguments.shaped(rows.logprob)
+    return (logprobs, arguments.shaped(rows.entropy)) if return_entropy else logprobs
 
 
 def _every_token(input: Tensor, vocab: VocabShard | None) -> Tensor:
@@ -420,6 +435,7 @@ def linear_statistics(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     temperature: float | Tensor = 1.0,
+    linear_adapter: tuple[Tensor, Tensor] | None = None,
     support: Tensor | None = None,
     vocab: VocabShard | None = None,
     options: ChunkOptions | None = None,
@@ -474,7 +490,7 @@ def linear_statistics(
         "linear_bias": linear_bias,
         "weight": None,
         "token_weight": None,
-        **_given(temperature),
+        **_given(temperature, linear_adapter),
         **({} if support is None else {"support": support}),
     }
     keywords = {
@@ -482,7 +498,7 @@ def linear_statistics(
         "ignore_index": ignore_index,
         "softcap": softcap,
         "logit_scale": logit_scale,
-        "temperature": 1.0 if isinstance(temperature, Tensor) else temperature,
+        "temperature": 1.0 if _is_per_token(temperature) else temperature,
     }
     arguments = _Arguments("linear_statistics", tensors, keywords, vocab, options, asked_flags(outputs)).local()
     tensors = dict(arguments.tensors)
@@ -493,6 +509,7 @@ def linear_statistics(
         arguments = arguments._replace(tensors=tensors)
 
     def check() -> None:
+        check_one_depth(tensors, "linear_statistics")
         check_outputs(outputs, with_ids=with_ids, with_support=support is not None)
         is_sequence = isinstance(vocab, VocabShard) and vocab.input_grad == "sequence"
         shape = None if is_sequence else tensors["input"].shape[:-1]
@@ -542,9 +559,18 @@ def _over_a_support(
     return TokenStatistics(**{n: v.view(shapes.get(n, shape)) for n, v in found._asdict().items() if v is not None})
 
 
-def _given(temperature: float | Tensor) -> dict[str, Tensor]:
-    """The temperature among the tensors of a call, if it is one."""
-    return {"temperature": temperature} if isinstance(temperature, Tensor) else {}
+def _given(temperature: float | Tensor, linear_adapter: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
+    """The temperature, if it is a tensor, and the factors of the adapter among the tensors of a call."""
+    tensors = {"temperature": temperature} if _is_per_token(temperature) else {}
+    if linear_adapter is None:
+        return tensors
+    if isinstance(linear_adapter, list | tuple) and len(linear_adapter) == 2:
+        return tensors | dict(zip(ADAPTER, linear_adapter, strict=True))
+    return tensors | {"linear_adapter": linear_adapter}  # which is refused where arguments are checked
+
+
+def _is_per_token(temperature: float | Tensor) -> bool:
+    return isinstance(temperature, Tensor) or are_depths(temperature)
 
 
 class _Arguments(NamedTuple):
@@ -557,6 +583,7 @@ class _Arguments(NamedTuple):
     options: ChunkOptions | None
     flags: dict[str, bool]
     teacher: Teacher | None = None
+    shapes: list[torch.Size] | None = None  # of each depth's tokens, once these are joined
 
     @property
     def is_head(self) -> bool:
@@ -564,7 +591,24 @@ class _Arguments(NamedTuple):
 
     @property
     def input(self) -> Tensor:
-        return self.tensors["input" if self.is_head else "logits"]
+        """The hidden states, of the first depth if there are several, or the logits."""
+        input = self.tensors["input" if self.is_head else "logits"]
+        return input[0] if are_depths(input) and len(input) > 0 else input
+
+    @property
+    def has_depths(self) -> bool:
+        return self.is_head and are_depths(self.tensors["input"])
+
+    def shaped(self, values: Tensor) -> Tensor | list[Tensor]:
+        """``values`` (N,) of all tokens in the shape of the target, or in those of its depths."""
+        return values.view(self.tensors["target"].shape) if self.shapes is None else in_shapes(values, self.shapes)
+
+    def joined(self, per_token: Iterable[str] = ()) -> _Arguments:
+        """With the small tensors per token of several depths joined, and their hidden states as lists."""
+        if not self.has_depths:
+            return self
+        tensors, shapes = joined_depths(depths_of(self.tensors, per_token), per_token)
+        return self._replace(tensors=tensors, shapes=shapes)
 
     @property
     def vocab_size(self) -> int:
@@ -573,7 +617,7 @@ class _Arguments(NamedTuple):
 
     def local(self) -> _Arguments:
         """What this rank needs of DTensors, and the shard that they say that it holds."""
-        if not any(map(is_dtensor, (*self.tensors.values(), self.keywords.get("num_tokens")))):
+        if not has_dtensor((*self.tensors.values(), self.keywords.get("num_tokens"))):
             return self
         tensors = dict(self.tensors)
         name = "linear_weight" if self.is_head else "logits"
@@ -593,8 +637,9 @@ def _loss(
         arguments = arguments._replace(tensors=arguments.tensors | given)
     arguments = arguments.local()
     options, objective = _agreed(objective_of, arguments, per_token)
+    arguments = arguments.joined(per_token)
     tensors, keywords, return_stats = arguments.tensors, arguments.keywords, arguments.flags["return_stats"]
-    target, reduction = tensors["target"], keywords["reduction"]
+    reduction = keywords["reduction"]
     asked = objective.statistics + (("mean", "correct") if return_stats else ())
     call = _call(arguments, options, objective.without_tensors(), names_of(asked))
     weights = dispatch.TokenWeights.of(call, tensors["token_weight"])
@@ -604,7 +649,7 @@ def _loss(
     coefficient = weights.coefficient(reduction, keywords["num_tokens"])
     in_forward = arguments.is_head and not options.in_backward
     loss, rows = dispatch.loss(call, coefficient, in_forward=in_forward, reduces=reduction != "none")
-    loss = loss.view(target.shape) if reduction == "none" else loss
+    loss = arguments.shaped(loss) if reduction == "none" else loss
     return (loss, dispatch.stats(call, weights, rows)) if return_stats else loss
 
 
@@ -625,14 +670,25 @@ def _agreed(
     def check() -> tuple[ChunkOptions, Objective | None]:
         objective = objective_of()
         transformed = dispatch.is_transformed(None)
-        checked = check_call(tensors, keywords, vocab, options, arguments.flags, objective, per_token, transformed)
-        check_teacher(arguments.teacher, objective, tensors["target"], arguments.vocab_size, vocab)
+
+        def check_depth(tensors: dict[str, Tensor | None]) -> ChunkOptions:
+            return check_call(tensors, keywords, vocab, options, arguments.flags, objective, per_token, transformed)
+
+        depths = depths_of(tensors, per_token)
+        if len(depths) > 1:
+            check_with_depths(len(depths), arguments.teacher, vocab)
+        (checked, *_) = for_each_depth(depths, check_depth)
+        check_widths(depths, per_token)
+        check_teacher(arguments.teacher, objective, depths[0]["target"], arguments.vocab_size, vocab)
         dispatch.is_transformed(vocab)
         return checked, objective
 
     def facts(result: tuple[ChunkOptions, Objective | None]) -> dict[str, Any]:
-        facts = {"function": arguments.function, "options": options}
-        facts |= facts_of_call(tensors, keywords, compute_dtype_of(arguments.input), vocab) | arguments.flags
+        depths = depths_of(tensors, per_token)
+        facts = {"function": arguments.function, "options": options, "depths": len(depths)} | arguments.flags
+        for at, depth in enumerate(depths):
+            found = facts_of_call(depth, keywords, compute_dtype_of(arguments.input), vocab)
+            facts |= found if at == 0 else {f"{name} (depth {at})": fact for name, fact in found.items()}
         facts, objective = facts | facts_of_teacher(arguments.teacher), result[1]
         return facts if objective is None else facts | {"objective": described_objective(objective)}
 
@@ -651,14 +707,15 @@ def _call(
     logits, temperature, of_teacher = _logits(arguments)
     shard = None if vocab is None else vocab.plain()
     if arguments.is_head:
-        weight, bias = tensors["linear_weight"], tensors["linear_bias"]
-        settings = dispatch.settings_of(options, input, weight, compute_dtype_of(input), vocab)
-        source = [input.reshape(-1, input.shape[-1]), weight] + ([] if bias is None else [bias])
-        if vocab is not None:  # rows of padding never get probability
-            source[1:] = [part if len(part) == vocab.rows else part[: vocab.rows] for part in source[1:]]
+        settings = dispatch.settings_of(options, input, tensors["linear_weight"], compute_dtype_of(input), vocab)
+        parts, source = _head(tensors, vocab)
+        if parts[1] == "hidden":  # several depths: a sum over chunks is wide, however many these are
+            settings = settings._replace(head_sum_dtype=settings.wide_dtype)
+        if "adapter_weight" in parts:  # whose gradients would need the columns that a filter drops
+            settings = settings._replace(gradient_filter=None)
         needed = tuple([part.requires_grad and torch.is_grad_enabled() for part in source])
     else:
-        settings, needed = Settings.of(options, input.dtype), ()
+        settings, parts, needed = Settings.of(options, input.dtype), ("logits",), ()
         unpadded = input if vocab is None else input[..., : vocab.rows]
         source = [unpadded.reshape(target.numel(), unpadded.shape[-1])]
     settings = settings._replace(teacher_dtype=product_dtype(arguments.teacher))
@@ -667,7 +724,7 @@ def _call(
         classes = classes.to(work_dtype(settings.compute_dtype))
         classes = classes if vocab is None else vocab.whole_vocabulary(classes)
     kind = "head" if arguments.is_head else "logits"
-    specification = Specification(kind, names, logits, settings, shard, needed, objective)
+    specification = Specification(kind, names, logits, settings, shard, parts, needed, objective)
     flat = target.reshape(-1).long()
     call = Call(source, classes, flat, plain_integer(keywords["ignore_index"]), specification)
     if arguments.teacher is not None:
@@ -675,6 +732,27 @@ def _call(
     if temperature is None:
         return call
     return call.with_per_token({TEMPERATURE: temperature.reshape(-1).to(work_dtype(settings.compute_dtype))})
+
+
+def _head(tensors: dict[str, Any], vocab: VocabShard | None) -> tuple[tuple[str, ...], list[Tensor]]:
+    """The tensors of a head as a source of logits: flat, without rows of padding; and their names."""
+
+    def flat(hidden: Tensor | list[Tensor]) -> list[Tensor]:
+        return [part.reshape(-1, part.shape[-1]) for part in (hidden if are_depths(hidden) else [hidden])]
+
+    def rows(part: Tensor) -> Tensor:  # those of padding never get probability
+        return part if vocab is None or len(part) == vocab.rows else part[: vocab.rows]
+
+    hidden, bias = flat(tensors["input"]), tensors["linear_bias"]
+    parts, source = ["hidden"] * len(hidden) + ["weight"], [*hidden, rows(tensors["linear_weight"])]
+    if bias is not None:
+        parts.append("bias")
+        source.append(rows(bias))
+    if ADAPTER[0] in tensors:
+        hidden = flat(tensors[ADAPTER[0]])
+        parts += ["adapter_hidden"] * len(hidden) + ["adapter_weight"]
+        source += [*hidden, rows(tensors[ADAPTER[1]])]
+    return tuple(parts), source
 
 
 def _logits(arguments: _Arguments) -> tuple[Logits, Tensor | None, Logits]:

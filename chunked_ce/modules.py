@@ -18,9 +18,9 @@ __all__ = ["LinearCrossEntropyLoss"]
 class LinearCrossEntropyLoss(nn.Module):
     """`chunked_ce.linear_cross_entropy` as a module: options are given when it is made, tensors at each call.
 
-    Takes every keyword of the function but the tensors ``linear_bias``, ``token_weight`` and ``num_tokens``, and
-    temperatures of tokens, which belong to a call. ``weight``, the class weights (V,), is a buffer that moves with the
-    module.
+    Takes every keyword of the function but the tensors ``linear_bias``, ``linear_adapter``, ``token_weight`` and
+    ``num_tokens``, and temperatures of tokens, which belong to a call. ``weight``, the class weights (V,), is a buffer
+    that moves with the module.
 
     >>> import torch
     >>> loss = LinearCrossEntropyLoss(label_smoothing=0.1)
@@ -72,6 +72,7 @@ class LinearCrossEntropyLoss(nn.Module):
         token_weight: Tensor | None = None,  # as target
         num_tokens: float | Tensor | None = None,
         temperature: Tensor | None = None,  # as target; None: the number given when the module was made
+        linear_adapter: tuple[Tensor, Tensor] | None = None,  # (..., r) and (V, r)
     ) -> Tensor | tuple[Tensor, LossStats]:
         return linear_cross_entropy(
             input,
@@ -81,6 +82,7 @@ class LinearCrossEntropyLoss(nn.Module):
             weight=self.weight,
             token_weight=token_weight,
             num_tokens=num_tokens,
+            linear_adapter=linear_adapter,
             **(self._maths if temperature is None else self._maths | {"temperature": temperature}),
             **self._rest,
         )

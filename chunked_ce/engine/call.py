@@ -16,12 +16,30 @@ __all__ = ["Call"]
 
 
 class Call(NamedTuple):
-    tensors: Sequence[Tensor]  # of the source: hidden states (N, D), weight (V, D), maybe bias (V,); or logits (N, V)
+    tensors: Sequence[Tensor]  # of the source, named by the specification's parts: see `Call.named`
     class_weight: Tensor | None  # (V,) of the whole vocabulary, in the work dtype
     target: Tensor  # (N,), of all ranks if the input is a sequence shard
     ignore_index: int
     specification: Specification
     extra: Sequence[Tensor] = ()  # constant: the tensors per token, (N, ...) each, and then those of the teacher
+
+    def named(self, part: str) -> list[Tensor]:
+        """The tensors of the source that are called ``part``.
+
+        A head has "hidden" (N, D), once for each depth, "weight" (V, D), perhaps "bias" (V,), and perhaps a low-rank
+        adapter: "adapter_hidden" (N, r), once for each depth, and "adapter_weight" (V, r). Logits that exist are
+        "logits" (N, V).
+        """
+        return [tensor for name, tensor in zip(self.specification.parts, self.tensors, strict=True) if name == part]
+
+    @property
+    def weight(self) -> Tensor:
+        """The head's weight (V, D)."""
+        return self.tensors[self.specification.parts.index("weight")]
+
+    @property
+    def num_depths(self) -> int:
+        return self.specification.parts.count("hidden")
 
     @property
     def per_token(self) -> dict[str, Tensor]:
@@ -73,7 +91,7 @@ class Call(NamedTuple):
     @property
     def rows(self) -> int:
         """Vocabulary entries that this rank holds."""
-        return self.tensors[1].shape[0] if self.is_head else self.tensors[0].shape[-1]
+        return self.weight.shape[0] if self.is_head else self.tensors[0].shape[-1]
 
     @property
     def vocab_size(self) -> int:
@@ -93,10 +111,21 @@ class Call(NamedTuple):
         return self.is_head and shard is not None and shard.is_sequence
 
     @property
+    def cuts_tokens(self) -> bool:
+        """Whether recomputation takes chunks of tokens: what it needs whole in blocks of the vocabulary, the hidden
+        states of all tokens, is in several tensors or on several ranks."""
+        return self.is_sequence or self.num_depths > 1
+
+    @property
     def sums_head(self) -> bool:
         """Whether the head's gradient is a sum over chunks of tokens."""
         specification = self.specification
-        return self.is_sequence if specification.objective is None else specification.needed[1]
+        return self.cuts_tokens if specification.objective is None else specification.needs("weight")
+
+    def chunk_widths(self, *, needed: bool = False) -> list[int]:
+        """The columns D and, with an adapter, r of a chunk's hidden states; or of those that need a gradient."""
+        names = [name for name in ("hidden", "adapter_hidden") if name in self.specification.parts]
+        return [self.named(name)[0].shape[1] for name in names if not needed or self.specification.needs(name)]
 
     def local_class_weight(self) -> Tensor | None:
         """The class weights (V_r,) of this rank's vocabulary entries."""
@@ -106,7 +135,7 @@ class Call(NamedTuple):
     def plan_by_tokens(self, num_counted: int, *, sums_head: bool) -> Plan:
         """The plan in chunks of tokens, the same on every rank."""
         settings, shard = self.specification.settings, self.specification.shard
-        weight, num_tokens = self.tensors[1], self.target.shape[0]
+        weight, num_tokens = self.weight, self.target.shape[0]
         head_dtype = (settings.head_sum_dtype or weight.dtype) if sums_head else None
         if shard is None:
             return Plan.by_tokens(num_tokens, num_counted, *weight.shape, settings, head_dtype=head_dtype)
@@ -115,8 +144,16 @@ class Call(NamedTuple):
         return Plan.by_tokens(*sizes, settings, head_dtype=head_dtype, in_flight=2)
 
     def plan_by_vocabulary(self, num_counted: int) -> Plan:
-        weight = self.tensors[1]
+        weight = self.weight
         return Plan.by_vocabulary(num_counted, len(weight), self.specification.settings, weight.dtype)
+
+    def plan_of_recomputation(self, num_counted: int, *, filtered: bool) -> Plan:
+        """The plan of recomputed gradients, and of statistics where they are not ``filtered``."""
+        if self.cuts_tokens:
+            return self.plan_by_tokens(num_counted, sums_head=True)
+        if filtered:
+            return self.plan_by_tokens(num_counted, sums_head=self.specification.needs("weight"))
+        return self.plan_by_vocabulary(num_counted)
 
     def reduce_dtype(self) -> torch.dtype:
         """The dtype in which the gradient of the hidden states is summed over the ranks."""

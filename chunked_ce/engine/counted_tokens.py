@@ -75,9 +75,19 @@ class CountedTokens:
         """The counted tokens among the tokens ``start`` to ``stop``."""
         if self._index is None:
             return slice(start, stop)
-        bounds = torch.tensor([start, stop], device=self._index.device)
-        first, last = torch.searchsorted(self._index, bounds).tolist()
-        return slice(first, last)
+        return slice(*self.num_before([start, stop]))
+
+    def num_before(self, positions: list[int]) -> list[int]:
+        """How many tokens are kept before each of the ascending ``positions`` among all tokens."""
+        if self._index is None:
+            return positions
+        return torch.searchsorted(self._index, torch.tensor(positions, device=self._index.device)).tolist()
+
+    def places(self, rows: slice, start: int) -> slice | Tensor:
+        """Where the counted tokens ``rows`` are among all tokens from ``start`` on."""
+        if self._index is None:
+            return slice(rows.start - start, rows.stop - start)
+        return self._index[rows] - start
 
     def select(self, values: Tensor, rows: slice = slice(None)) -> Tensor:
         """The rows of ``values`` (N, ...) that belong to the counted tokens ``rows``."""

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from chunked_ce.engine.call import Call
 from chunked_ce.engine.counted_tokens import check_range, columns_of
+from chunked_ce.engine.head_gradients import HIDDEN_PARTS, WEIGHT_PARTS, HeadGradients
 from chunked_ce.engine.ranks import ranks_of
-from chunked_ce.engine.sources import Chunk, HeadSource, SequenceSource
+from chunked_ce.engine.sources import HeadSource, SequenceSource
 from chunked_ce.parallel.collectives import Collectives
 from chunked_ce.rows.statistics import work_dtype
 
@@ -42,13 +43,15 @@ def logits(call: Call) -> Tensor:
     dtype = _dtype(call)
     found = source.hidden.new_zeros(columns.shape, dtype=dtype)  # (n, M)
     bias = None if source.bias is None else source.bias.to(source.dtype).to(dtype)
-    for rows, x, _ in source.parts():
-        for part, weight in _gathered(source, columns[rows], x):
-            place = slice(rows.start + part.start, rows.start + part.stop)
-            products = weight.mul_(x[part].to(dtype).unsqueeze(1)).sum(-1)
-            if bias is not None:
-                products += bias[columns[place].clamp(min=0)]
-            found[place] = products.where(columns[place] >= 0, 0)
+    for chunk in source.parts():
+        first = chunk.rows.start
+        for x, head in zip(chunk.xs, source.weights, strict=True):
+            for part, weight in _gathered(source, head, columns[chunk.rows], x):
+                place = slice(first + part.start, first + part.stop)
+                found[place] += weight.mul_(x[part].to(dtype).unsqueeze(1)).sum(-1)
+    if bias is not None and len(bias) > 0:
+        found += bias[columns.clamp(min=0)]
+    found = found.where(columns >= 0, 0)
     whole = found.new_zeros(len(call.target), columns.shape[1])
     source.tokens.put(whole, slice(None), found)
     whole = source.from_chunk_order(whole)
@@ -60,51 +63,58 @@ def gradients(
     call: Call,
     upstream: Tensor,  # (N, M)
 ) -> list[Tensor | None]:
-    """The gradients of hidden states (N, D), weight (V, D) and maybe bias (V,), in their dtypes; None if not needed."""
+    """The gradients of the source's tensors in their dtypes; None if not needed."""
     source, columns = _source(call)
     ranks, dtype = ranks_of(source), _dtype(call)
-    needs_hidden, needs_weight, *needs_bias = call.specification.needed
     upstream = source.tokens.select(source.in_chunk_order(upstream)).where(columns >= 0, 0)  # (n, M)
     num_rows = len(source.weight)
     reduced = call.specification.shard is not None and call.specification.shard.input_grad != "partial"
-    of_hidden = of_weight = of_bias = None
-    if needs_hidden:
-        of_hidden = torch.zeros_like(source.hidden, dtype=call.reduce_dtype() if reduced else dtype)
-    for rows, x, window in source.parts():
-        if needs_hidden:
-            part = x.new_zeros(x.shape, dtype=dtype)
-            for few, weight in _gathered(source, columns[rows], x):
-                part[few] = torch.bmm(upstream[rows][few].unsqueeze(1), weight).squeeze(1)
-            if call.is_sequence:
-                chunk = Chunk(rows, (), x, window)
-                ranks.put(of_hidden, chunk, ranks.reduce(chunk, part).wait())
-            else:
-                source.tokens.put(of_hidden, rows, part)
-        if needs_weight:
-            part = _weight_gradient(upstream[rows], columns[rows], x.to(dtype), num_rows)
-            of_weight = part if of_weight is None else of_weight.add_(part)
-    if needs_hidden and not call.is_sequence:
-        of_hidden = ranks.reduce_whole(of_hidden)
-    if needs_weight and of_weight is None:
-        of_weight = torch.zeros_like(source.weight)
-    if any(needs_bias):
+
+    def dtype_of(part: str, tensor: Tensor) -> torch.dtype:
+        return call.reduce_dtype() if reduced and part in HIDDEN_PARTS else dtype
+
+    total = HeadGradients.empty(call, dtype_of, written=(), skipped=(*WEIGHT_PARTS, "bias"))
+    needs_weight = [call.specification.needs(part) for part in WEIGHT_PARTS]
+    for chunk in source.parts():
+        rows, of_hidden = chunk.rows, []
+        for pair, x, head, needs in zip(total.pairs, chunk.xs, source.weights, needs_weight, strict=False):
+            if pair.hidden is not None:
+                part = x.new_zeros(x.shape, dtype=dtype)
+                for few, weight in _gathered(source, head, columns[rows], x):
+                    part[few] = torch.bmm(upstream[rows][few].unsqueeze(1), weight).squeeze(1)
+                of_hidden.append(part)
+            if needs:
+                part = _weight_gradient(upstream[rows], columns[rows], x.to(dtype), num_rows)
+                pair.weight = part if pair.weight is None else pair.weight.add_(part)
+        totals = [pair.hidden for pair in total.pairs if pair.hidden is not None]
+        if call.is_sequence and of_hidden:
+            of_hidden = ranks.reduce(chunk, of_hidden).wait()
+        for hidden, part in zip(totals, of_hidden, strict=True):
+            ranks.put(hidden, chunk, part)
+    for pair, head, needs in zip(total.pairs, source.weights, needs_weight, strict=False):
+        if pair.hidden is not None and not call.is_sequence:
+            pair.hidden = ranks.reduce_whole(pair.hidden)
+        if needs and pair.weight is None:
+            pair.weight = torch.zeros_like(head)
+    if call.specification.needs("bias"):
         places = columns.where(columns >= 0, num_rows).flatten()
-        of_bias = upstream.new_zeros(num_rows + 1).index_add_(0, places, upstream.flatten())[:-1]
-    found = zip((of_hidden, of_weight, of_bias), call.tensors, strict=False)
+        total.bias = upstream.new_zeros(num_rows + 1).index_add_(0, places, upstream.flatten())[:-1]
+    found = zip(total.in_order(), call.tensors, strict=True)
     return [None if grad is None else grad.to(tensor.dtype) for grad, tensor in found]
 
 
 def plain_logits(call: Call) -> Tensor:
     """`logits` in plain differentiable torch, on one rank."""
-    hidden, weight, *bias = call.tensors
     dtype, counted, ids = _dtype(call), (call.target != call.ignore_index).unsqueeze(-1), ids_of(call)
-    hidden, weight, *bias = (
-        tensor.to(call.specification.settings.compute_dtype).to(dtype)
-        for tensor in (hidden.where(counted, 0), weight, *bias)
-    )
+    named = {
+        part: tensor.to(call.specification.settings.compute_dtype).to(dtype)
+        for part, tensor in zip(call.specification.parts, call.tensors, strict=True)
+    }
     places = ids.clamp(min=0)
-    products = (weight[places] * hidden.unsqueeze(1)).sum(-1)
-    products = products + bias[0][places] if bias else products
+    products = named["bias"][places] if "bias" in named else 0.0
+    for hidden, weight in zip(HIDDEN_PARTS, WEIGHT_PARTS, strict=True):
+        if weight in named:
+            products = products + (named[weight][places] * named[hidden].where(counted, 0).unsqueeze(1)).sum(-1)
     return products.where((ids >= 0) & counted, 0)
 
 
@@ -127,20 +137,21 @@ def _source(call: Call) -> tuple[HeadSource, Tensor]:
 
 def _gathered(
     source: HeadSource,
+    head: Tensor,  # (V, D) one of its weights
     columns: Tensor,  # (C, M)
     x: Tensor,  # (C, D)
 ) -> Iterator[tuple[slice, Tensor]]:
     """A few tokens at a time, and the rows (c, M, D) of the head that their columns name, any row where there is none;
     in the work dtype, in memory that may be overwritten."""
     size = columns.shape[1] * x.shape[1]
-    if len(source.weight) == 0:
+    if len(head) == 0:
         return
     elements = _CACHED_ELEMENTS if x.device.type == "cpu" else _DEVICE_ELEMENTS
     step = max(1, elements // max(1, size))
     for start in range(0, len(columns), step):
         part = slice(start, min(start + step, len(columns)))
         places = columns[part].clamp(min=0)
-        weight = source.weight.index_select(0, places.flatten()).to(source.dtype).to(work_dtype(source.dtype))
+        weight = head.index_select(0, places.flatten()).to(source.dtype).to(work_dtype(source.dtype))
         yield part, weight.view(*places.shape, x.shape[1])
 
 

@@ -11,14 +11,12 @@ from torch import Tensor
 
 from chunked_ce.engine import gathered, in_step
 from chunked_ce.engine.call import Call
-from chunked_ce.engine.released_parameters import check_still_there
+from chunked_ce.engine.released_parameters import check_head_still_there
 from chunked_ce.engine.specification import decoded, encoded
 from chunked_ce.rows.statistics import work_dtype
 from chunked_ce.tracing import is_batched
 
 __all__ = ["logits"]
-
-_NAMES = ("input", "linear_weight", "linear_bias")
 
 
 def logits(call: Call) -> Tensor:
@@ -80,8 +78,7 @@ def _save(ctx, inputs, output):
 def _backward(ctx, upstream):
     *saved, target = ctx.saved_tensors
     source, ids, needed = saved[: ctx.size], saved[ctx.size :], list(ctx.needs_input_grad[0])
-    for name, tensor, shape in zip(_NAMES[1:], source[1:], ctx.shapes[1:], strict=False):
-        check_still_there(name, tensor, shape, is_read=True)
+    check_head_still_there(ctx.specification.parts, source, ctx.shapes, is_read=True)
     specification = ctx.specification._replace(needed=tuple(needed))
     call = Call(source, None, target, ctx.ignore_index, specification, ids)
     if torch.is_grad_enabled() or is_batched(upstream):

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from chunked_ce.devices import rounds_products, unrounded
 from chunked_ce.engine.filtered import Filter, FilteredChunk
+from chunked_ce.engine.head_gradients import HIDDEN_PARTS, WEIGHT_PARTS, HeadGradients
 from chunked_ce.engine.products import add_product_, wide_product
 from chunked_ce.engine.ranks import OneRank
-from chunked_ce.engine.scratch import scratch
 from chunked_ce.engine.sources import Block, Chunk, HeadSource, LogitsSource
 from chunked_ce.rows import torch_rows
 from chunked_ce.rows.columns import ColumnSums
@@ -25,7 +25,6 @@ from chunked_ce.rows.statistics import RowStatistics
 
 __all__ = [
     "ChunkProducts",
-    "Gradients",
     "LogitGradients",
     "TargetGradients",
     "VocabularyProducts",
@@ -41,14 +40,6 @@ def power_of_two(most: Tensor) -> Tensor:
     """A power of two between ``most * 2**-8`` and ``most`` (); 1 where ``most`` is 0 or not finite."""
     exponent = (torch.log2(most) / _SCALE_STEP).floor() * _SCALE_STEP
     return torch.exp2(exponent.where(exponent.isfinite(), 0).clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT))
-
-
-class Gradients(NamedTuple):
-    """Gradients of a head's tensors, None where not needed."""
-
-    hidden: Tensor | None  # (N, D)
-    weight: Tensor | None  # (V, D)
-    bias: Tensor | None = None  # (V,)
 
 
 class TargetGradients(NamedTuple):
@@ -131,22 +122,21 @@ class LogitGradients:
 class VocabularyProducts:
     """The gradients of a head; each row of the weight's gradient is written once."""
 
-    def __init__(self, source: HeadSource, ranks: OneRank, needed: tuple[bool, ...], weight_sum: Tensor | None) -> None:
-        needs_hidden, needs_weight, *needs_bias = needed
+    def __init__(self, source: HeadSource, ranks: OneRank, weight_sum: Tensor | None) -> None:
         call = source.call
         self._source, self._ranks = source, ranks
         self._several = source.plan.entries < len(source.weight)
         self._row_kernels = call.specification.row_kernels(source.hidden.device)
         self._weight_sum = weight_sum
-        self._hidden: Tensor | None = None  # (n, D) summed over blocks
+        self._hidden: list[Tensor | None] = [None, None]  # (n, D) summed over blocks, of each factor pair
         reduced = call.specification.shard is not None and call.specification.shard.input_grad == "complete"
-        hidden_dtype = call.reduce_dtype() if reduced else source.hidden.dtype
         some = len(source.tokens) > 0
-        self.total = Gradients(
-            _empty_gradient(source.hidden, needs_hidden, hidden_dtype, written=some and source.tokens.all_kept),
-            _empty_gradient(source.weight, needs_weight and weight_sum is None, source.weight.dtype, written=some),
-            _empty_gradient(source.bias, any(needs_bias), None, written=False),
-        )
+
+        def dtype_of(part: str, tensor: Tensor) -> torch.dtype:
+            return call.reduce_dtype() if reduced and part in HIDDEN_PARTS else tensor.dtype
+
+        written = WEIGHT_PARTS + HIDDEN_PARTS * source.tokens.all_kept if some else ()
+        self.total = HeadGradients.empty(call, dtype_of, written, skipped=() if weight_sum is None else ("weight",))
 
     def out(self, block: Block) -> Tensor:
         return block.products
@@ -156,7 +146,7 @@ class VocabularyProducts:
 
     def targets_of(self, block: Block) -> TargetGradients | None:
         """Room for the gradients of the targets' logits, if the products leave them out."""
-        if not self._several or self.total.hidden is None:
+        if not self._several or not self.total.needs_hidden:
             return None
         return _target_gradients(block, self._row_kernels)
 
@@ -164,30 +154,34 @@ class VocabularyProducts:
         self, chunk: Chunk, block: Block, columns: None, targets: TargetGradients | None, slopes: RowStatistics
     ) -> None:
         """Add the gradients of a block's logits to those of the source's tensors."""
-        hidden, weight, bias = self.total
-        gradients = block.products
-        if hidden is not None:
-            first = self._hidden is None
+        gradients, pairs, bias = block.products, self.total.pairs, self.total.bias
+        for at, (pair, x, weight) in enumerate(zip(pairs, chunk.xs, block.weights, strict=True)):
+            if pair.hidden is None:
+                continue
+            total = self._hidden[at]
+            first = total is None
             if first:
-                self._hidden = chunk.x.new_empty(chunk.x.shape, dtype=self._source.plan.hidden_sum)
-            add_product_(self._hidden, gradients, block.weight, first=first)
+                total = x.new_empty(x.shape, dtype=self._source.plan.hidden_sum)
+            add_product_(total, gradients, weight, first=first)
+            self._hidden[at] = total if targets is None else targets.add_hidden(total, weight)
         if targets is not None:
-            self._hidden = targets.add_hidden(self._hidden, block.weight)
             targets.put_back_(gradients)
-        if weight is not None:
-            add_product_(weight[block.entries], gradients.t(), chunk.x, first=True)
-        elif self._weight_sum is not None:
+        for pair, x in zip(pairs, chunk.xs, strict=True):
+            if pair.weight is not None:
+                add_product_(pair.weight[block.entries], gradients.t(), x, first=True)
+        if self._weight_sum is not None:
             add_product_(self._weight_sum[block.entries], gradients.t(), chunk.x, first=False, apart=True)
         if bias is not None:
             bias[block.entries] = gradients.sum(0, dtype=slopes.log_sum.dtype)
 
-    def finish(self) -> Gradients:
-        hidden = self.total.hidden
-        if hidden is None:
-            return self.total
-        if self._hidden is not None:
-            self._source.tokens.put(hidden, slice(None), self._hidden)
-        return self.total._replace(hidden=self._ranks.reduce_whole(hidden).to(self._source.hidden.dtype))
+    def finish(self) -> list[Tensor | None]:
+        """The gradients of the source's tensors, in their order."""
+        for pair, hidden in zip(self.total.pairs, self._hidden, strict=False):
+            if hidden is not None:
+                self._source.put(pair.hidden, slice(0, len(hidden)), hidden)
+            if pair.hidden is not None:
+                pair.hidden = self._ranks.reduce_whole(pair.hidden)
+        return self.total.in_order()
 
 
 class ChunkProducts:
@@ -201,34 +195,39 @@ class ChunkProducts:
         self,
         source: HeadSource,
         ranks: OneRank,
-        needed: tuple[bool, ...],
         filter: Filter | None,
         *,
         keeps_unrounded: bool = False,  # dX and the bias's gradient, until the upstream gradient is known
         reduces_chunks: bool = True,  # dX of each chunk over the ranks; else all of dX at the end
         weight_sum: Tensor | None = None,  # (V, D)
     ) -> None:
-        needs_hidden, needs_weight, *needs_bias = needed
-        settings, sum_dtype = source.call.specification.settings, source.plan.head_sum
-        if weight_sum is not None and torch.promote_types(weight_sum.dtype, sum_dtype) == weight_sum.dtype:
-            needs_weight = False  # ``weight_sum`` rounds no more than a separate sum would
-        hidden_dtype = unrounded(source.hidden.dtype) if keeps_unrounded else source.hidden.dtype
-        if not reduces_chunks and source.call.specification.shard is not None:
-            partial = source.call.specification.shard.input_grad == "partial"
-            hidden_dtype = hidden_dtype if partial else source.call.reduce_dtype()
+        call, sum_dtype = source.call, source.plan.head_sum
+        settings, shard = call.specification.settings, call.specification.shard
+        # ``weight_sum`` may round no more than a separate sum would.
+        fits = weight_sum is not None and torch.promote_types(weight_sum.dtype, sum_dtype) == weight_sum.dtype
         bias_dtype = torch.promote_types(sum_dtype, settings.accumulate_dtype) if keeps_unrounded else sum_dtype
-        some = len(source.tokens) > 0
-        total = Gradients(
-            _empty_gradient(source.hidden, needs_hidden, hidden_dtype, written=some and source.tokens.all_kept),
-            _empty_gradient(source.weight, needs_weight, sum_dtype, written=some and settings.gradient_filter is None),
-            _empty_gradient(source.bias, any(needs_bias), bias_dtype, written=False),
-        )
-        self.total = total if weight_sum is None or total.weight is not None else total._replace(weight=weight_sum)
+        sums = {"weight": sum_dtype, "bias": bias_dtype, "adapter_weight": settings.wide_dtype}
+        reduced = not reduces_chunks and shard is not None and shard.input_grad != "partial"
+
+        def dtype_of(part: str, tensor: Tensor) -> torch.dtype:
+            if part not in HIDDEN_PARTS:
+                return sums[part]
+            if reduced:
+                return call.reduce_dtype()
+            return unrounded(tensor.dtype) if keeps_unrounded else tensor.dtype
+
+        written = ()
+        if len(source.tokens) > 0:
+            written = HIDDEN_PARTS * source.tokens.all_kept + ("weight",) * (settings.gradient_filter is None)
+        self.total = HeadGradients.empty(call, dtype_of, written, skipped=("weight",) if fits else ())
+        (main, *_) = self.total.pairs
+        self._first = filter is None and main.weight is not None
+        if weight_sum is not None and main.weight is None:
+            main.weight = weight_sum
         self._source, self._ranks, self._filter = source, ranks, filter
         self._reduces_chunks, self._weight_sum = reduces_chunks, weight_sum
-        self._row_kernels = source.call.specification.row_kernels(source.hidden.device)
+        self._row_kernels = call.specification.row_kernels(source.hidden.device)
         self._scale: Tensor | None = None  # () of the current gradients and of the head's sums
-        self._first = filter is None and total.weight is not None
 
     @property
     def is_filtered(self) -> bool:
@@ -243,9 +242,9 @@ class ChunkProducts:
         """The next logit gradients are multiplied by ``scale`` (), a power of two; None keeps the last, at first 1."""
         if scale is None:
             return
-        if self._scale is not None and not self._first:
+        if self._scale is not None:
             ratio = (scale / self._scale).float()
-            for total in self.total[1:]:
+            for total in self.total.sums[self._first :]:  # the weight's has no value before its first product
                 if total is not None:
                     self._row_kernels.scale_into(total, ratio, total)
         self._scale = scale
@@ -273,30 +272,44 @@ class ChunkProducts:
     ) -> None:
         """Add the gradients of a chunk's logits; ``weight_later`` leaves the targets' terms out of the weight's."""
         kept = None if columns is None else self._filter.keep(block.products, columns, block.column, slopes)
-        reduction = None
-        if self.total.hidden is not None:
-            part = self.hidden(block, kept, targets)
-            if part is not None:
-                reduction = self._ranks.reduce(chunk, part) if self._reduces_chunks else part
+        parts = self.hidden(block, kept, targets) if self.total.needs_hidden else []
+        totals = [pair.hidden for pair, part in zip(self.total.pairs, parts, strict=False) if part is not None]
+        parts = [part for part in parts if part is not None]
+        reduction = self._ranks.reduce(chunk, parts) if parts and self._reduces_chunks else None
         self.add_head(chunk, block, kept, targets, weight_later=weight_later)
-        if not self._reduces_chunks and reduction is not None:
-            self._source.tokens.put(self.total.hidden, chunk.rows, reduction)
-        elif reduction is not None:
-            self._ranks.put(self.total.hidden, chunk, reduction.wait())
+        if reduction is None:
+            for total, part in zip(totals, parts, strict=True):
+                self._source.put(total, chunk.rows, part)
+            return
+        for total, part in zip(totals, reduction.wait(), strict=True):
+            self._ranks.put(total, chunk, part)
 
-    def hidden(self, block: Block, kept: FilteredChunk | None, targets: TargetGradients | None) -> Tensor | None:
-        """The gradient of the chunk's hidden states, (C, D), in the products' dtype or a wider one; None if it is in
-        place already."""
-        gradients, total = block.products, self.total.hidden
+    def hidden(self, block: Block, kept: FilteredChunk | None, targets: TargetGradients | None) -> list[Tensor | None]:
+        """The gradients of the chunk's hidden states, (C, D) and (C, r) of an adapter, in the products' dtype or a
+        wider one; None for one that is in place already, or not needed."""
+        pairs = zip(self.total.pairs, block.weights, strict=True)
+        return [self._hidden_of(pair.hidden, weight, block, kept, targets) for pair, weight in pairs]
+
+    def _hidden_of(
+        self,
+        total: Tensor | list[Tensor | None] | None,
+        weight: Tensor,
+        block: Block,
+        kept: FilteredChunk | None,
+        targets: TargetGradients | None,
+    ) -> Tensor | None:
+        if total is None:
+            return None
+        gradients, tokens = block.products, self._source.tokens
         if kept is not None:
             part = self._filter.hidden_gradient(kept)
-        elif self._ranks.in_flight == 1 and self._source.tokens.all_kept and total.dtype == gradients.dtype:
-            torch.mm(gradients, block.weight, out=total[block.rows])
+        elif self._ranks.in_flight == 1 and tokens.all_kept and getattr(total, "dtype", None) == gradients.dtype:
+            torch.mm(gradients, weight, out=total[block.rows])
             return None
         else:
-            part = wide_product(gradients, block.weight)
+            part = wide_product(gradients, weight)
         if targets is not None:
-            part = targets.add_hidden(part, block.weight)
+            part = targets.add_hidden(part, weight)
         return part if self._scale is None else part.to(torch.float32) / self._scale.to(torch.float32)
 
     def add_head(
@@ -308,34 +321,42 @@ class ChunkProducts:
         *,
         weight_later: bool,
     ) -> None:
-        """Add the chunk's share of the gradients of weight and bias."""
-        weight, bias = self.total.weight, self.total.bias
+        """Add the chunk's share of the gradients of weight, adapter and bias."""
+        (main, *adapter), bias = self.total.pairs, self.total.bias
         if kept is not None:
-            self._filter.add_head_gradients(weight, bias, chunk.x, kept, self._scale)
+            self._filter.add_head_gradients(main.weight, bias, chunk.x, kept, self._scale)
             return
-        if weight is not None:
-            apart = weight is self._weight_sum
-            add_product_(weight, block.products.t(), chunk.x, first=self._first, apart=apart)
+        if main.weight is not None:
+            apart = main.weight is self._weight_sum
+            add_product_(main.weight, block.products.t(), chunk.x, first=self._first, apart=apart)
             self._first = False
+        for pair in adapter:
+            if pair.weight is not None:
+                add_product_(pair.weight, block.products.t(), chunk.adapter_x, first=False)
         if bias is not None:
             bias.add_(block.products.sum(0, dtype=bias.dtype))
         if targets is not None:
-            targets.add_head_(None if weight_later else weight, bias, chunk.x)
+            targets.add_head_(None if weight_later else main.weight, bias, chunk.x)
+            for pair in adapter:
+                targets.add_head_(pair.weight, None, chunk.adapter_x)
 
-    def finish(self) -> Gradients:
-        """The gradients in the dtypes of their sums; None for one that is in ``weight_sum``."""
-        hidden, weight, bias = self.total
+    def finish(self) -> list[Tensor | None]:
+        """The gradients in the dtypes of their sums, in the order of the source's tensors; None for the weight's if it
+        is in ``weight_sum``."""
+        (main, *_), bias = self.total.pairs, self.total.bias
         if self._scale is not None:
             self.set_scale(torch.ones_like(self._scale))
         if self._filter is not None:
-            self._filter.finish(weight, bias)
+            self._filter.finish(main.weight, bias)
         if self._weight_sum is not None:
-            if weight is not self._weight_sum:
-                self._weight_sum += weight
-            weight = None
-        if hidden is not None and not self._reduces_chunks:
-            hidden = self._ranks.reduce_whole(hidden).to(self._source.hidden.dtype)
-        return Gradients(hidden, weight, bias)
+            if main.weight is not self._weight_sum:
+                self._weight_sum += main.weight
+            main.weight = None
+        if not self._reduces_chunks:
+            for pair in self.total.pairs:
+                if pair.hidden is not None:
+                    pair.hidden = self._ranks.reduce_whole(pair.hidden)
+        return self.total.in_order()
 
 
 def _target_gradients(block: Block, row_kernels: ModuleType) -> TargetGradients | None:
@@ -343,14 +364,3 @@ def _target_gradients(block: Block, row_kernels: ModuleType) -> TargetGradients 
     if row_kernels is not torch_rows or not rounds_products(block.column.device.type, block.weight.dtype):
         return None
     return TargetGradients(block.column, torch.zeros_like(block.column, dtype=torch.float32))
-
-
-def _empty_gradient(tensor: Tensor | None, need: bool, dtype: torch.dtype | None, *, written: bool) -> Tensor | None:
-    """A gradient in ``dtype`` (None: the tensor's), of zeros unless a product is ``written`` to all of it."""
-    if not need:
-        return None
-    dtype = dtype or tensor.dtype
-    if not written:
-        return torch.zeros(tensor.shape, dtype=dtype, device=tensor.device)
-    make = torch.empty if dtype == tensor.dtype else scratch  # a sum that is converted to the gradient
-    return make(*tensor.shape, dtype=dtype, device=tensor.device)

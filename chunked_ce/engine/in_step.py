@@ -20,7 +20,6 @@ from torch import Tensor
 from chunked_ce import devices
 from chunked_ce.engine import gathered, sweep
 from chunked_ce.engine.call import Call
-from chunked_ce.engine.gradient_products import Gradients
 from chunked_ce.engine.ranks import HIDDEN_GRADIENT, STATISTICS
 from chunked_ce.engine.sources import HIDDEN
 from chunked_ce.parallel.collectives import Collectives
@@ -45,18 +44,18 @@ def statistics(call: Call) -> RowStatistics:
     return _together(lambda: _Chunks(call).steps(combines=True), call, sweep.statistics, call)
 
 
-def loss_and_gradients(call: Call) -> tuple[Tensor, Gradients, Tensor | None, RowStatistics]:
+def loss_and_gradients(call: Call) -> tuple[Tensor, list[Tensor | None], Tensor | None, RowStatistics]:
     """`sweep.loss_and_gradients`."""
 
     def steps() -> Iterator[_Step]:
-        return _Chunks(call).steps(combines=True, reduces=call.specification.needed[0])
+        return _Chunks(call).steps(combines=True, reduces=True)
 
     return _together(steps, call, sweep.loss_and_gradients, call)
 
 
 def gradients(
     call: Call, known: RowStatistics, slopes: RowStatistics, weight_sum: Tensor | None = None
-) -> Gradients | list[Tensor]:
+) -> list[Tensor | None]:
     """`sweep.gradients`."""
     return _reducing(call, sweep.gradients, call, known, slopes, weight_sum)
 
@@ -80,14 +79,15 @@ def gathered_gradients(call: Call, upstream: Tensor) -> list[Tensor | None]:
 
 def _reducing(call: Call, work: Callable[..., _Result], *arguments) -> _Result:
     """``work(*arguments)`` of a backward, whose collectives sum the gradient of the hidden states."""
-    reduces = call.is_head and call.specification.needed[0] and call.specification.shard.input_grad != "partial"
-    if not (reduces or call.is_sequence):
+    widths = call.chunk_widths(needed=True) if call.specification.shard.input_grad != "partial" else []
+    if not (widths or call.is_sequence):
         return work(*arguments)  # no collective: a rank that fails holds up no other
 
     def steps() -> Iterator[_Step]:
-        if call.is_sequence:
-            return _Chunks(call).steps(reduces=reduces)
-        return iter([_Step("all_reduce_", HIDDEN_GRADIENT, call.tensors[0].shape, call.reduce_dtype())])
+        if call.cuts_tokens:
+            return _Chunks(call).steps(reduces=True)
+        shapes = [(len(call.target), width) for width in widths]
+        return iter([_Step("all_reduce_", HIDDEN_GRADIENT, shape, call.reduce_dtype()) for shape in shapes])
 
     return _together(steps, call, work, *arguments)
 
@@ -98,6 +98,7 @@ class _Chunks:
     def __init__(self, call: Call) -> None:
         self._call = call
         self._ranks = Collectives(call.specification.shard.group_name).size
+        self._reduced = sum(call.chunk_widths(needed=True))  # columns of the gradients of hidden states
         target, num_tokens = call.target, len(call.target)
         if not call.is_head:
             (counted,) = _num_moved(target, call.ignore_index, [num_tokens])
@@ -114,9 +115,9 @@ class _Chunks:
             self._rows = self._tokens = [min(size, counted - at) for at in range(0, counted, size)]
 
     def steps(self, *, combines: bool = False, reduces: bool = False) -> Iterator[_Step]:
-        """The collectives in order: hidden states are gathered a chunk ahead, and their gradients are reduced a chunk
-        behind the statistics, if these are combined."""
-        reduces = reduces and self._call.specification.shard.input_grad != "partial"
+        """The collectives in order: hidden states are gathered a chunk ahead, and their gradients, if needed, are
+        reduced a chunk behind the statistics, if these are combined."""
+        reduces = reduces and self._reduced > 0 and self._call.specification.shard.input_grad != "partial"
         last = len(self._rows) - 1
         if last >= 0 and self._call.is_sequence:
             yield self._hidden(0)
@@ -144,12 +145,12 @@ class _Chunks:
         return _Step("all_gather", STATISTICS, shape, work_dtype(specification.settings.compute_dtype))
 
     def _hidden(self, at: int) -> _Step:
-        shape = self._tokens[at] // self._ranks, self._call.tensors[0].shape[1]
+        shape = self._tokens[at] // self._ranks, sum(self._call.chunk_widths())
         return _Step("all_gather", HIDDEN, shape, self._call.specification.settings.compute_dtype)
 
     def _reduction(self, at: int) -> _Step:
         kind = "reduce_scatter" if self._call.is_sequence else "all_reduce_"
-        shape = self._tokens[at], self._call.tensors[0].shape[1]
+        shape = self._tokens[at], self._reduced
         return _Step(kind, HIDDEN_GRADIENT, shape, self._call.reduce_dtype())
 
 

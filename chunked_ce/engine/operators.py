@@ -19,7 +19,7 @@ from chunked_ce.engine.counted_tokens import columns_of
 from chunked_ce.engine.device_memory import with_smaller_chunks
 from chunked_ce.engine.filtered import can_filter
 from chunked_ce.engine.gradient_products import TargetGradients
-from chunked_ce.engine.released_parameters import check_still_there
+from chunked_ce.engine.released_parameters import check_head_still_there
 from chunked_ce.engine.specification import decoded, encoded
 from chunked_ce.engine.totals import keeps_targets
 from chunked_ce.rows.backend import row_kernels
@@ -84,7 +84,11 @@ def _run_statistics(
         if call.specification.shard is not None:
             rows = in_step.statistics(call)
         elif call.is_head:
-            rows = with_smaller_chunks(sweep.statistics, call, lambda: call.plan_by_vocabulary(len(target)))
+
+            def plan():
+                return call.plan_of_recomputation(len(target), filtered=False)
+
+            rows = with_smaller_chunks(sweep.statistics, call, plan)
         else:
             rows = sweep.statistics(call)
     return list(rows.named().values())
@@ -121,9 +125,8 @@ def _recomputed(
     known = RowStatistics(**dict(zip(_in_gradient(specification.names), statistics, strict=True)))
 
     def plan():
-        if not can_filter(specification, specification.slopes):
-            return call.plan_by_vocabulary(len(call.target))
-        return call.plan_by_tokens(len(call.target), sums_head=specification.needed[1])
+        filtered = can_filter(specification, specification.slopes)
+        return call.plan_of_recomputation(len(call.target), filtered=filtered)
 
     with _no_autocast(call.target.device):
         if specification.shard is not None:
@@ -146,8 +149,9 @@ def _save_statistics(ctx, inputs, output):
     ctx.sizes = len(source), len(extra)
     ctx.leaf = ctx.head_shapes = None
     if specification.source == "head":
-        ctx.leaf = leaf_to_keep(source[1], specification.settings.accumulate_into)
-        ctx.head_shapes = [tensor.shape for tensor in source[1:]]
+        weight = source[specification.parts.index("weight")]
+        ctx.leaf = leaf_to_keep(weight, specification.settings.accumulate_into)
+        ctx.head_shapes = [tensor.shape for tensor in source]
     rows = dict(zip(specification.names, output, strict=True))
     kept = [rows[name] for name in _in_gradient(specification.names)]
     ctx.save_for_backward(*source, *_saved_extra(ctx, extra), class_weight, target, *kept)
@@ -164,9 +168,9 @@ def _backward_of_statistics(ctx, upstream):
     upstream = dict(zip(specification.names, upstream, strict=True))
     needed, weight_sum = _needed(ctx), None
     if ctx.head_shapes is not None:
-        _check_head(source[1:], ctx.head_shapes, is_read=True)
-        into = specification.settings.accumulate_into
-        needed[1], weight_sum = destination(ctx.leaf, source[1], into, needed[1])
+        check_head_still_there(specification.parts, source, ctx.head_shapes, is_read=True)
+        into, at = specification.settings.accumulate_into, specification.parts.index("weight")
+        needed[at], weight_sum = destination(ctx.leaf, source[at], into, needed[at])
     names = tuple(name for name, grad in upstream.items() if grad is not None or name in ("log_sum", "target"))
     names = tuple(name for name in names if STATISTICS[name].differentiable)
     specification = specification._replace(needed=tuple(needed), slopes=names)
@@ -186,7 +190,7 @@ def _backward_of_statistics(ctx, upstream):
             grads = _recomputed(call, known, slopes, weight_sum)
         else:
             grads = _gradients(list(source), known, slopes, list(extra), *_rest(call))
-    grads = [grad if need else None for grad, need in zip(grads, needed, strict=False)]
+    grads = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
     return grads, [None] * len(extra), None, None, None, None
 
 
@@ -227,8 +231,9 @@ def _run_loss(
         else:
             outputs = in_step.loss_and_gradients(call)
     loss, grads, targets, rows = outputs
-    if grads.weight is not None:  # smaller chunks may have another sum dtype than planned
-        grads = grads._replace(weight=grads.weight.to(_head_sum_dtype(call)))
+    at = call.specification.parts.index("weight")
+    if grads[at] is not None:  # smaller chunks may have another sum dtype than planned
+        grads[at] = grads[at].to(_head_sum_dtype(call))
     targets = loss.new_empty(0, dtype=torch.float32) if targets is None else targets
     return [loss, *_filled(grads, source), targets, *rows.named().values()]
 
@@ -241,9 +246,12 @@ def _(source, extra, class_weight, target, ignore_index, specification):
     call = _call(source, extra, class_weight, target, ignore_index, specification)
     needed, settings = call.specification.needed, call.specification.settings
     total_dtype = _head_sum_dtype(call)
-    dtypes = unrounded(source[0].dtype), total_dtype, torch.promote_types(total_dtype, settings.accumulate_dtype)
-    parts = zip(source, dtypes, needed, strict=False)
-    grads = [tensor.new_empty(tensor.shape, dtype=dtype) if need else None for tensor, dtype, need in parts]
+    sums = {"weight": total_dtype, "bias": torch.promote_types(total_dtype, settings.accumulate_dtype)}
+    sums["adapter_weight"] = settings.wide_dtype
+    grads = [
+        tensor.new_empty(tensor.shape, dtype=sums.get(part) or unrounded(tensor.dtype)) if need else None
+        for part, tensor, need in zip(call.specification.parts, source, needed, strict=True)
+    ]
     later = keeps_targets(call, total_dtype)
     targets = target.new_empty(target.shape if later else 0, dtype=torch.float32)
     rows = _fake_statistics(call)
@@ -261,7 +269,7 @@ def _save_loss(ctx, inputs, output):
     source, extra, class_weight, target, ctx.ignore_index, text = inputs
     ctx.specification = decoded(text)
     ctx.sizes = len(source), len(extra)
-    ctx.head_shapes = [tensor.shape for tensor in source[1:]]
+    ctx.head_shapes = [tensor.shape for tensor in source]
     _, *grads = output[: len(source) + 2]  # and those of the targets' logits
     ctx.save_for_backward(*source, *_saved_extra(ctx, extra), class_weight, target, *grads)
     ctx.mark_non_differentiable(*output[1:])
@@ -279,24 +287,25 @@ def _backward_of_loss(ctx, upstream):
     class_weight, target, *totals, targets = saved
     specification, needed = ctx.specification, _needed(ctx)
     read = [tensor if need else None for tensor, need in zip(source, needed, strict=True)]
-    _check_head(read[1:], ctx.head_shapes, is_read=False)
+    check_head_still_there(specification.parts, read, ctx.head_shapes, is_read=False)
     call = Call(source, class_weight, target, ctx.ignore_index, specification, extra)
     if torch.is_grad_enabled() or is_batched(grad):
         return _plain_gradients(lambda: [plain.loss(call)], [grad], call, needed), *none
     if any(need and not had for need, had in zip(needed, specification.needed, strict=True)):
         return _unprepared_gradients(call, grad, needed), *none
-    rows = None
-    if needed[1] and targets.numel() > 0:
+    rows, at = None, specification.parts.index("weight")
+    if needed[at] and targets.numel() > 0:
         column = columns_of(target, call.start, call.rows, targets != 0)
         terms = TargetGradients(column, targets)
-        entries, rows = terms.summed_rows(totals[1], source[0], specification.settings.compute_dtype)
+        (hidden,) = call.named("hidden")
+        entries, rows = terms.summed_rows(totals[at], hidden, specification.settings.compute_dtype)
     backend = specification.settings.backend
     grads = [
         _rescaled(total, grad, tensor.dtype, backend) if need else None
         for total, tensor, need in zip(totals, source, needed, strict=True)
     ]
     if rows is not None:
-        grads[1].index_copy_(0, entries, (rows * grad).to(grads[1].dtype))
+        grads[at].index_copy_(0, entries, (rows * grad).to(grads[at].dtype))
     return grads, *none
 
 
@@ -374,7 +383,7 @@ def _fake_statistics(call: Call) -> list[Tensor]:
 
 def _filled(grads: Sequence[Tensor | None], source: Sequence[Tensor]) -> list[Tensor]:
     """The gradients of a source, empty where not needed, since an operator returns only tensors."""
-    pairs = zip(grads, source, strict=False)  # a head without a bias has fewer tensors
+    pairs = zip(grads, source, strict=True)
     return [tensor.new_empty(0) if grad is None else grad for grad, tensor in pairs]
 
 
@@ -382,12 +391,6 @@ def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     """Turn autocast off on devices that have it; the meta device does not."""
     has_autocast = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if has_autocast else contextlib.nullcontext()
-
-
-def _check_head(tensors: Sequence[Tensor | None], shapes: Sequence[torch.Size], *, is_read: bool) -> None:
-    """Raise unless the backward finds the tensors of a head as the forward left them."""
-    for name, tensor, shape in zip(("linear_weight", "linear_bias"), tensors, shapes, strict=False):
-        check_still_there(name, tensor, shape, is_read=is_read)
 
 
 def _plain_gradients(

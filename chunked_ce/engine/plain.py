@@ -5,6 +5,7 @@ It serves second derivatives and ``torch.func`` transforms, which the sweep does
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -26,10 +27,7 @@ def statistics(call: Call) -> RowStatistics:
     """The statistics of every row, (N,) each and 0 where ignored."""
     specification = call.specification
     counted = call.target != call.ignore_index
-    products = call.tensors[0].where(counted.unsqueeze(-1), 0)
-    if call.is_head:
-        cast = [tensor.to(specification.settings.compute_dtype) for tensor in (products, *call.tensors[1:])]
-        products = F.linear(*cast)
+    products = _head_products(call, counted) if call.is_head else call.tensors[0].where(counted.unsqueeze(-1), 0)
     temperature, ids = call.temperature, call.ids
     temperature = None if temperature is None else temperature.where(counted, 1)
     ids = None if ids is None else ids.where(ids != call.ignore_index, -1)
@@ -41,3 +39,18 @@ def statistics(call: Call) -> RowStatistics:
     target = call.target.where(counted, 0)
     rows = row_statistics(z, target, call.class_weight, specification.names, ids, **teacher)
     return rows.map(lambda part: part.where(along(counted, part), 0))
+
+
+def _head_products(call: Call, counted: Tensor) -> Tensor:
+    """The products (N, V) of hidden states, 0 where they do not count, and head, with bias and adapter."""
+
+    def factors(hidden: str, weight: str) -> tuple[Tensor, Tensor]:
+        depths = call.named(hidden)
+        whole = depths[0] if len(depths) == 1 else torch.cat(depths)
+        dtype = call.specification.settings.compute_dtype
+        return whole.where(counted.unsqueeze(-1), 0).to(dtype), call.named(weight)[0].to(dtype)
+
+    hidden, weight = factors("hidden", "weight")
+    products = F.linear(hidden, weight, *[bias.to(hidden.dtype) for bias in call.named("bias")])
+    adapted = "adapter_weight" in call.specification.parts
+    return products + F.linear(*factors("adapter_hidden", "adapter_weight")) if adapted else products

@@ -16,8 +16,9 @@ def project(
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
     out: Tensor,  # (n, V)
+    low_rank: tuple[Tensor, Tensor] | None = None,  # (n, r) and (V, r)
 ) -> Tensor:
-    """Write ``hidden @ weight.T + bias`` to ``out``."""
+    """Write ``hidden @ weight.T + bias`` to ``out``, plus the product of the two factors of ``low_rank``."""
     step = PROJECTED_ROWS if weight.device.type == "cpu" else max(1, len(weight))
     for start in range(0, len(weight), step):
         block = slice(start, start + step)
@@ -25,6 +26,8 @@ def project(
             torch.mm(hidden, weight[block].t(), out=out[:, block])
         else:
             torch.addmm(bias[block], hidden, weight[block].t(), out=out[:, block])
+        if low_rank is not None:
+            out[:, block].addmm_(low_rank[0], low_rank[1][block].t())
     return out
 
 

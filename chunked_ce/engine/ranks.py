@@ -28,6 +28,17 @@ class Combining:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+class Reducing:
+    """Gradients (C, D) of hidden states in flight, in one collective: `wait` returns their sums over the ranks."""
+
+    def __init__(self, parts: list[Tensor], pending: Pending | None = None) -> None:
+        self._pending, self._parts = pending, parts if pending is None else None
+        self._widths = [part.shape[1] for part in parts]
+
+    def wait(self) -> Sequence[Tensor]:
+        return self._parts if self._pending is None else self._pending.wait().split(self._widths, 1)
+
+
 class OneRank:
     """The rank that holds the whole vocabulary."""
 
@@ -40,13 +51,13 @@ class OneRank:
         """Start combining the ranks' parts (C, columns) of a chunk's statistics, those of one pass."""
         return Pending(part, None, STATISTICS)
 
-    def reduce(self, chunk: Chunk, part: Tensor) -> Pending:
-        """Start summing the gradient (C, D) of a chunk's hidden states over the ranks."""
-        return Pending(part, None, HIDDEN_GRADIENT)
+    def reduce(self, chunk: Chunk, parts: list[Tensor]) -> Reducing:
+        """Start summing the gradients of a chunk's hidden states, (C, D) and (C, r) of an adapter, over the ranks."""
+        return Reducing(parts)
 
     def put(self, total: Tensor, chunk: Chunk, part: Tensor) -> None:
-        """Write the result of `reduce` into the gradient of this rank's hidden states, (N, D)."""
-        self.source.tokens.put(total, chunk.rows, part)
+        """Write a result of `reduce` into the gradient of this rank's hidden states, (N, D)."""
+        self.source.put(total, chunk.rows, part)
 
     def reduce_whole(self, total: Tensor) -> Tensor:
         """The gradient of the hidden states of all chunks, (N, D), summed over the ranks."""
@@ -73,13 +84,14 @@ class ManyRanks(OneRank):
         pieces = part.split(self._at_a_time) if self._at_a_time else (part,)
         return Combining([self._collectives.all_gather(piece, STATISTICS) for piece in pieces], names)
 
-    def reduce(self, chunk: Chunk, part: Tensor) -> Pending:
+    def reduce(self, chunk: Chunk, parts: list[Tensor]) -> Reducing:
         if self._shard.input_grad == "partial":
-            return Pending(part, None, HIDDEN_GRADIENT)
-        part = part.to(self._dtype)
+            return Reducing(parts)
+        part = parts[0].to(self._dtype) if len(parts) == 1 else torch.cat([part.to(self._dtype) for part in parts], 1)
         if not isinstance(self.source, SequenceSource):
-            return self._collectives.all_reduce_(part, HIDDEN_GRADIENT)
-        return self._collectives.reduce_scatter(self.source.whole_window(chunk, part), HIDDEN_GRADIENT)
+            return Reducing(parts, self._collectives.all_reduce_(part, HIDDEN_GRADIENT))
+        whole = self.source.whole_window(chunk, part)
+        return Reducing(parts, self._collectives.reduce_scatter(whole, HIDDEN_GRADIENT))
 
     def put(self, total: Tensor, chunk: Chunk, part: Tensor) -> None:
         if isinstance(self.source, SequenceSource):

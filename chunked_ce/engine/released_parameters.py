@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from chunked_ce.parallel.fsdp import is_flattened
 from chunked_ce.tracing import is_recorded
 
-__all__ = ["check_still_there", "is_released", "where_it_is_whole"]
+__all__ = ["check_head_still_there", "is_released", "where_it_is_whole"]
+
+# The parts of a head that an engine may put away, as arguments.
+_PARAMETERS = {"weight": "linear_weight", "bias": "linear_bias", "adapter_weight": "linear_adapter[1]"}
 
 
 def is_released(tensor: Tensor) -> bool:
@@ -35,7 +40,17 @@ def where_it_is_whole(tensor: Tensor) -> str:
     )
 
 
-def check_still_there(name: str, tensor: Tensor | None, shape: torch.Size | None, *, is_read: bool) -> None:
+def check_head_still_there(
+    parts: Sequence[str], tensors: Sequence[Tensor | None], shapes: Sequence[torch.Size], *, is_read: bool
+) -> None:
+    """Raise in a backward unless it finds the parameters of a head, by the names of its ``parts``, as the forward left
+    them."""
+    for part, tensor, shape in zip(parts, tensors, shapes, strict=True):
+        if part in _PARAMETERS:
+            _check_still_there(_PARAMETERS[part], tensor, shape, is_read=is_read)
+
+
+def _check_still_there(name: str, tensor: Tensor | None, shape: torch.Size, *, is_read: bool) -> None:
     """Raise in a backward unless a tensor has the shape of the forward, and still has values if it ``is_read``."""
     if tensor is None or is_recorded() or (tensor.shape == shape and not (is_read and is_released(tensor))):
         return

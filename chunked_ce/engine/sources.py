@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from chunked_ce.engine.call import Call
 from chunked_ce.engine.counted_tokens import CountedTokens, check_range, columns_of
+from chunked_ce.engine.depth_rows import DepthRows
 from chunked_ce.engine.products import project
 from chunked_ce.engine.scratch import logits_scratch
 from chunked_ce.engine.teacher import TeacherSource
@@ -19,7 +20,7 @@ from chunked_ce.parallel.collectives import Collectives, Pending
 from chunked_ce.plan import Plan, tokens_per_chunk
 from chunked_ce.rows.statistics import PerRow, RowStatistics
 
-__all__ = ["HIDDEN", "Block", "Chunk", "HeadSource", "LogitsSource", "SequenceSource", "Source"]
+__all__ = ["HIDDEN", "Block", "Chunk", "DepthsSource", "HeadSource", "LogitsSource", "SequenceSource", "Source"]
 
 HIDDEN = "chunked_ce: the all-gather of hidden states"
 
@@ -35,6 +36,12 @@ class Block(NamedTuple):
     rows: slice  # of the counted tokens
     per_row: PerRow
     weight: Tensor | None = None  # (B, D) of the head, in the products' dtype
+    adapter_weight: Tensor | None = None  # (B, r)
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """The weight of the head and, if it has an adapter, of this."""
+        return (self.weight,) if self.adapter_weight is None else (self.weight, self.adapter_weight)
 
 
 class Chunk(NamedTuple):
@@ -42,6 +49,20 @@ class Chunk(NamedTuple):
     blocks: Iterable[Block]  # each is valid until the next one
     x: Tensor | None = None  # (C, D) hidden states in the products' dtype
     window: slice = slice(0)  # of this rank's tokens, in a sequence shard
+    adapter_x: Tensor | None = None  # (C, r)
+
+    @property
+    def xs(self) -> tuple[Tensor, ...]:
+        """The hidden states and, if the head has an adapter, those of this: the partners of `Block.weights`."""
+        return (self.x,) if self.adapter_x is None else (self.x, self.adapter_x)
+
+
+class Head(NamedTuple):
+    """Some rows of a head in the products' dtype."""
+
+    weight: Tensor  # (V, D)
+    bias: Tensor | None  # (V,)
+    adapter_weight: Tensor | None  # (V, r)
 
 
 class _Blocks:
@@ -139,16 +160,25 @@ class HeadSource(Source):
     """Logits of hidden states and a head, computed chunk by chunk or block by block."""
 
     def __init__(self, call: Call) -> None:
-        self.hidden, self.weight, *bias = call.tensors
-        self.bias = bias[0] if bias else None
+        tensors = dict(zip(call.specification.parts, call.tensors, strict=True))
+        self.hidden: Tensor = tensors["hidden"]
+        self.adapter_hidden: Tensor | None = tensors.get("adapter_hidden")
+        self.weight: Tensor = tensors["weight"]
+        self.bias: Tensor | None = tensors.get("bias")
+        self.adapter_weight: Tensor | None = tensors.get("adapter_weight")
         self.dtype = call.specification.settings.compute_dtype
         self.plan: Plan | None = None
         super().__init__(call)
 
     @functools.cached_property
-    def head(self) -> tuple[Tensor, Tensor | None]:
-        """Weight (V, D) and bias (V,) in the products' dtype."""
+    def head(self) -> Head:
+        """The whole head."""
         return self._head(slice(0, len(self.weight)))
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """The weight of the head and, if it has an adapter, of this: the partners of `Chunk.xs`."""
+        return (self.weight,) if self.adapter_weight is None else (self.weight, self.adapter_weight)
 
     def cut(self, plan: Plan) -> HeadSource:
         """Cut the tokens and the vocabulary as ``plan`` says."""
@@ -159,38 +189,44 @@ class HeadSource(Source):
         rows, entries = self._largest_chunk(), len(self.weight) if self.plan.entries is None else self.plan.entries
         head = self.head if self.plan.entries is None else None
         buffers: list[Tensor] = []
-        for turn, (rows_of_chunk, x, window) in enumerate(self.parts()):
+        for turn, chunk in enumerate(self.parts()):
             if turn < self.plan.in_flight:
                 size = rows, min(entries, len(self.weight))
                 buffers.append(logits_scratch(*size, dtype=self.dtype, device=self.hidden.device))
-            buffer = buffers[turn % self.plan.in_flight][: len(x)]
-            blocks = self._blocks(rows_of_chunk, x, buffer, head, max(1, entries))
-            yield Chunk(rows_of_chunk, tuple(blocks) if head is not None else blocks, x, window)
+            buffer = buffers[turn % self.plan.in_flight][: len(chunk.x)]
+            blocks = self._blocks(chunk, buffer, head, max(1, entries))
+            yield chunk._replace(blocks=tuple(blocks) if head is not None else blocks)
+
+    def put(self, total: Tensor, rows: slice, part: Tensor) -> None:
+        """Write ``part`` (C, D) to the rows of ``total`` (N, D) that belong to the counted tokens ``rows``."""
+        self.tokens.put(total, rows, part)
 
     def _blocks(
         self,
-        rows: slice,
-        x: Tensor,  # (C, D)
+        chunk: Chunk,  # without its blocks
         buffer: Tensor,  # (C, B) at least
-        head: tuple[Tensor, Tensor | None] | None,
+        head: Head | None,
         size: int,
     ) -> Iterator[Block]:
         """The products with ``size`` vocabulary entries at a time; one empty block of an empty head."""
-        vocab_size, target, start = len(self.weight), self.tokens.target[rows], self.call.start
+        rows, vocab_size, start = chunk.rows, len(self.weight), self.call.start
+        target = self.tokens.target[rows]
         for first in range(0, max(1, vocab_size), size):
             entries = slice(first, min(first + size, vocab_size))
             whole = entries.stop - first == vocab_size
-            weight, bias = head or self._head(entries)
-            products = project(x, weight, bias, out=buffer[:, : len(weight)])
+            weight, bias, adapter = head or self._head(entries)
+            low_rank = None if adapter is None else (chunk.adapter_x, adapter)
+            products = project(chunk.x, weight, bias, out=buffer[:, : len(weight)], low_rank=low_rank)
             column = self.column[rows] if whole else columns_of(target, start + first, len(weight))
             class_weight = None if self.class_weight is None else self.class_weight[entries]
             per_row = self.per_row(rows, start + first, len(weight))
-            yield Block(products, column, class_weight, entries, start + first, rows, per_row, weight)
+            yield Block(products, column, class_weight, entries, start + first, rows, per_row, weight, adapter)
 
-    def _head(self, entries: slice) -> tuple[Tensor, Tensor | None]:
-        """The rows ``entries`` of weight and bias in the products' dtype."""
+    def _head(self, entries: slice) -> Head:
+        """The rows ``entries`` of the head."""
         bias = None if self.bias is None else self.bias[entries].to(self.dtype)
-        return self.weight[entries].to(self.dtype), bias
+        adapter = None if self.adapter_weight is None else self.adapter_weight[entries].to(self.dtype)
+        return Head(self.weight[entries].to(self.dtype), bias, adapter)
 
     def _room(self, rows: slice) -> tuple[int, int]:
         return self._largest_chunk(), self.plan.in_flight
@@ -198,10 +234,35 @@ class HeadSource(Source):
     def _largest_chunk(self) -> int:
         return min(self.plan.tokens, len(self.tokens))
 
-    def parts(self) -> Iterator[tuple[slice, Tensor, slice]]:
-        """Each chunk's rows and hidden states."""
+    def parts(self) -> Iterator[Chunk]:
+        """The chunks without their blocks."""
         for rows in self.tokens.blocks(self.plan.tokens):
-            yield rows, self.tokens.select(self.hidden, rows).to(self.dtype), slice(0)
+            x = self.tokens.select(self.hidden, rows).to(self.dtype)
+            adapter = self.adapter_hidden
+            adapter = None if adapter is None else self.tokens.select(adapter, rows).to(self.dtype)
+            yield Chunk(rows, (), x, adapter_x=adapter)
+
+
+class DepthsSource(HeadSource):
+    """Logits of the hidden states of several depths, (N_1, D) to (N_k, D), which no tensor holds together.
+
+    A chunk may hold tokens of several depths: only its own rows are copied.
+    """
+
+    def __init__(self, call: Call) -> None:
+        super().__init__(call)
+        self.depths = call.named("hidden")
+        self._adapter_depths = call.named("adapter_hidden")
+        self._rows = DepthRows(self.tokens, [len(hidden) for hidden in self.depths])
+
+    def put(self, total: Sequence[Tensor | None], rows: slice, part: Tensor) -> None:
+        self._rows.put(total, rows, part)
+
+    def parts(self) -> Iterator[Chunk]:
+        for rows in self.tokens.blocks(self.plan.tokens):
+            x = self._rows.select(self.depths, rows).to(self.dtype)
+            depths = self._adapter_depths
+            yield Chunk(rows, (), x, adapter_x=self._rows.select(depths, rows).to(self.dtype) if depths else None)
 
 
 class SequenceSource(HeadSource):
@@ -229,20 +290,23 @@ class SequenceSource(HeadSource):
     def _largest_chunk(self) -> int:
         return min(self._share * self._collectives.size, len(self.call.target))
 
-    def parts(self) -> Iterator[tuple[slice, Tensor, slice]]:
-        """Each chunk's rows and hidden states, gathered during the work on the previous chunk."""
+    def parts(self) -> Iterator[Chunk]:
+        """The chunks without their blocks, their hidden states gathered during the work on the previous chunk."""
         windows = [slice(at, at + self._share) for at in range(0, len(self.hidden), self._share)]
+        widths = self.call.chunk_widths()
 
         def gather(window: slice) -> Pending:
-            return self._collectives.all_gather(self.hidden[window].to(self.dtype), HIDDEN)
+            parts = [part[window].to(self.dtype) for part in (self.hidden, self.adapter_hidden) if part is not None]
+            return self._collectives.all_gather(parts[0] if len(parts) == 1 else torch.cat(parts, 1), HIDDEN)
 
         pending = gather(windows[0]) if windows else None
         for window, following in itertools.zip_longest(windows, windows[1:]):
-            gathered = pending.wait().flatten(0, 1)  # (R * c, D)
+            gathered = pending.wait().flatten(0, 1)  # (R * c, D + r)
             pending = None if following is None else gather(following)
             first = window.start * self._collectives.size
             rows = self.tokens.within(first, first + len(gathered))
-            yield rows, self.tokens.select_from(gathered, first, rows), window
+            x, *adapter = self.tokens.select_from(gathered, first, rows).split(widths, 1)
+            yield Chunk(rows, (), x, window, adapter[0] if adapter else None)
 
     def whole_window(self, chunk: Chunk, part: Tensor) -> Tensor:
         """``part`` (C, D) of the counted tokens in its place among all tokens of the chunk, (R * c, D), 0 elsewhere."""

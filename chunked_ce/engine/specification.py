@@ -42,7 +42,8 @@ class Specification(NamedTuple):
     logits: Logits
     settings: Settings
     shard: Shard | None = None
-    needed: tuple[bool, ...] = ()  # which tensors of the source need a gradient
+    parts: tuple[str, ...] = ("hidden", "weight")  # names of the source's tensors; each depth has a "hidden"
+    needed: tuple[bool, ...] = ()  # which of them need a gradient
     objective: Objective | None = None
     per_token: tuple[str, ...] = ()  # names of the per-token tensors
     ids: str | None = None  # which of them holds the ids that the statistic ``at_ids`` reads
@@ -51,6 +52,10 @@ class Specification(NamedTuple):
 
     def row_kernels(self, device: torch.device) -> ModuleType:
         return row_kernels(self.settings.backend, device, self.settings.compute_dtype, self.names)
+
+    def needs(self, part: str) -> bool:
+        """Whether any tensor of the source that is called ``part`` needs a gradient."""
+        return any(need for name, need in zip(self.parts, self.needed, strict=False) if name == part)
 
     @property
     def scales_chunks(self) -> bool:

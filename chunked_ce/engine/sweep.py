@@ -22,9 +22,9 @@ from torch import Tensor
 
 from chunked_ce.engine.call import Call
 from chunked_ce.engine.filtered import Filter, can_filter
-from chunked_ce.engine.gradient_products import ChunkProducts, Gradients, LogitGradients, VocabularyProducts
+from chunked_ce.engine.gradient_products import ChunkProducts, LogitGradients, VocabularyProducts
 from chunked_ce.engine.ranks import OneRank, ranks_of
-from chunked_ce.engine.sources import Chunk, HeadSource, LogitsSource, SequenceSource, Source
+from chunked_ce.engine.sources import Chunk, DepthsSource, HeadSource, LogitsSource, SequenceSource, Source
 from chunked_ce.engine.totals import ForwardTotals
 from chunked_ce.rows.statistics import (
     RowStatistics,
@@ -62,18 +62,19 @@ def statistics(call: Call) -> RowStatistics:
     return source.in_order(whole)
 
 
-def loss_and_gradients(call: Call) -> tuple[Tensor, Gradients, Tensor | None, RowStatistics]:
+def loss_and_gradients(call: Call) -> tuple[Tensor, list[Tensor | None], Tensor | None, RowStatistics]:
     """The sum of the losses (), its gradients, the gradients of the targets' logits, and the statistics of every row.
 
-    The gradients have the dtypes of their sums. Where that of the weight is narrow, it lacks the targets' terms, which
-    the backward adds from the gradients of the targets' logits, (N,) in fp32.
+    The gradients are in the order of the source's tensors, None where not needed, and have the dtypes of their sums.
+    Where that of the weight is narrow, it lacks the targets' terms, which the backward adds from the gradients of the
+    targets' logits, (N,) in fp32.
     """
     specification = call.specification
     source = _source(call)
     ranks, row_kernels = ranks_of(source), specification.row_kernels(call.target.device)
     totals = ForwardTotals(source, source.plan.head_sum)
     filter = _filter(source, specification.objective.statistics)
-    products = ChunkProducts(source, ranks, specification.needed, filter, keeps_unrounded=True)
+    products = ChunkProducts(source, ranks, filter, keeps_unrounded=True)
     # On one rank a block is read once for statistics and gradients, unless the statistics first decide a scale.
     fused = specification.shard is None and not specification.scales_chunks
 
@@ -116,14 +117,14 @@ def gradients(
     known: RowStatistics,  # (N,) each
     slopes: RowStatistics,  # (N,) each
     weight_sum: Tensor | None = None,  # (V, D)
-) -> Gradients | list[Tensor]:
+) -> list[Tensor | None]:
     """The gradients of the source's tensors in their dtypes, from statistics and the slopes of the loss in them.
 
     The weight's gradient is added to ``weight_sum``, if given.
     """
     specification = call.specification
     filtered = can_filter(specification, slopes.named())
-    source = _source(call, sums_head=specification.needed[1] if filtered else None)
+    source = _source(call, sums_head=specification.needs("weight") if filtered else None)
     tokens, row_kernels = source.tokens, specification.row_kernels(call.target.device)
     scale = specification.logits.scale
     known = known.map(lambda values: tokens.select(source.in_chunk_order(values)))
@@ -148,11 +149,8 @@ def gradients(
                 **outputs,
             )
             into.add(chunk, block, columns, targets, rows_slopes)
-    total = into.finish()
-    if not call.is_head:
-        return total
-    pairs = zip(total, (source.hidden, source.weight, source.bias), strict=True)
-    return Gradients(*(None if grad is None else grad.to(tensor.dtype) for grad, tensor in pairs))
+    pairs = zip(into.finish(), call.tensors, strict=True)
+    return [None if grad is None else grad.to(tensor.dtype) for grad, tensor in pairs]
 
 
 def _source(call: Call, *, sums_head: bool | None = None) -> Source:
@@ -162,9 +160,9 @@ def _source(call: Call, *, sums_head: bool | None = None) -> Source:
         return LogitsSource(call)
     if call.is_sequence:
         return SequenceSource(call)
-    source = HeadSource(call)
-    if sums_head is None and call.specification.objective is not None:
-        sums_head = call.specification.needed[1]
+    source = HeadSource(call) if call.num_depths == 1 else DepthsSource(call)
+    if call.cuts_tokens or (sums_head is None and call.specification.objective is not None):
+        sums_head = call.sums_head
     if sums_head is not None:
         return source.cut(call.plan_by_tokens(len(source.tokens), sums_head=sums_head))
     return source.cut(call.plan_by_vocabulary(len(source.tokens)))
@@ -176,7 +174,7 @@ def _filter(source: HeadSource, slopes: Iterable[str]) -> Filter | None:
     if not can_filter(call.specification, slopes):
         return None
     share = call.rows / max(1, call.vocab_size)
-    return Filter(source.head[0], source.class_weight, call.specification.settings.gradient_filter, share)
+    return Filter(source.head.weight, source.class_weight, call.specification.settings.gradient_filter, share)
 
 
 def _destination(
@@ -185,11 +183,10 @@ def _destination(
     """The products that recomputed gradients of logits enter."""
     if isinstance(source, LogitsSource):
         return LogitGradients(source)
-    needed = source.call.specification.needed
     if source.plan.entries is not None:
-        return VocabularyProducts(source, ranks, needed, weight_sum)
-    filter, sequence = _filter(source, slopes.named()), source.call.is_sequence
-    return ChunkProducts(source, ranks, needed, filter, reduces_chunks=sequence, weight_sum=weight_sum)
+        return VocabularyProducts(source, ranks, weight_sum)
+    filter, reduces_chunks = _filter(source, slopes.named()), source.call.cuts_tokens
+    return ChunkProducts(source, ranks, filter, reduces_chunks=reduces_chunks, weight_sum=weight_sum)
 
 
 def _part(source: Source, chunk: Chunk, row_kernels: ModuleType, *, overwrite: bool = True) -> Tensor:

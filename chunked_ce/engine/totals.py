@@ -26,7 +26,7 @@ def keeps_targets(call: Call, head_sum_dtype: torch.dtype) -> bool:
     settings = call.specification.settings
     narrow = head_sum_dtype not in (unrounded(head_sum_dtype), settings.accumulate_dtype)
     rounds = rounds_products(call.target.device.type, settings.compute_dtype)
-    return call.specification.needed[1] and narrow and rounds and not call.is_sequence
+    return call.specification.needs("weight") and narrow and rounds and not call.is_sequence
 
 
 class ForwardTotals:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from chunked_ce.arguments import ADAPTER
 from chunked_ce.parallel.checksum import checksum
 from chunked_ce.parallel.vocab import WHOLE_WEIGHT, VocabShard
 
@@ -54,7 +55,7 @@ def facts_of_call(
     """The facts that must be equal on every rank of a vocabulary group, by name.
 
     ``tensors`` are the arguments by name: "input" (..., D) and "linear_weight" (V_r, D), or "logits" (..., V_r),
-    "target", "linear_bias" and "weight"; all others are per token.
+    "target", "linear_bias", "weight" and the two factors of an adapter; all others are per token.
     """
     input = tensors.get("logits", tensors.get("input"))
     target, linear_weight, weight = (tensors.get(name) for name in ("target", "linear_weight", "weight"))
@@ -67,6 +68,9 @@ def facts_of_call(
             "autocast": compute_dtype,
         }
     facts |= {"input.requires_grad": input.requires_grad, "grad mode": torch.is_grad_enabled()}
+    if ADAPTER[0] in tensors:
+        hidden = tensors[ADAPTER[0]]
+        facts |= {f"{ADAPTER[0]}'s rank r": hidden.shape[-1], f"{ADAPTER[0]}.requires_grad": hidden.requires_grad}
     optional = {name: tensor for name, tensor in tensors.items() if name not in _ALWAYS}
     facts |= {name: tensor is not None for name, tensor in optional.items()}
     facts |= {
@@ -79,7 +83,9 @@ def facts_of_call(
     facts |= keywords | {"num_tokens": None if number is None else float(number)}
     if linear_weight is not None and vocab.input_grad != "sequence":
         facts |= checksums({"input": input}, ": dropout with a seed of each rank's own makes them differ")
-    local = ("linear_bias",) if facts[WHOLE_WEIGHT] else ("linear_bias", "weight")
+    local = ("linear_bias", ADAPTER[1]) if facts[WHOLE_WEIGHT] else ("linear_bias", ADAPTER[1], "weight")
+    if vocab.input_grad == "sequence":
+        local += (ADAPTER[0],)
     same = {name: tensor for name, tensor in optional.items() if tensor is not None and name not in local}
     return facts | checksums({name: tensor.double() for name, tensor in same.items()})
 

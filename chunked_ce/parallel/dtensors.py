@@ -9,36 +9,46 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from chunked_ce.arguments import ADAPTER
 from chunked_ce.parallel.fsdp import fsdp_refusal, is_fsdp_shard
 from chunked_ce.parallel.vocab import VocabShard
 from chunked_ce.tracing import assume_constant, not_compiled
 
-__all__ = ["is_dtensor", "local_arguments"]
+__all__ = ["has_dtensor", "is_dtensor", "local_arguments"]
 
 
 def local_arguments(
     name: str,  # of the tensor sharded over the vocabulary: "linear_weight" or "logits"
     sharded: Tensor,  # (V, D) or (..., V)
     vocab: VocabShard | None,
-    *,
-    linear_bias: Tensor | None = None,
-    **others: Any,
+    **given: Any,
 ) -> tuple[Tensor, VocabShard | None, dict[str, Any]]:
     """This rank's part of ``sharded``, its shard of the vocabulary, and the other arguments as local tensors."""
-    given = {"linear_bias": linear_bias, **others}
-    if not any(map(is_dtensor, (sharded, *given.values()))) or not isinstance(vocab, VocabShard | None):
+    if not has_dtensor((sharded, *given.values())) or not isinstance(vocab, VocabShard | None):
         return sharded, vocab, given  # a vocab of another type is refused where arguments are checked
     if is_dtensor(sharded):
         sharded, vocab = _vocabulary(name, sharded, vocab)
-    local = {name: _tokens(name, value, vocab) if is_dtensor(value) else value for name, value in others.items()}
-    bias = _bias(linear_bias, vocab) if is_dtensor(linear_bias) else linear_bias
-    return sharded, vocab, {"linear_bias": bias, **local}
+
+    def local(name: str, value: Any) -> Any:
+        if isinstance(value, list | tuple):  # of several depths
+            return [local(name, part) for part in value]
+        if not is_dtensor(value):
+            return value
+        return _rows(name, value, vocab) if name in ("linear_bias", ADAPTER[1]) else _tokens(name, value, vocab)
+
+    return sharded, vocab, {name: local(name, value) for name, value in given.items()}
+
+
+def has_dtensor(values: Iterable[Any]) -> bool:
+    """Whether there is a DTensor among ``values``, which may be lists of several depths."""
+    return any(has_dtensor(value) if isinstance(value, list | tuple) else is_dtensor(value) for value in values)
 
 
 def is_dtensor(value: object) -> bool:
@@ -68,16 +78,17 @@ def _tokens(name: str, tensor: Any, vocab: VocabShard | None) -> Tensor:
     """An argument that each rank needs whole: hidden states, targets or weights."""
     placements = _placements(tensor)
     mine = _dim_of(tensor.device_mesh, vocab)
-    if name == "input" and vocab is not None and vocab.input_grad == "sequence":
-        return _sequence_shard(tensor, placements, mine)
+    is_hidden = name in ("input", ADAPTER[0])
+    if is_hidden and vocab is not None and vocab.input_grad == "sequence":
+        return _sequence_shard(name, tensor, placements, mine)
     of_tokens = dict.fromkeys(("target", "token_weight", "temperature"), tensor.dim())
-    token_dims = {"input": tensor.dim() - 1, **of_tokens}.get(name, 0)
+    token_dims = tensor.dim() - 1 if is_hidden else of_tokens.get(name, 0)
     for at, placement in enumerate(placements):
         if at != mine and _shards(placement) and placement.dim < token_dims:
             raise ValueError(_sharded_tokens(name, tensor, " along other ranks than those of the vocabulary"))
     replicated = _replicated(placements)
     gradient = list(replicated)
-    if name == "input" and vocab is not None and vocab.input_grad == "partial":
+    if is_hidden and vocab is not None and vocab.input_grad == "partial":
         if mine is None:
             raise ValueError(
                 f"{name} must be a DTensor on a mesh with the ranks of vocab for input_grad='partial', had placements "
@@ -87,7 +98,7 @@ def _tokens(name: str, tensor: Any, vocab: VocabShard | None) -> Tensor:
     return tensor.redistribute(placements=replicated).to_local(grad_placements=gradient)
 
 
-def _sequence_shard(tensor: Any, placements: list[Any], mine: int | None) -> Tensor:
+def _sequence_shard(name: str, tensor: Any, placements: list[Any], mine: int | None) -> Tensor:
     """This rank's share of hidden states whose tokens are sharded in the order of the ranks."""
     for at, placement in enumerate(placements):
         if at == mine:
@@ -99,33 +110,33 @@ def _sequence_shard(tensor: Any, placements: list[Any], mine: int | None) -> Ten
             fits = placement.is_replicate()
         if mine is None or not fits:
             raise ValueError(
-                "input must be sharded on its first dimension of tokens over the ranks of vocab, and replicated over "
+                f"{name} must be sharded on its first dimension of tokens over the ranks of vocab, and replicated over "
                 f"others, for input_grad='sequence', had placements {tuple(placements)} on {tensor.device_mesh}"
             )
     return tensor.to_local()
 
 
-def _bias(bias: Any, vocab: VocabShard | None) -> Tensor:
-    """This rank's entries of a bias, those of its rows of the head."""
-    placements = _placements(bias)
+def _rows(name: str, tensor: Any, vocab: VocabShard | None) -> Tensor:
+    """This rank's entries of a bias, or rows of an adapter's weight: those of its rows of the head."""
+    placements = _placements(tensor)
     if any(map(_shards, placements)):
-        _refuse_fsdp("linear_bias", bias)
+        _refuse_fsdp(name, tensor)
     required = _replicated(placements)
     if vocab is not None:
-        mine = _dim_of(bias.device_mesh, vocab)
+        mine = _dim_of(tensor.device_mesh, vocab)
         if mine is None:
             raise ValueError(
-                f"linear_bias must be on a mesh with the ranks of vocab, had placements {tuple(placements)} on "
-                f"{bias.device_mesh}"
+                f"{name} must be on a mesh with the ranks of vocab, had placements {tuple(placements)} on "
+                f"{tensor.device_mesh}"
             )
         required[mine] = _types().Shard(0)
-        bounds = _shard_of("linear_bias", bias.device_mesh, required, bias.shape[0], 0)
+        bounds = _shard_of(name, tensor.device_mesh, required, tensor.shape[0], 0)
         if (bounds.start, bounds.stop) != (vocab.start, vocab.stop):
             raise ValueError(
-                f"linear_bias must hold the words [{vocab.start}, {vocab.stop}) of vocab on this rank, would hold "
+                f"{name} must hold the words [{vocab.start}, {vocab.stop}) of vocab on this rank, would hold "
                 f"[{bounds.start}, {bounds.stop}) with placements {tuple(required)}"
             )
-    return bias.redistribute(placements=required).to_local()
+    return tensor.redistribute(placements=required).to_local()
 
 
 def _refuse_fsdp(name: str, tensor: Any) -> None:

@@ -123,7 +123,8 @@ def test_the_chunk_loops(dtype, backend, launches):
     """What the operators run: operators themselves are opaque to fake tensors."""
     hidden, weight, bias, target = tensors(dtype)
     names, settings = names_of(("weighted", "mean", "correct")), Settings(dtype, chunk_size=5, backend=backend)
-    whole = Specification("head", names, Logits(0.5, 3.0), settings, needed=(True,) * 3)
+    parts = "hidden", "weight", "bias"
+    whole = Specification("head", names, Logits(0.5, 3.0), settings, parts=parts, needed=(True,) * 3)
     forward = whole._replace(objective=CrossEntropy(0.1, 0.1))
     call = Call((hidden, weight, bias), torch.empty(V, device="meta"), target, -100, forward)
     coefficient = torch.empty(N, dtype=torch.float64, device="meta")
