@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from rich.table import Table
 
-from chunked_ce.cli import process_checks, report
+from chunked_ce.cli import objective_checks, process_checks, report
 from chunked_ce.cli.self_checks import Row, cases
 from chunked_ce.cli.tables import simple_table, wide_console
 from chunked_ce.rows.backend import triton_runs
@@ -65,7 +65,7 @@ def parts(devices: list[str], alone: bool, skipped: dict[str, str]) -> Iterator[
         for dtype in _DTYPES:
             for backend in ["torch", "triton"] if triton_runs(torch.device(device), dtype) else ["torch"]:
                 name = f"{device}, {str(dtype).removeprefix('torch.')}, {backend} kernels"
-                yield name, lambda at=(device, dtype, backend): list(cases(*at))
+                yield name, lambda at=(device, dtype, backend): [*cases(*at), *objective_checks.cases(*at)]
     reason = "left out by --no-processes" if alone else None
     interpreter = "Triton's kernels in its interpreter"
     if torch.cuda.is_available():

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from chunked_ce import ChunkOptions, TokenMean, VocabShard, linear_cross_entropy
+from chunked_ce.cli import objective_checks
 from chunked_ce.cli.self_checks import CHUNK, OPTIONS, VOCAB, CheckInputs, Row, compare, plain, small_cases
 
 __all__ = ["deepspeed_rows", "interpreted_rows", "sharded_rows"]
@@ -54,6 +55,8 @@ def _sharded(rank: int) -> Iterator[Row]:
         for gradients in ("forward", "backward"):
             options = ChunkOptions(chunk_size=CHUNK, gradients=gradients)
             yield from _vocab_parallel(inputs, f"{where}, {gradients}", options)
+            shard = VocabShard.split(VOCAB)
+            yield from objective_checks.sharded_cases(inputs, f"{where}, sharded, {gradients}", options, shard)
         yield from _token_mean(rank, inputs, where)
 
 

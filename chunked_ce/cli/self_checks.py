@@ -20,7 +20,18 @@ from chunked_ce import ChunkOptions, cross_entropy, linear_cross_entropy, linear
 from chunked_ce.cli.accuracy import relative_error
 from chunked_ce.cli.synthetic_inputs import IGNORED, LossInputs
 
-__all__ = ["OPTIONS", "CheckInputs", "Row", "allowed", "cases", "compare", "plain", "small_cases"]
+__all__ = [
+    "CHUNK",
+    "OPTIONS",
+    "CheckInputs",
+    "Row",
+    "allowed",
+    "cases",
+    "compare",
+    "place",
+    "plain",
+    "small_cases",
+]
 
 TOKENS, HIDDEN, VOCAB, CHUNK = 110, 520, 701, 48  # odd sizes, several chunks, a last one that is smaller
 _LOW = (torch.bfloat16, torch.float16)
@@ -186,7 +197,7 @@ def compare(
 def cases(device: str, dtype: torch.dtype, backend: str = "auto") -> Iterator[Row]:
     """All rows of one device, dtype and choice of kernels."""
     inputs = CheckInputs.random(dtype, device)
-    where = _place(device, dtype, backend)
+    where = place(device, dtype, backend)
     yield from _losses(inputs, where, backend, CHUNK, tuple(OPTIONS))
     yield from _frozen(inputs, where, backend)
     options = ChunkOptions(chunk_size=CHUNK, backend=backend)
@@ -203,11 +214,12 @@ def cases(device: str, dtype: torch.dtype, backend: str = "auto") -> Iterator[Ro
 def small_cases(device: str, dtype: torch.dtype, backend: str) -> Iterator[Row]:
     """Few and small cases, for kernels in the interpreter, which takes milliseconds for every row of logits."""
     inputs = CheckInputs.random(dtype, device, tokens=9, hidden_size=64, vocab_size=301)
-    where = f"{_place(device, dtype, backend)}, interpreted"
+    where = f"{place(device, dtype, backend)}, interpreted"
     yield from _losses(inputs, where, backend, 4, ("nothing else", "all together"))
 
 
-def _place(device: str, dtype: torch.dtype, backend: str) -> str:
+def place(device: str, dtype: torch.dtype, backend: str) -> str:
+    """Where a case runs, as the table says it."""
     return f"{device}, {str(dtype).removeprefix('torch.')}" + ("" if backend == "auto" else f", {backend} kernels")
 
 
