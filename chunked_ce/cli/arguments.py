@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from chunked_ce.cli.heads import HEADS
-from chunked_ce.cli.implementations import DTYPES
+from chunked_ce.cli.implementations import DTYPES, KINDS
 
 __all__ = ["parser", "size", "sweep"]
 
@@ -126,6 +126,7 @@ def _plan(to: Parser) -> None:
 def _bench(to: Parser) -> None:
     to.description = "Forward and backward of every implementation in a process of its own: time, memory and errors."
     _shape(to)
+    to.add_argument("--loss", choices=KINDS, default=KINDS[0], help=f"{', '.join(KINDS)}: beside full logits")
     to.add_argument("--dtype", choices=DTYPES, nargs="+", help="fp32 and bf16 on a CPU, else bf16")
     to.add_argument("--sweep", type=sweep, metavar="NAME=A,B", help=f"one of {', '.join(SWEPT)}: vocab=32768,65536")
     to.add_argument("--chunk", type=integer(1), metavar="C", help="tokens in a chunk, where this can be set")

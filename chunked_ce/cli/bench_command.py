@@ -13,7 +13,7 @@ from rich.table import Table
 
 from chunked_ce.cli import memory, report
 from chunked_ce.cli.heads import head_of
-from chunked_ce.cli.implementations import DEVICE, PRODUCTS, select
+from chunked_ce.cli.implementations import CROSS_ENTROPY, DEVICE, PRODUCTS, select
 from chunked_ce.cli.measure import INTERRUPTED, Prepared, Result, measure, not_measured, prepared
 from chunked_ce.cli.synthetic_inputs import load
 from chunked_ce.cli.tables import COLUMNS, cells, simple_table, wide_console
@@ -27,7 +27,8 @@ _DEFAULTS = {"cpu": (2048, 768, 50257), "cuda": (8192, 2304, 256000)}  # N, D, V
 def run(arguments: argparse.Namespace) -> int:
     """Measure, print, write the files; 130 if it was interrupted, else 0."""
     cases = cases_of(arguments)
-    names, missing = select(arguments.only, chunk_only=bool(arguments.sweep and arguments.sweep[0] == "chunk"))
+    chunk_only = bool(arguments.sweep and arguments.sweep[0] == "chunk")
+    names, missing = select(arguments.only, kind=arguments.loss, chunk_only=chunk_only)
     _check_files(arguments)
     conditions = report.conditions()
     console, errors = wide_console(), wide_console(stderr=True)
@@ -120,7 +121,8 @@ def _measure_all(
 
 def _prepared(case: Task, arguments: argparse.Namespace, folder: Path) -> Prepared | str:
     with Worker(case.device) as worker:
-        errors, timeout = not arguments.no_errors, arguments.timeout
+        # The float64 reference is that of cross-entropy; `chunked-ce check` compares the others.
+        errors, timeout = not arguments.no_errors and arguments.loss == CROSS_ENTROPY, arguments.timeout
         return prepared(worker, case, arguments.data, folder, errors=errors, timeout=timeout)
 
 

@@ -1,7 +1,8 @@
 """The implementations of the loss that are compared: one training step of each, on the same inputs.
 
 A loss is a function of hidden states (N, D), head (V, D) and targets (N,); `train_step` runs it forward and backward.
-`PRODUCTS` is the yardstick: the three matrix products that no exact loss can do without, 6 N V D operations.
+`PRODUCTS` is the yardstick of cross-entropy: the three matrix products that no exact loss can do without, 6 N V D
+operations. Losses that form logits twice, or a teacher's too, have `FOUR_PRODUCTS`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import importlib
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,14 +20,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chunked_ce import ChunkOptions, linear_cross_entropy
+from chunked_ce.cli.other_losses import OTHER_LOSSES, OtherLoss
 from chunked_ce.cli.synthetic_inputs import LossInputs
 
-__all__ = ["DEVICE", "DTYPES", "IMPLEMENTATIONS", "LOSSES", "PRODUCTS", "loss_of", "select", "train_step", "why_not"]
+__all__ = [
+    "CROSS_ENTROPY",
+    "DEVICE",
+    "DTYPES",
+    "IMPLEMENTATIONS",
+    "KINDS",
+    "LOSSES",
+    "PRODUCTS",
+    "loss_of",
+    "select",
+    "train_step",
+    "why_not",
+    "yardstick_of",
+]
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 PRODUCTS = "three products"
+FOUR_PRODUCTS = "four products"
 FORWARD = "chunked_ce"
 BACKWARD = "chunked_ce, backward way"
 FILTERED = "chunked_ce, filtered"
@@ -40,6 +56,7 @@ CCE = "cut-cross-entropy"
 CCE_EXACT = "cut-cross-entropy, no filter"
 CCE_PRETRAINING = "cut-cross-entropy, pretraining"
 QUACK = "quack"
+CROSS_ENTROPY = "cross-entropy"
 
 CHUNKED: dict[str, dict[str, object]] = {  # those of this library, and their `ChunkOptions`
     FORWARD: {},
@@ -60,10 +77,13 @@ class Implementation(NamedTuple):
     exact: bool = True  # no part of the gradient is left out or approximated on purpose
     takes_chunk: bool = False
     compiles: bool = False  # at each shape, so it has to be warmed up at that shape
+    kind: str = CROSS_ENTROPY  # which loss it is: what ``--loss`` takes
+    yardstick: str = PRODUCTS
 
 
-def products(hidden: Tensor, weight: Tensor) -> None:
-    """The logits and the two products with a gradient of their shape, as anyone would write them.
+def products(hidden: Tensor, weight: Tensor, logits_times: int = 1) -> None:
+    """The logits, as often as ``logits_times`` says, and the two products with a gradient of their shape, as anyone
+    would write them.
 
     Tokens go in slices of 2 GiB of logits each, and the gradient of the head is summed in its own dtype.
     """
@@ -71,7 +91,8 @@ def products(hidden: Tensor, weight: Tensor) -> None:
     with torch.no_grad():
         hidden_grad, weight_grad = torch.empty_like(hidden), None
         for x, x_grad in zip(hidden.split(step), hidden_grad.split(step), strict=True):
-            logits = x @ weight.t()
+            for _ in range(logits_times):
+                logits = x @ weight.t()
             torch.mm(logits, weight, out=x_grad)
             weight_grad = logits.t() @ x if weight_grad is None else weight_grad.addmm_(logits.t(), x)
 
@@ -182,20 +203,47 @@ LOSSES: dict[str, Implementation] = {
         "quack", _quack, functools.partial(_needs_cuda, "quack.linear_cross_entropy"), takes_chunk=True
     ),
 }
-IMPLEMENTATIONS = (PRODUCTS, *LOSSES)
+IMPLEMENTATIONS = (PRODUCTS, *LOSSES)  # of cross-entropy
+
+
+def _others() -> Iterator[tuple[str, Implementation]]:
+    """Two of each loss besides cross-entropy: this library's, and full logits."""
+    for kind, loss in OTHER_LOSSES.items():
+        yardstick = {3: PRODUCTS, 4: FOUR_PRODUCTS}[loss.products]
+
+        def ours(chunk: int | None, loss: OtherLoss = loss) -> Loss:
+            return functools.partial(loss.ours, options=ChunkOptions(chunk_size=chunk or "auto"))
+
+        def full(chunk: int | None, loss: OtherLoss = loss) -> Loss:
+            return loss.full
+
+        yield f"{kind}, {FORWARD}", Implementation(kind, ours, takes_chunk=True, kind=kind, yardstick=yardstick)
+        yield f"{kind}, {FULL}", Implementation(f"{kind}-full", full, kind=kind, yardstick=yardstick)
+
+
+LOSSES |= dict(_others())
+KINDS = (CROSS_ENTROPY, *OTHER_LOSSES)
 
 
 def why_not(name: str, device: str = DEVICE) -> str | None:
     """Why an implementation cannot run here; None if it can."""
-    return None if name == PRODUCTS else LOSSES[name].why_not(device)
+    return LOSSES[name].why_not(device) if name in LOSSES else None
 
 
-def select(only: Sequence[str] | None = None, *, chunk_only: bool = False) -> tuple[list[str], dict[str, str]]:
+def yardstick_of(name: str) -> str:
+    """The products that an implementation is measured beside."""
+    return LOSSES[name].yardstick if name in LOSSES else name
+
+
+def select(
+    only: Sequence[str] | None = None, *, kind: str = CROSS_ENTROPY, chunk_only: bool = False
+) -> tuple[list[str], dict[str, str]]:
     """The names of those that run, the products first, and why each of the others does not.
 
-    ``only`` holds keys; ``chunk_only`` leaves out those that choose their chunk size themselves.
+    ``only`` holds keys of losses of this ``kind``; ``chunk_only`` leaves out those that choose their chunk size
+    themselves.
     """
-    keys = {loss.key: name for name, loss in LOSSES.items()}
+    keys = {loss.key: name for name, loss in LOSSES.items() if loss.kind == kind}
     unknown = [key for key in only or () if key not in keys]
     if unknown:
         raise ValueError(f"--only must name some of {', '.join(keys)}, was {unknown[0]!r}")
@@ -207,7 +255,7 @@ def select(only: Sequence[str] | None = None, *, chunk_only: bool = False) -> tu
             reason = "it cannot be told its chunk size"
         if reason:
             missing[name] = reason
-    return [PRODUCTS, *(name for name in chosen if name not in missing)], missing
+    return [yardstick_of(next(iter(keys.values()))), *(name for name in chosen if name not in missing)], missing
 
 
 @functools.cache
@@ -219,8 +267,8 @@ def loss_of(name: str, chunk: int | None = None) -> Loss:
 def train_step(name: str, inputs: LossInputs, chunk: int | None = None) -> None:
     """Forward and backward, gradients into fresh memory; the device has finished all of it on return."""
     hidden, weight, target = inputs
-    if name == PRODUCTS:
-        products(hidden, weight)
+    if name in (PRODUCTS, FOUR_PRODUCTS):
+        products(hidden, weight, 1 if name == PRODUCTS else 2)
     else:
         loss_of(name, chunk)(hidden, weight, target).mean().backward()
         hidden.grad = weight.grad = None

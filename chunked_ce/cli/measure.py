@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from chunked_ce.cli.implementations import DTYPES, LOSSES, PRODUCTS
+from chunked_ce.cli.implementations import DTYPES, LOSSES
 from chunked_ce.cli.memory_models import predicted
 from chunked_ce.cli.report import MIB
 from chunked_ce.cli.worker import Preparation, Task, Worker
@@ -62,7 +62,7 @@ def not_measured(task: Task, status: str) -> Result:
     """The case, the memory law's prediction for it, and a status."""
     settings = {"dtype": DTYPES[task.dtype], "device": task.device, "chunk": task.chunk, "ignored": task.ignored}
     law = predicted(task.implementation, task.tokens, task.vocab, task.hidden, **settings)
-    exact = task.implementation == PRODUCTS or LOSSES[task.implementation].exact
+    exact = task.implementation not in LOSSES or LOSSES[task.implementation].exact
     case = {name: getattr(task, name) for name in ("dtype", "tokens", "hidden", "vocab", "chunk", "ignored")}
     described = {"contestant": task.implementation, "exact": exact} | case
     return described | {"predicted_mib": law and round(law.peak / MIB, 1), "status": status}

@@ -1,7 +1,7 @@
 """One implementation in a process of its own: its peak memory, its errors, and rounds beside the three products.
 
 The process serves tasks through a pipe. For each it sends messages: ``("memory", bytes)``, ``("errors", dict)``,
-``("round", (seconds, seconds of the products))`` after every round, and last ``("done", None)`` or
+``("round", (seconds, seconds of its products))`` after every round, and last ``("done", None)`` or
 ``("failed", reason)``. In a round the implementation and the products take turns at being first. So no two
 implementations are in memory at a time, and a machine that gets slower or faster changes both times of a round.
 """
@@ -24,7 +24,7 @@ import torch
 
 from chunked_ce.cli import memory, synthetic_inputs
 from chunked_ce.cli.accuracy import Reference, errors_of, reference
-from chunked_ce.cli.implementations import DTYPES, LOSSES, PRODUCTS, loss_of, train_step
+from chunked_ce.cli.implementations import DTYPES, LOSSES, loss_of, train_step, yardstick_of
 from chunked_ce.cli.synthetic_inputs import LossInputs
 
 __all__ = ["OUT_OF_MEMORY", "WARM_UP", "Preparation", "Task", "Worker"]
@@ -172,7 +172,8 @@ def _measured(task: Task) -> Iterator[Message]:
     implementation, chunk, device = task.implementation, task.chunk, task.device
     inputs = task.inputs()
     small = LossInputs.random(*WARM_UP, DTYPES[task.dtype], device=device)
-    for name in (PRODUCTS, implementation):
+    yardstick = yardstick_of(implementation)
+    for name in (yardstick, implementation):
         at_shape = device == "cuda" or (name in LOSSES and LOSSES[name].compiles)
         train_step(name, inputs if at_shape else small, chunk)
     del small
@@ -183,13 +184,13 @@ def _measured(task: Task) -> Iterator[Message]:
     elif task.memory_limit is not None:
         train_step(implementation, inputs, chunk)
     memory.limit_memory(int(_AVAILABLE * memory.available(device)), device)  # the products may take more
-    if task.exact is not None and implementation != PRODUCTS:
+    if task.exact is not None and implementation in LOSSES:
         yield "errors", _errors(task, inputs)
     for turn in range(-1, task.rounds):
-        names = (PRODUCTS, implementation) if turn % 2 else (implementation, PRODUCTS)
+        names = (yardstick, implementation) if turn % 2 else (implementation, yardstick)
         seconds = {name: _seconds(name, inputs, chunk) for name in names}
         if turn >= 0:
-            yield "round", (seconds[implementation], seconds[PRODUCTS])
+            yield "round", (seconds[implementation], seconds[yardstick])
 
 
 def _errors(task: Task, inputs: LossInputs) -> dict[str, float]:

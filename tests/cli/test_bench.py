@@ -1,5 +1,6 @@
 """``chunked-ce bench``: real processes on a tiny shape, and what becomes of failures, interrupts and files."""
 
+import functools
 import json
 import os
 import re
@@ -11,9 +12,12 @@ import pytest
 import torch
 
 from benchmarks.report import markdown
+from chunked_ce import ChunkOptions
 from chunked_ce.cli import bench_command, main, memory, plots, worker
 from chunked_ce.cli.implementations import DEVICE, FORWARD, FULL, LOSSES, PRODUCTS, select, why_not
+from chunked_ce.cli.other_losses import OTHER_LOSSES
 from chunked_ce.cli.page import page
+from chunked_ce.cli.synthetic_inputs import LossInputs
 from chunked_ce.cli.worker import Task, Worker
 
 NOT_MEASURED = memory.why_not_measured("cpu")
@@ -180,3 +184,19 @@ def test_everyone_says_why_not():
 def test_chunk_sizes_are_for_those_that_take_one():
     names, missing = select(chunk_only=True)
     assert FORWARD in names and FULL in missing
+
+
+@pytest.mark.parametrize("kind", OTHER_LOSSES)
+def test_other_losses_are_those_of_full_logits(kind):
+    """Values and gradients of what ``bench --loss`` compares."""
+    inputs = LossInputs.random(20, 8, 90, torch.float32, ignored=0.2)
+    found = []
+    ours = functools.partial(OTHER_LOSSES[kind].ours, options=ChunkOptions(chunk_size=7))
+    for loss in (ours, OTHER_LOSSES[kind].full):
+        value = loss(*inputs)
+        found.append((value.detach(), *torch.autograd.grad(value.sum(), inputs[:2])))
+    for ours, full in zip(*found, strict=True):
+        torch.testing.assert_close(ours, full, rtol=1e-4, atol=1e-6)
+    names, _ = select(kind=kind)
+    assert names == [f"{'four' if OTHER_LOSSES[kind].products == 4 else 'three'} products", *names[1:]]
+    assert len(names) == 3

@@ -224,7 +224,7 @@ PRODUCT = N * D * V
 @pytest.mark.parametrize(("frozen", "forward", "backward"), [((), 4, 6), (("hidden",), 3, 5), (("head",), 3, 5)])
 @pytest.mark.parametrize("beta", SOME_BETAS)
 def test_products(beta, frozen, forward, backward):
-    """8 N V D in the forward way: the teacher's product, the student's, and two of gradients; frozen parts cost none."""
+    """8 N V D in the forward way: products of teacher and student, and two of gradients; frozen parts cost none."""
     case = problem(N, D, V, ignored=0.0)
     for name in frozen:
         getattr(case, name).requires_grad_(False)
