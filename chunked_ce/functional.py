@@ -169,8 +169,8 @@ def cross_entropy(
     """`linear_cross_entropy` of logits that exist, (..., V): a few rows at a time, without an fp32 copy of them.
 
     The arguments, the result and the errors are those of `linear_cross_entropy`. Of the options only ``backend`` has
-    an effect: there are no products to cut into chunks, so that nothing is filtered by ``gradient_filter`` and there is
-    no head for ``accumulate_into``.
+    an effect: there are no products to cut into chunks, so that nothing is filtered by ``gradient_filter``, there is no
+    head for ``accumulate_into``, and logits rounded before are not made exact by ``logits_dtype``.
 
     >>> import torch
     >>> cross_entropy(torch.zeros(2, 8), torch.tensor([3, -100]))

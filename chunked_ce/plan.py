@@ -24,6 +24,7 @@ from chunked_ce.devices import (
     rounds_products,
     rounds_within,
     unrounded,
+    widened_rows,
 )
 from chunked_ce.options import ChunkOptions
 from chunked_ce.rows.backend import triton_runs
@@ -65,6 +66,7 @@ class Settings(NamedTuple):
     accumulate_into: str | None = None
     head_sum_dtype: torch.dtype | None = None  # of head gradients computed in the forward; None: the plan's
     teacher_dtype: torch.dtype | None = None  # of the products of a teacher's head beside the student's
+    asked_logits_dtype: torch.dtype | None = None  # of logits, where that is wider than the products' dtype
 
     @classmethod
     def of(cls, options: ChunkOptions, compute_dtype: torch.dtype) -> Settings:
@@ -76,17 +78,29 @@ class Settings(NamedTuple):
             options.backend,
             options.filter_threshold(compute_dtype),
             options.accumulate_into,
+            asked_logits_dtype=options.logits_dtype,
         )
 
     @property
-    def logit_bytes(self) -> int:
-        """Bytes that a chunk holds for each logit, a teacher's included."""
-        return self.compute_dtype.itemsize + (0 if self.teacher_dtype is None else self.teacher_dtype.itemsize)
+    def logits_dtype(self) -> torch.dtype:
+        """The dtype of the logits before scale and softcap."""
+        return self.logits_of(self.compute_dtype)
+
+    def logits_of(self, factors: torch.dtype) -> torch.dtype:
+        """The dtype of logits from products of ``factors``."""
+        return factors if self.asked_logits_dtype is None else torch.promote_types(self.asked_logits_dtype, factors)
 
     @property
     def wide_dtype(self) -> torch.dtype:
         """The dtype in which gradients are summed over chunks and ranks."""
         return torch.promote_types(self.accumulate_dtype, self.compute_dtype)
+
+    def logit_bytes(self, in_flight: int = 1) -> int:
+        """Bytes that a call holds for each logit of a chunk, of which ``in_flight`` exist at a time: with a teacher's
+        logit, and with a gradient that is narrower than its logit and so cannot take its place."""
+        apart = self.logits_dtype != self.compute_dtype
+        teacher = 0 if self.teacher_dtype is None else self.logits_of(self.teacher_dtype).itemsize
+        return in_flight * (self.logits_dtype.itemsize + teacher) + apart * self.compute_dtype.itemsize
 
 
 class Budget(NamedTuple):
@@ -163,7 +177,7 @@ class Plan(NamedTuple):
         A block has as many logits as a chunk of ``chunk_size`` tokens and the whole vocabulary would have.
         """
         most = budget(vocab_size, 0, settings.memory_budget, sums_head=False)
-        size = most.size // max(1, num_counted * settings.logit_bytes)
+        size = most.size // max(1, num_counted * settings.logit_bytes())
         if settings.chunk_size is not None:
             size = settings.chunk_size * vocab_size // max(1, num_counted)
         if size > _ALIGNED:
@@ -197,7 +211,7 @@ def tokens_per_chunk(
         return settings.chunk_size
     compute_dtype, accumulate_dtype = settings.compute_dtype, settings.accumulate_dtype
     most = budget(vocab_size, hidden_size, settings.memory_budget, sums_head=head_dtype is not None).size
-    token_bytes = max(1, vocab_size * settings.logit_bytes)
+    token_bytes = max(1, vocab_size * settings.logit_bytes())
     # A single chunk needs no wide sum of a narrow head's gradient: its logits may take that memory.
     # An fp16 gradient is always summed wide: before it is divided by the token count it can overflow.
     if settings.memory_budget is None and head_dtype == compute_dtype != torch.float16:
@@ -205,7 +219,7 @@ def tokens_per_chunk(
         spared = spared if head_dtype.itemsize < accumulate_dtype.itemsize else 0
         if num_tokens * token_bytes <= most + spared:
             return max(1, num_tokens)
-    return _even(num_tokens, max(1, most // in_flight // token_bytes))
+    return _even(num_tokens, max(1, most // max(1, vocab_size * settings.logit_bytes(in_flight))))
 
 
 class MemoryPrediction(NamedTuple):
@@ -254,15 +268,15 @@ def predict_memory(
         kept_share: of the vocabulary, kept by the gradient filter in a chunk; a small model of 131,072 kept 6 %.
         ranks: how many share the vocabulary evenly (`chunked_ce.VocabShard`); the prediction is for the largest shard.
 
-    Terms in bytes: ``logits`` of one chunk, ``rows`` in flight in fp32, ``hidden_grad`` (kept in fp32 at least
-    until the backward), ``head_sum`` (the head's gradient as it is summed over chunks), ``head_grad`` (as it is
-    returned, if that is another tensor), ``products`` before they are added to a wider sum, in both dtypes,
-    ``hidden_sum`` (which the backward rounds to ``hidden_grad``, if that is another tensor), ``head_copy`` and
-    ``hidden_copy`` in the products' dtype, and ``statistics`` of the tokens. With several ranks, two chunks'
-    ``logits``, and ``collectives``: the tensors gathered and reduced, without the backend's own buffers.
-    With a gradient filter, ``kept`` columns, their rows of the head and of its gradient, and ``tails`` for all chunks.
-    ``packed`` is a block of the head as the matrix library of a CPU rearranges it. Other memory of that library and of
-    the C allocator is left out: 1 to 8 MiB on two cores.
+    Terms in bytes: ``logits`` of one chunk (and their gradients, where these are narrower), ``rows`` in flight in fp32,
+    ``hidden_grad`` (kept in fp32 at least until the backward), ``head_sum`` (the head's gradient as it is summed over
+    chunks), ``head_grad`` (as it is returned, if that is another tensor), ``products`` before they are added to a wider
+    sum, in both dtypes (or the factors of wider logits, cast to their dtype), ``hidden_sum`` (which the backward rounds
+    to ``hidden_grad``, if that is another tensor), ``head_copy`` and ``hidden_copy`` in the products' dtype, and
+    ``statistics`` of the tokens. With several ranks, two chunks' ``logits``, and ``collectives``: the tensors gathered
+    and reduced, without the backend's own buffers. With a gradient filter, ``kept`` columns, their rows of the head and
+    of its gradient, and ``tails`` for all chunks. ``packed`` is a block of the head as the matrix library of a CPU
+    rearranges it. Other memory of that library and of the C allocator is left out: 1 to 8 MiB on two cores.
 
     >>> law = predict_memory(4096, 131072, 256, dtype=torch.float32)
     >>> law.forward["logits"] // 2**20, law.forward["head_sum"] // 2**20
@@ -272,6 +286,8 @@ def predict_memory(
     head_dtype = head_dtype or dtype
     compute_dtype = compute_dtype or dtype
     settings = Settings.of(options, compute_dtype)
+    logits_dtype = settings.logits_dtype
+    widens = logits_dtype != compute_dtype  # the logits: their gradients take memory of their own
     counted = num_tokens if num_counted is None else num_counted
     sharded = ranks > 1
     vocab_size = math.ceil(vocab_size / ranks)
@@ -295,12 +311,15 @@ def predict_memory(
     blocks = Plan.by_vocabulary(counted, vocab_size, settings, head_dtype)
 
     on_cuda = device_type == "cuda" and options.backend != "torch"
-    in_registers = on_cuda and triton_runs(torch.device(device_type), compute_dtype)
+    in_registers = on_cuda and triton_runs(torch.device(device_type), logits_dtype)
 
-    def rows_and_logits(tokens: int, entries: int, buffers: int = 1, keeps: bool = False) -> dict[str, int]:
-        copies = not in_registers and (keeps or compute_dtype != work)
+    def rows_and_logits(
+        tokens: int, entries: int, buffers: int = 1, keeps: bool = False, gradients: bool = True
+    ) -> dict[str, int]:
+        copies = not in_registers and (keeps or logits_dtype != work)
+        apart = gradients * widens * compute_dtype.itemsize
         return {
-            "logits": buffers * tokens * entries * compute_dtype.itemsize,
+            "logits": tokens * entries * (buffers * logits_dtype.itemsize + apart),
             "rows": copies * min(tokens, rows_in_flight(entries, device_type)) * entries * work.itemsize,
         }
 
@@ -315,6 +334,23 @@ def predict_memory(
             return widened + (step + hidden_size) * inner * wider.itemsize
         return part + adds * widened
 
+    def widened(tokens: int, entries: int) -> int:
+        """The factors of wider logits, where these are not formed straight from narrow ones."""
+        if not widens or adds_in_product(device_type, logits_dtype, compute_dtype):
+            return 0
+        return (tokens + widened_rows(entries)) * hidden_size * logits_dtype.itemsize
+
+    def packed(tokens: int, entries: int) -> int:
+        sizes = {compute_dtype: min(entries, PROJECTED_ROWS)} | (
+            {logits_dtype: widened_rows(entries)} if widens else {}
+        )
+        return max(
+            rows * min(hidden_size, _PACKED_COLUMNS[dtype]) * dtype.itemsize
+            if tokens >= _PACKED_FROM_TOKENS.get(dtype, math.inf)
+            else 0
+            for dtype, rows in sizes.items()
+        )
+
     def products_of(input_product: int, head_product: int, tokens: int) -> int:
         """The larger of the products for input and head, with the targets' terms where these are separate."""
         terms = tokens * hidden_size * (compute_dtype.itemsize + 4) * rounds_products(device_type, compute_dtype)
@@ -325,10 +361,11 @@ def predict_memory(
         tokens, entries = chunk, vocab_size
     else:
         tokens, entries = counted, min(vocab_size, blocks.entries)
-    forward = rows_and_logits(tokens, entries, at_a_time if in_forward else 1, sharded and in_forward) | common
-    if device_type == "cpu" and tokens >= _PACKED_FROM_TOKENS.get(compute_dtype, math.inf):
-        block = min(entries, PROJECTED_ROWS) * min(hidden_size, _PACKED_COLUMNS[compute_dtype])
-        common = common | {"packed": block * compute_dtype.itemsize}
+    keeps = in_forward and (sharded or (widens and compute_dtype == torch.float16))  # logits that statistics have read
+    forward = rows_and_logits(tokens, entries, at_a_time if in_forward else 1, keeps, in_forward) | common
+    forward["products"] = widened(tokens, entries)
+    if device_type == "cpu":
+        common = common | {"packed": packed(tokens, entries)}
         forward |= common
     if sharded:
         gathered = at_a_time * (ranks + 1) * chunk * 3 * work.itemsize
@@ -361,7 +398,8 @@ def predict_memory(
         if filtered:
             forward |= filter_terms(total_dtype)
         else:
-            forward["products"] = products_of(0, product(vocab_size, chunk, total_dtype, counted > chunk), chunk)
+            products = products_of(0, product(vocab_size, chunk, total_dtype, counted > chunk), chunk)
+            forward["products"] = max(products, widened(chunk, vocab_size))
         converted = train_head and total_dtype != head_dtype
         backward = sums | common | {"head_grad": converted * head_elements * head_dtype.itemsize}
         if hidden_total != dtype:
@@ -377,19 +415,20 @@ def predict_memory(
         backward = rows_and_logits(chunk, vocab_size, keeps=True) | common | gradients | filter_terms(total_dtype)
         backward["head_sum"] = sums * head_elements * total_dtype.itemsize
         backward["head_grad"] = (sums and not added and total_dtype != head_dtype) * head_elements * head_dtype.itemsize
-        widens = sums and added and device_type == "cpu"  # a copy of the existing sum, to add in a wider dtype
-        backward["products"] = widens * head_elements * total_dtype.itemsize
+        copies = sums and added and device_type == "cpu"  # a copy of the existing sum, to add in a wider dtype
+        backward["products"] = max(copies * head_elements * total_dtype.itemsize, widened(chunk, vocab_size))
         backward |= {name: size for name, size in forward.items() if name in ("head_copy", "hidden_copy")}
         return MemoryPrediction(forward, backward)
 
     gradients["head_grad"] = (train_head and not added) * head_elements * head_dtype.itemsize
-    backward = rows_and_logits(counted, entries) | gradients | common
+    backward = rows_and_logits(counted, entries, keeps=widens) | gradients | common
     backward["hidden_sum"] = train_input * counted * hidden_size * blocks.hidden_sum.itemsize
-    backward["products"] = products_of(
+    products = products_of(
         product(counted, entries, blocks.hidden_sum, entries < vocab_size),
         product(entries, counted, into if added else head_dtype, added, apart=added),
         math.ceil(counted * entries / vocab_size) * (entries < vocab_size),
     )
+    backward["products"] = max(products, widened(counted, entries))
     if sharded:
         backward["collectives"] = train_input * num_tokens * hidden_size * wide.itemsize
     if counted < num_tokens or dtype != compute_dtype:

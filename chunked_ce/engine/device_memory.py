@@ -40,7 +40,7 @@ def with_smaller_chunks(run: Callable[[Call], _Result], call: Call, plan_of: Cal
         logits, size, total, unit = plan.tokens * call.rows, plan.tokens, tokens, "tokens"
     else:
         logits, size, total, unit = tokens * plan.entries, plan.entries, call.rows, "vocabulary entries"
-    taken = logits * settings.compute_dtype.itemsize
+    taken = logits * settings.logit_bytes()
     if settings.memory_budget is not None and size < total:
         taken = settings.memory_budget  # the logits stay within it
     budget = max(1, taken // 4)

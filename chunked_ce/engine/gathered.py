@@ -42,7 +42,7 @@ def logits(call: Call) -> Tensor:
     source, columns = _source(call)
     dtype = _dtype(call)
     found = source.hidden.new_zeros(columns.shape, dtype=dtype)  # (n, M)
-    bias = None if source.bias is None else source.bias.to(source.dtype).to(dtype)
+    bias = None if source.bias is None else source.bias.to(source.logits_dtype).to(dtype)
     for chunk in source.parts():
         first = chunk.rows.start
         for x, head in zip(chunk.xs, source.weights, strict=True):
@@ -106,8 +106,9 @@ def gradients(
 def plain_logits(call: Call) -> Tensor:
     """`logits` in plain differentiable torch, on one rank."""
     dtype, counted, ids = _dtype(call), (call.target != call.ignore_index).unsqueeze(-1), ids_of(call)
+    settings = call.specification.settings
     named = {
-        part: tensor.to(call.specification.settings.compute_dtype).to(dtype)
+        part: tensor.to(settings.logits_dtype if part == "bias" else settings.compute_dtype).to(dtype)
         for part, tensor in zip(call.specification.parts, call.tensors, strict=True)
     }
     places = ids.clamp(min=0)

@@ -103,7 +103,7 @@ class LogitGradients:
 
     def out(self, block: Block) -> Tensor:
         """The tensor to write the gradients of a block's logits to, (C, B)."""
-        return self._total[block.rows] if self._tokens.all_kept else block.products
+        return self._total[block.rows] if self._tokens.all_kept else block.gradients
 
     def column_sums(self) -> None:
         return None
@@ -113,7 +113,7 @@ class LogitGradients:
 
     def add(self, chunk: Chunk, block: Block, columns: None, targets: None, slopes: RowStatistics) -> None:
         if not self._tokens.all_kept:
-            self._tokens.put(self._total, block.rows, block.products)
+            self._tokens.put(self._total, block.rows, block.gradients)
 
     def finish(self) -> list[Tensor]:
         return [self._total]
@@ -139,7 +139,7 @@ class VocabularyProducts:
         self.total = HeadGradients.empty(call, dtype_of, written, skipped=() if weight_sum is None else ("weight",))
 
     def out(self, block: Block) -> Tensor:
-        return block.products
+        return block.gradients
 
     def column_sums(self) -> None:
         return None
@@ -154,7 +154,7 @@ class VocabularyProducts:
         self, chunk: Chunk, block: Block, columns: None, targets: TargetGradients | None, slopes: RowStatistics
     ) -> None:
         """Add the gradients of a block's logits to those of the source's tensors."""
-        gradients, pairs, bias = block.products, self.total.pairs, self.total.bias
+        gradients, pairs, bias = block.gradients, self.total.pairs, self.total.bias
         for at, (pair, x, weight) in enumerate(zip(pairs, chunk.xs, block.weights, strict=True)):
             if pair.hidden is None:
                 continue
@@ -250,7 +250,7 @@ class ChunkProducts:
         self._scale = scale
 
     def out(self, block: Block) -> Tensor:
-        return block.products
+        return block.gradients
 
     def column_sums(self) -> ColumnSums | None:
         """The column sums that the row kernels fill for the filter."""
@@ -271,7 +271,7 @@ class ChunkProducts:
         weight_later: bool = False,
     ) -> None:
         """Add the gradients of a chunk's logits; ``weight_later`` leaves the targets' terms out of the weight's."""
-        kept = None if columns is None else self._filter.keep(block.products, columns, block.column, slopes)
+        kept = None if columns is None else self._filter.keep(block.gradients, columns, block.column, slopes)
         parts = self.hidden(block, kept, targets) if self.total.needs_hidden else []
         totals = [pair.hidden for pair, part in zip(self.total.pairs, parts, strict=False) if part is not None]
         parts = [part for part in parts if part is not None]
@@ -300,7 +300,7 @@ class ChunkProducts:
     ) -> Tensor | None:
         if total is None:
             return None
-        gradients, tokens = block.products, self._source.tokens
+        gradients, tokens = block.gradients, self._source.tokens
         if kept is not None:
             part = self._filter.hidden_gradient(kept)
         elif self._ranks.in_flight == 1 and tokens.all_kept and getattr(total, "dtype", None) == gradients.dtype:
@@ -328,13 +328,13 @@ class ChunkProducts:
             return
         if main.weight is not None:
             apart = main.weight is self._weight_sum
-            add_product_(main.weight, block.products.t(), chunk.x, first=self._first, apart=apart)
+            add_product_(main.weight, block.gradients.t(), chunk.x, first=self._first, apart=apart)
             self._first = False
         for pair in adapter:
             if pair.weight is not None:
-                add_product_(pair.weight, block.products.t(), chunk.adapter_x, first=False)
+                add_product_(pair.weight, block.gradients.t(), chunk.adapter_x, first=False)
         if bias is not None:
-            bias.add_(block.products.sum(0, dtype=bias.dtype))
+            bias.add_(block.gradients.sum(0, dtype=bias.dtype))
         if targets is not None:
             targets.add_head_(None if weight_later else main.weight, bias, chunk.x)
             for pair in adapter:

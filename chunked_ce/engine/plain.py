@@ -47,8 +47,9 @@ def _head_products(call: Call, counted: Tensor) -> Tensor:
     def factors(hidden: str, weight: str) -> tuple[Tensor, Tensor]:
         depths = call.named(hidden)
         whole = depths[0] if len(depths) == 1 else torch.cat(depths)
-        dtype = call.specification.settings.compute_dtype
-        return whole.where(counted.unsqueeze(-1), 0).to(dtype), call.named(weight)[0].to(dtype)
+        settings = call.specification.settings
+        parts = whole.where(counted.unsqueeze(-1), 0), call.named(weight)[0]
+        return tuple([part.to(settings.compute_dtype).to(settings.logits_dtype) for part in parts])
 
     hidden, weight = factors("hidden", "weight")
     products = F.linear(hidden, weight, *[bias.to(hidden.dtype) for bias in call.named("bias")])

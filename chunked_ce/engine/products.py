@@ -15,10 +15,16 @@ def project(
     hidden: Tensor,  # (n, D)
     weight: Tensor,  # (V, D)
     bias: Tensor | None,  # (V,)
-    out: Tensor,  # (n, V)
+    out: Tensor,  # (n, V), in the factors' dtype or a wider one
     low_rank: tuple[Tensor, Tensor] | None = None,  # (n, r) and (V, r)
 ) -> Tensor:
-    """Write ``hidden @ weight.T + bias`` to ``out``, plus the product of the two factors of ``low_rank``."""
+    """Write ``hidden @ weight.T + bias`` to ``out``, plus the product of the two factors of ``low_rank``.
+
+    The bias is in the dtype of ``out``. Where this is wider than the factors', a CUDA device forms the products in it.
+    Elsewhere the factors are cast to it, a block of the head at a time, so that no wide copy of the head exists.
+    """
+    if out.dtype != weight.dtype:
+        return _wide_projection(hidden, weight, bias, out, low_rank)
     step = PROJECTED_ROWS if weight.device.type == "cpu" else max(1, len(weight))
     for start in range(0, len(weight), step):
         block = slice(start, start + step)
@@ -28,6 +34,26 @@ def project(
             torch.addmm(bias[block], hidden, weight[block].t(), out=out[:, block])
         if low_rank is not None:
             out[:, block].addmm_(low_rank[0], low_rank[1][block].t())
+    return out
+
+
+def _wide_projection(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, low_rank: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    dtype = out.dtype
+    if devices.adds_in_product(weight.device.type, dtype, weight.dtype):
+        torch.mm(hidden, weight.t(), out_dtype=dtype, out=out)
+        if low_rank is not None:
+            torch.addmm(out, low_rank[0], low_rank[1].t(), out_dtype=dtype, out=out)
+        return out if bias is None else out.add_(bias)
+    hidden, left = hidden.to(dtype), None if low_rank is None else low_rank[0].to(dtype)
+    step = devices.widened_rows(len(weight))
+    scratch = weight.new_empty(step, weight.shape[1], dtype=dtype)
+    for start in range(0, len(weight), step):
+        block = slice(start, min(start + step, len(weight)))
+        part = scratch[: block.stop - start].copy_(weight[block])
+        adapter = None if left is None else (left, low_rank[1][block].to(dtype))
+        project(hidden, part, None if bias is None else bias[block], out[:, block], adapter)
     return out
 
 

@@ -37,11 +37,17 @@ class Block(NamedTuple):
     per_row: PerRow
     weight: Tensor | None = None  # (B, D) of the head, in the products' dtype
     adapter_weight: Tensor | None = None  # (B, r)
+    apart: Tensor | None = None  # (C, B) room for the gradients of wider logits, in the products' dtype
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
         """The weight of the head and, if it has an adapter, of this."""
         return (self.weight,) if self.adapter_weight is None else (self.weight, self.adapter_weight)
+
+    @property
+    def gradients(self) -> Tensor:
+        """The tensor (C, B) that the gradients of the logits are written to, if they are formed."""
+        return self.products if self.apart is None else self.apart
 
 
 class Chunk(NamedTuple):
@@ -61,7 +67,7 @@ class Head(NamedTuple):
     """Some rows of a head in the products' dtype."""
 
     weight: Tensor  # (V, D)
-    bias: Tensor | None  # (V,)
+    bias: Tensor | None  # (V,) in the logits' dtype
     adapter_weight: Tensor | None  # (V, r)
 
 
@@ -79,6 +85,7 @@ class Source:
     """Where logits come from."""
 
     owns_products = True  # whether the products of its blocks may be overwritten
+    forms_gradients = False  # whether its blocks have room for the gradients of their logits
 
     def __init__(self, call: Call) -> None:
         self.call = call
@@ -116,6 +123,11 @@ class Source:
         if self.tokens.all_kept:
             return None
         return self.tokens.select(torch.arange(self.tokens.num_tokens, device=self.column.device))
+
+    def with_gradients(self) -> Source:
+        """Give each block room for the gradients of its logits."""
+        self.forms_gradients = True
+        return self
 
     def chunks(self) -> Iterator[Chunk]:
         """The chunks of counted tokens in order; none if no token counts."""
@@ -167,6 +179,7 @@ class HeadSource(Source):
         self.bias: Tensor | None = tensors.get("bias")
         self.adapter_weight: Tensor | None = tensors.get("adapter_weight")
         self.dtype = call.specification.settings.compute_dtype
+        self.logits_dtype = call.specification.settings.logits_dtype
         self.plan: Plan | None = None
         super().__init__(call)
 
@@ -189,12 +202,15 @@ class HeadSource(Source):
         rows, entries = self._largest_chunk(), len(self.weight) if self.plan.entries is None else self.plan.entries
         head = self.head if self.plan.entries is None else None
         buffers: list[Tensor] = []
+        apart = None
         for turn, chunk in enumerate(self.parts()):
             if turn < self.plan.in_flight:
                 size = rows, min(entries, len(self.weight))
-                buffers.append(logits_scratch(*size, dtype=self.dtype, device=self.hidden.device))
-            buffer = buffers[turn % self.plan.in_flight][: len(chunk.x)]
-            blocks = self._blocks(chunk, buffer, head, max(1, entries))
+                buffers.append(logits_scratch(*size, dtype=self.logits_dtype, device=self.hidden.device))
+                if turn == 0 and self.forms_gradients and self.logits_dtype != self.dtype:
+                    apart = logits_scratch(*size, dtype=self.dtype, device=self.hidden.device)
+            buffer = buffers[turn % self.plan.in_flight]
+            blocks = self._blocks(chunk, buffer, apart, head, max(1, entries))
             yield chunk._replace(blocks=tuple(blocks) if head is not None else blocks)
 
     def put(self, total: Tensor, rows: slice, part: Tensor) -> None:
@@ -205,6 +221,7 @@ class HeadSource(Source):
         self,
         chunk: Chunk,  # without its blocks
         buffer: Tensor,  # (C, B) at least
+        apart: Tensor | None,  # (C, B) at least
         head: Head | None,
         size: int,
     ) -> Iterator[Block]:
@@ -216,15 +233,17 @@ class HeadSource(Source):
             whole = entries.stop - first == vocab_size
             weight, bias, adapter = head or self._head(entries)
             low_rank = None if adapter is None else (chunk.adapter_x, adapter)
-            products = project(chunk.x, weight, bias, out=buffer[:, : len(weight)], low_rank=low_rank)
+            part = slice(len(chunk.x)), slice(len(weight))
+            products = project(chunk.x, weight, bias, out=buffer[part], low_rank=low_rank)
             column = self.column[rows] if whole else columns_of(target, start + first, len(weight))
             class_weight = None if self.class_weight is None else self.class_weight[entries]
             per_row = self.per_row(rows, start + first, len(weight))
-            yield Block(products, column, class_weight, entries, start + first, rows, per_row, weight, adapter)
+            into = None if apart is None else apart[part]
+            yield Block(products, column, class_weight, entries, start + first, rows, per_row, weight, adapter, into)
 
     def _head(self, entries: slice) -> Head:
         """The rows ``entries`` of the head."""
-        bias = None if self.bias is None else self.bias[entries].to(self.dtype)
+        bias = None if self.bias is None else self.bias[entries].to(self.logits_dtype)
         adapter = None if self.adapter_weight is None else self.adapter_weight[entries].to(self.dtype)
         return Head(self.weight[entries].to(self.dtype), bias, adapter)
 

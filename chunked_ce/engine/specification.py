@@ -51,7 +51,7 @@ class Specification(NamedTuple):
     teacher: TeacherSpecification | None = None
 
     def row_kernels(self, device: torch.device) -> ModuleType:
-        return row_kernels(self.settings.backend, device, self.settings.compute_dtype, self.names)
+        return row_kernels(self.settings.backend, device, self.settings.logits_dtype, self.names)
 
     def needs(self, part: str) -> bool:
         """Whether any tensor of the source that is called ``part`` needs a gradient."""

@@ -70,7 +70,7 @@ def loss_and_gradients(call: Call) -> tuple[Tensor, list[Tensor | None], Tensor 
     targets' logits, (N,) in fp32.
     """
     specification = call.specification
-    source = _source(call)
+    source = _source(call).with_gradients()
     ranks, row_kernels = ranks_of(source), specification.row_kernels(call.target.device)
     totals = ForwardTotals(source, source.plan.head_sum)
     filter = _filter(source, specification.objective.statistics)
@@ -93,7 +93,7 @@ def loss_and_gradients(call: Call) -> tuple[Tensor, list[Tensor | None], Tensor 
         if fused:
             slopes_of = functools.partial(totals.slopes, chunk.rows)
             asked = specification.names, slopes_of, specification.objective.statistics
-            rows = row_kernels.statistics_and_gradients_(*arguments, *asked, **outputs)
+            rows = row_kernels.statistics_and_gradients_(*arguments, *asked, out=block.gradients, **outputs)
             if products.is_filtered:
                 slopes = totals.slopes(chunk.rows, rows)
         else:
@@ -102,7 +102,7 @@ def loss_and_gradients(call: Call) -> tuple[Tensor, list[Tensor | None], Tensor 
                 slopes, scale = totals.scaled_slopes(chunk.rows, rows, largest=products.largest_gradient)
             else:
                 slopes = totals.slopes(chunk.rows, rows)
-            row_kernels.logit_gradients(*arguments, slopes, rows, out=block.products, **outputs)
+            row_kernels.logit_gradients(*arguments, slopes, rows, out=block.gradients, **outputs)
         totals.add(chunk.rows, rows)
         products.set_scale(scale)
         later = totals.keep_targets(chunk.rows, targets)
@@ -124,7 +124,7 @@ def gradients(
     """
     specification = call.specification
     filtered = can_filter(specification, slopes.named())
-    source = _source(call, sums_head=specification.needs("weight") if filtered else None)
+    source = _source(call, sums_head=specification.needs("weight") if filtered else None).with_gradients()
     tokens, row_kernels = source.tokens, specification.row_kernels(call.target.device)
     scale = specification.logits.scale
     known = known.map(lambda values: tokens.select(source.in_chunk_order(values)))

@@ -27,6 +27,7 @@ class TeacherSource:
     ) -> None:
         specification, tensors = call.specification.teacher, call.teacher
         self._logits, self._dtype, self._share = specification.logits, specification.dtype, specification.share
+        self._logits_dtype = call.specification.settings.logits_of(self._dtype)
         self._hidden, self._weight, self._bias = (tensors.get(name) for name in ("hidden", "weight", "bias"))
         self._existing = tensors.get("logits", tensors.get("probabilities"))  # (N, V_t)
         self._are_probabilities = "probabilities" in tensors
@@ -64,7 +65,7 @@ class TeacherSource:
         whole = entries == slice(0, self._num_entries)
         weight, bias = self._whole_head if whole else self._head(entries)
         if len(self._buffers) < in_flight:  # the first blocks have the most entries
-            self._buffers.append(logits_scratch(most, len(weight), dtype=self._dtype, device=hidden.device))
+            self._buffers.append(logits_scratch(most, len(weight), dtype=self._logits_dtype, device=hidden.device))
         buffer = self._buffers[self._turn % in_flight]
         self._turn += 1
         return project(hidden, weight, bias, out=buffer[: len(hidden), : len(weight)])
@@ -78,14 +79,14 @@ class TeacherSource:
         return self._head(slice(0, self._num_entries))
 
     def _head(self, entries: slice) -> tuple[Tensor, Tensor | None]:
-        """Weight (B, D_t) and bias (B,) of this rank's ``entries`` in the products' dtype."""
+        """Weight (B, D_t) of this rank's ``entries`` in the products' dtype, bias (B,) in that of the logits."""
         parts = self._weight, self._bias
         if self._words is None:
             weight, bias = (None if part is None else part[entries] for part in parts)
         else:
             words = self._words[entries]
             weight, bias = (None if part is None else part.index_select(0, words) for part in parts)
-        return weight.to(self._dtype), None if bias is None else bias.to(self._dtype)
+        return weight.to(self._dtype), None if bias is None else bias.to(self._logits_dtype)
 
 
 def teacher_logits(

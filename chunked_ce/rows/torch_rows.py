@@ -142,22 +142,24 @@ def second_statistics(
 
 
 def statistics_and_gradients_(
-    products: Tensor,  # (n, V): the gradients when it returns
+    products: Tensor,  # (n, V), overwritten
     target: Tensor,  # (n,)
     class_weight: Tensor | None,  # (V,)
     logits: Logits,
     names: tuple[str, ...],
     slopes_of: Callable[[RowStatistics, slice], RowStatistics],
     slope_names: Iterable[str] = (),  # statistics besides log_sum and target for which it may return slopes
+    out: Tensor | None = None,  # as products, None for products itself
     columns: ColumnSums | None = None,
     apart: Tensor | None = None,  # (n,)
     *,
     per_row: PerRow = NOTHING,
 ) -> RowStatistics:
-    """The statistics of each row; the gradients, with slopes from ``slopes_of``, overwrite the products.
+    """The statistics of each row; the gradients, with slopes from ``slopes_of``, are written to ``out``.
 
-    With ``apart``, the gradients of the targets' logits are written there, unrounded, and the products get 0.
+    With ``apart``, the gradients of the targets' logits are written there, unrounded, and ``out`` gets 0.
     """
+    out = products if out is None else out
     whole = zero_statistics(len(products), names, products.dtype, products.device, per_row.num_ids)
     every = Row(target, class_weight, weight_sum(class_weight, products.shape[1]), per_row.ids)
     keeps = _keeps_logits(logits, slope_names)
@@ -182,8 +184,8 @@ def statistics_and_gradients_(
         gradients = _gradients_(z, few, logits, columns)
         if apart is not None:
             apart[rows] = _take_targets_(gradients, column)
-        if products.dtype != gradients.dtype:
-            products[rows] = gradients
+        if out is not products or out.dtype != gradients.dtype:
+            out[rows] = gradients
     return whole
 
 

@@ -82,22 +82,23 @@ def shard_statistics(
 
 
 def statistics_and_gradients_(
-    products: Tensor,  # (n, V): the gradients when it returns
+    products: Tensor,  # (n, V)
     target: Tensor,  # (n,)
     class_weight: Tensor | None,  # (V,)
     logits: Logits,
     names: tuple[str, ...],
     slopes_of: Callable[[RowStatistics, slice], RowStatistics],
     slope_names: Iterable[str] = (),
+    out: Tensor | None = None,  # as products, None for products itself
     columns: ColumnSums | None = None,
     *,
     per_row: PerRow = NOTHING,
 ) -> RowStatistics:
-    """The statistics of each row; the gradients, with slopes from ``slopes_of``, overwrite the products."""
+    """The statistics of each row; the gradients, with slopes from ``slopes_of``, are written to ``out``."""
     rows = statistics(products, target, class_weight, logits, names, overwrite=False, per_row=per_row)
     slopes = slopes_of(rows, slice(None))
     arguments = products, target, class_weight, logits, slopes, rows
-    logit_gradients(*arguments, out=products, columns=columns, per_row=per_row)
+    logit_gradients(*arguments, out=products if out is None else out, columns=columns, per_row=per_row)
     return rows
 
 

@@ -12,6 +12,8 @@ NOT_HERE = memory.why_not_measured("cpu")
 N, D, V = 1024, 128, 32768
 DTYPES = (torch.float32, torch.bfloat16)
 WAYS = ("forward", "backward")
+CASES = [(dtype, {"gradients": way}) for dtype in DTYPES for way in WAYS]
+CASES += [(torch.bfloat16, {"gradients": way, "logits_dtype": torch.float32}) for way in WAYS]
 
 
 def step(shape, dtype, options):
@@ -24,21 +26,17 @@ def step(shape, dtype, options):
 
 
 def peaks(rank, world_size):
-    """Bytes for each way and dtype, one after the other in one process."""
+    """Bytes for each case, one after the other in one process."""
     torch.manual_seed(0)
     found = []
-    for dtype in DTYPES:
-        for way in WAYS:
-            options = ChunkOptions(gradients=way)
-            step((64, 64, 8200), dtype, options)()
-            found.append(memory.peak_of(step((N, D, V), dtype, options), "cpu"))
+    for dtype, options in CASES:
+        step((64, 64, 8200), dtype, ChunkOptions(**options))()
+        found.append(memory.peak_of(step((N, D, V), dtype, ChunkOptions(**options)), "cpu"))
     return found
 
 
 @pytest.mark.skipif(NOT_HERE is not None, reason=NOT_HERE or "")
 def test_a_shard_takes_what_the_law_says():
-    measured = run(peaks, 2)
-    cases = [(dtype, way) for dtype in DTYPES for way in WAYS]
-    for (dtype, way), *ranks in zip(cases, *measured, strict=True):
-        law = predict_memory(N, V, D, dtype=dtype, options=ChunkOptions(gradients=way), ranks=2)
-        assert max(ranks) == pytest.approx(law.peak, rel=0.1), f"{dtype}, {way}"
+    for (dtype, options), *ranks in zip(CASES, *run(peaks, 2), strict=True):
+        law = predict_memory(N, V, D, dtype=dtype, options=ChunkOptions(**options), ranks=2)
+        assert max(ranks) == pytest.approx(law.peak, rel=0.1), f"{dtype}, {options}"

@@ -3,6 +3,7 @@
 The bound is the reference's, as for every other way to compute.
 """
 
+import dataclasses
 import functools
 import tempfile
 
@@ -104,6 +105,26 @@ def test_narrow_dtypes(way, dtype):
     assert_no_worse(value, plain, expected)
     got = gradients(value, case, torch.ones_like(value))
     assert_gradients_no_worse(got, plain_gradients, expected_gradients, way, dtype)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_wide_logits(way, dtype, softcap, ignored):
+    """The kernels read fp32 products and write narrow gradients to other memory."""
+    case = problem(24, 16, 300, dtype=dtype, spread=3.0)
+    options = chunks(10, way, backend="triton", logits_dtype=torch.float32)
+    value = case.loss(options=options, softcap=softcap)
+    exact = case.rows(softcap=softcap)
+    assert abs(value.item() - exact.reduce("mean")[0]) <= 2e-6 * abs(exact.reduce("mean")[0])
+    torch_way = dataclasses.replace(options, backend="torch")
+    found, expected = gradients(value, case), gradients(case.loss(options=torch_way, softcap=softcap), case)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == dtype
+        assert (one - other).norm() <= 2 * torch.finfo(dtype).eps * other.norm()
+    filtered = dataclasses.replace(options, gradient_filter=1e-3)
+    for one, other in zip(gradients(case.loss(options=filtered, softcap=softcap), case), expected, strict=True):
+        assert (one - other).norm() <= 0.1 * other.norm()
 
 
 def test_stats():
