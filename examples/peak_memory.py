@@ -1,6 +1,8 @@
 """Measures the peak memory of a part of a program."""
 
 import contextlib
+import ctypes
+import gc
 from pathlib import Path
 
 import torch
@@ -17,10 +19,14 @@ class PeakMemory:
 
     def __init__(self):
         self.cuda = torch.cuda.is_available()
+        gc.collect()
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
             return
+        # Memory that was freed but is still resident would not be counted again. Not every C library has this function.
+        with contextlib.suppress(AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
         # Resets VmHWM to VmRSS. Where that is forbidden, an earlier peak can hide a later one.
         with contextlib.suppress(OSError):
             CLEAR.write_text("5")

@@ -1,10 +1,15 @@
 """The files of a training run, which can be killed at any moment and resumed."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import deepspeed
 import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 
 class RunDirectory:
@@ -39,12 +44,16 @@ class RunDirectory:
         with self.metrics.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
-    def load(self, engine: deepspeed.DeepSpeedEngine) -> None:
+    def load(self, engine: DeepSpeedEngine) -> None:
         """Loads the last complete checkpoint, if any, into the engine."""
         if self.latest.exists():
             engine.load_checkpoint(str(self.path))
 
-    def save(self, engine: deepspeed.DeepSpeedEngine) -> None:
+    def records(self) -> list[dict]:
+        """The metrics so far, one record per step."""
+        return [json.loads(line) for line in self.metrics.read_text().splitlines()]
+
+    def save(self, engine: DeepSpeedEngine) -> None:
         """Writes a checkpoint, then its name into `latest`.
 
         DeepSpeed's own `latest` can name a checkpoint that other ranks are still writing, since rank 0 does

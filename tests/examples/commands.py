@@ -21,6 +21,7 @@ class Command:
 
     def __init__(self, *arguments: object, log: Path):
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        environment |= {"OMP_WAIT_POLICY": "passive"}  # threads that wait leave the processors to other tests
         self.log = log
         with log.open("w") as output:
             self.process = subprocess.Popen(

@@ -1,5 +1,7 @@
-"""Bad input ends the DeepSpeed example with one line and a nonzero status, whatever the rank."""
+"""Bad input ends the examples on DeepSpeed with one line and a nonzero status, whatever the rank."""
 
+import functools
+import importlib
 import os
 
 import pytest
@@ -7,29 +9,28 @@ import pytest
 from tests.examples.commands import EXAMPLES, TORCHRUN, Command
 
 
-@pytest.fixture(scope="module")
-def main():
-    before = dict(os.environ)
-    from train_deepspeed import main  # sets DS_ACCELERATOR where there is no GPU
+@pytest.fixture
+def refuse(tmp_path, text, monkeypatch, capsys):
+    before = dict(os.environ)  # an example sets DS_ACCELERATOR where there is no GPU
 
-    yield main
+    def refuse(program: str, *arguments: object) -> str:
+        command = [f"{program}.py", "--out", tmp_path / "out", "--text", text, *arguments]
+        monkeypatch.setattr("sys.argv", [str(argument) for argument in command])
+        with pytest.raises(SystemExit) as stop:
+            importlib.import_module(program).main()
+        assert stop.value.code == 2
+        line = capsys.readouterr().err
+        assert line.startswith(f"{program}: ") and line.count("\n") == 1
+        return line
+
+    yield refuse
     os.environ.clear()
     os.environ.update(before)
 
 
 @pytest.fixture
-def refusal(main, tmp_path, text, monkeypatch, capsys):
-    def refusal(*arguments: object) -> str:
-        command = ["train_deepspeed.py", "--out", tmp_path / "out", "--text", text, *arguments]
-        monkeypatch.setattr("sys.argv", [str(argument) for argument in command])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        assert stop.value.code == 2
-        line = capsys.readouterr().err
-        assert line.startswith("train_deepspeed: ") and line.count("\n") == 1
-        return line
-
-    return refusal
+def refusal(refuse):
+    return functools.partial(refuse, "train_deepspeed")
 
 
 def test_options(refusal):
@@ -54,6 +55,22 @@ def test_files(refusal, tmp_path, text):
     assert f"{array} must hold a JSON object, got list" in refusal("--deepspeed-config", array)
     assert "tokens, too few for a context of 512" in refusal("--text", short)
     assert f"{binary} is not UTF-8 text" in refusal("--text", binary)
+
+
+def test_distillation(refuse, tmp_path):
+    def refusal(*arguments: object) -> str:
+        return refuse("distill", *arguments)
+
+    assert "--steps must be at least 4, got 3" in refusal("--steps", 3)
+    assert "--teacher-steps must be at least 1, got 0" in refusal("--teacher-steps", 0)
+    assert "--beta must be in [0, 1], got 1.5" in refusal("--beta", 1.5)
+    assert "--top-k must be at most 131072, got 131073" in refusal("--top-k", 131073)
+    assert "invalid choice: 'none'" in refusal("--tail", "none")
+    assert "student: width must be a multiple of heads, got width 10 and heads 4" in refusal("--student-width", 10)
+    assert "teacher: width must be at least 1, got 0" in refusal("--teacher-width", 0)
+    assert "nowhere.txt: No such file" in refusal("--text", "nowhere.txt")
+    (tmp_path / "short.txt").write_text("Too little.")
+    assert "tokens, too few for a context of 512" in refusal("--text", tmp_path / "short.txt")
 
 
 @pytest.mark.parametrize(
