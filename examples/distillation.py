@@ -9,6 +9,7 @@ from torch import Tensor
 from chunked_ce import linear_loss
 from chunked_ce.objectives import Divergence, Teacher, TopKDivergence
 
+LEAST = 2.0**-24  # of the probability of all other words: rounding leaves no less of 1
 TAILS = ("bucket", "drop", "renormalize")  # what becomes of the words outside the teacher's K
 
 
@@ -93,8 +94,8 @@ def full_top_k(
 
 def with_rest(logprobs: Tensor) -> Tensor:
     """Appends the log-probability of all other words: (N, K) to (N, K + 1)."""
-    rest = torch.log1p(-logprobs.exp().sum(-1, keepdim=True))
-    return torch.cat([logprobs, rest], -1)
+    rest = 1 - logprobs.exp().sum(-1, keepdim=True)
+    return torch.cat([logprobs, rest.clamp(min=LEAST).log()], -1)
 
 
 LOSSES = {
