@@ -254,8 +254,12 @@ def predict_memory(
     device_type: str = "cpu",
     ranks: int = 1,
     kept_share: float = KEPT_SHARE,
+    teacher_hidden_size: int | None = None,
+    teacher_dtype: torch.dtype | None = None,
+    num_ids: int = 0,
+    adapter_rank: int = 0,
 ) -> MemoryPrediction:
-    """The memory law: what `chunked_ce.linear_cross_entropy` allocates for a loss and a backward.
+    """The memory law: what `chunked_ce.linear_cross_entropy`, or another loss, allocates for its value and a backward.
 
     Args:
         num_tokens, vocab_size, hidden_size: N, V and D.
@@ -267,6 +271,10 @@ def predict_memory(
         device_type: where it runs.
         kept_share: of the vocabulary, kept by the gradient filter in a chunk; a small model of 131,072 kept 6 %.
         ranks: how many share the vocabulary evenly (`chunked_ce.VocabShard`); the prediction is for the largest shard.
+        teacher_hidden_size, teacher_dtype: of a teacher's head beside the student's (`chunked_ce.Teacher`); the dtype
+            is that of the input by default.
+        num_ids: ids per token, of `chunked_ce.objectives.TopKDivergence` or `chunked_ce.linear_statistics`.
+        adapter_rank: r of a ``linear_adapter``, both of whose factors are trained.
 
     Terms in bytes: ``logits`` of one chunk (and their gradients, where these are narrower), ``rows`` in flight in fp32,
     ``hidden_grad`` (kept in fp32 at least until the backward), ``head_sum`` (the head's gradient as it is summed over
@@ -286,13 +294,15 @@ def predict_memory(
     head_dtype = head_dtype or dtype
     compute_dtype = compute_dtype or dtype
     settings = Settings.of(options, compute_dtype)
+    if teacher_hidden_size is not None:
+        settings = settings._replace(teacher_dtype=teacher_dtype or dtype)
     logits_dtype = settings.logits_dtype
     widens = logits_dtype != compute_dtype  # the logits: their gradients take memory of their own
     counted = num_tokens if num_counted is None else num_counted
     sharded = ranks > 1
     vocab_size = math.ceil(vocab_size / ranks)
     wide, work = settings.wide_dtype, work_dtype(compute_dtype)
-    head_elements = vocab_size * hidden_size
+    head_elements = vocab_size * (train_head * hidden_size + adapter_rank)  # that have gradients
     in_forward = not options.in_backward
     filtered = settings.gradient_filter is not None
     added = options.accumulate_into is not None and train_head  # to an existing sum: the backward holds no other
@@ -318,10 +328,13 @@ def predict_memory(
     ) -> dict[str, int]:
         copies = not in_registers and (keeps or logits_dtype != work)
         apart = gradients * widens * compute_dtype.itemsize
-        return {
-            "logits": tokens * entries * (buffers * logits_dtype.itemsize + apart),
-            "rows": copies * min(tokens, rows_in_flight(entries, device_type)) * entries * work.itemsize,
-        }
+        rows = min(tokens, rows_in_flight(entries, device_type)) * entries * work.itemsize
+        sizes = {"logits": tokens * entries * (buffers * logits_dtype.itemsize + apart), "rows": copies * rows}
+        if settings.teacher_dtype is not None:
+            of_teacher = settings.logits_of(settings.teacher_dtype)
+            sizes["teacher_logits"] = buffers * tokens * entries * of_teacher.itemsize
+            sizes["rows"] += (3 + (of_teacher != work)) * rows  # differences and mixtures, and a wider copy
+        return sizes
 
     def product(total_rows: int, inner: int, wider: torch.dtype, adds: bool, apart: bool = False) -> int:
         step = product_rows(total_rows, device_type)
@@ -356,7 +369,7 @@ def predict_memory(
         terms = tokens * hidden_size * (compute_dtype.itemsize + 4) * rounds_products(device_type, compute_dtype)
         return max(train_input * (input_product + terms), train_head * (head_product or terms))
 
-    common = {"statistics": num_tokens * (3 * work.itemsize + 16)}
+    common = {"statistics": num_tokens * (3 * work.itemsize + 16 + num_ids * (work.itemsize + 8))}
     if in_forward:
         tokens, entries = chunk, vocab_size
     else:
@@ -386,13 +399,13 @@ def predict_memory(
             "tails": columns + train_head * 2 * chunks * vocab_size * GROUPS * work.itemsize,
         }
 
-    hidden_elements = train_input * num_tokens * hidden_size
+    hidden_elements = (train_input * hidden_size + adapter_rank) * num_tokens
     gradients = {"hidden_grad": hidden_elements * dtype.itemsize}
     if in_forward:
         total_dtype, hidden_total = plan.head_sum, unrounded(dtype)
         sums = {
             "hidden_grad": hidden_elements * hidden_total.itemsize,
-            "head_sum": train_head * head_elements * total_dtype.itemsize,
+            "head_sum": head_elements * total_dtype.itemsize,
         }
         forward |= sums
         if filtered:
@@ -400,7 +413,7 @@ def predict_memory(
         else:
             products = products_of(0, product(vocab_size, chunk, total_dtype, counted > chunk), chunk)
             forward["products"] = max(products, widened(chunk, vocab_size))
-        converted = train_head and total_dtype != head_dtype
+        converted = total_dtype != head_dtype
         backward = sums | common | {"head_grad": converted * head_elements * head_dtype.itemsize}
         if hidden_total != dtype:
             backward |= gradients | {"hidden_sum": sums["hidden_grad"]}
@@ -420,7 +433,8 @@ def predict_memory(
         backward |= {name: size for name, size in forward.items() if name in ("head_copy", "hidden_copy")}
         return MemoryPrediction(forward, backward)
 
-    gradients["head_grad"] = (train_head and not added) * head_elements * head_dtype.itemsize
+    returned = vocab_size * adapter_rank if added else head_elements
+    gradients["head_grad"] = returned * head_dtype.itemsize
     backward = rows_and_logits(counted, entries, keeps=widens) | gradients | common
     backward["hidden_sum"] = train_input * counted * hidden_size * blocks.hidden_sum.itemsize
     products = products_of(

@@ -15,12 +15,13 @@ from chunked_ce.cli.memory_models import full_logits
 from chunked_ce.cli.report import bytes_text
 from chunked_ce.plan import KEPT_SHARE, Plan, Settings, predict_memory
 
-__all__ = ["ESTIMATED", "HELD", "TERMS", "WAYS", "RankCost", "Request", "cost_of", "largest"]
+__all__ = ["ESTIMATED", "HELD", "TERMS", "RankCost", "Request", "cost_of", "largest"]
 
 WAYS = FULL, FORWARD, BACKWARD, FILTERED = "full logits", "forward way", "backward way", "filtered"
 
 TERMS = {  # by name in the memory law, in the order of the table
     "logits": "logits (of a chunk)",
+    "teacher_logits": "the teacher's logits (of a chunk)",
     "rows": "rows in flight, fp32",
     "log_softmax": "log-softmax, fp32",
     "loss_grad": "gradient of the log-softmax, fp32",
@@ -64,6 +65,15 @@ class Request:
     accumulation: int = 1
     chunk: int | None = None
     device: str = "cuda"
+    teacher: int | None = None  # hidden size of a teacher's head beside the student's
+    ids: int = 0  # per token, of a top-k teacher or of statistics
+    adapter: int = 0  # rank of a trained low-rank adapter on the head
+
+    @property
+    def ways(self) -> tuple[str, ...]:
+        """Those that differ: a filter has no effect on a teacher, on ids or on an adapter."""
+        exact = self.teacher is not None or self.ids or self.adapter
+        return tuple(way for way in WAYS if way != FILTERED or not exact)
 
     @property
     def local_tokens(self) -> int:
@@ -103,7 +113,8 @@ def cost_of(request: Request, way: str, tensor: int) -> RankCost:
     dtype = DTYPES[request.dtype]
     trained = {"train_input": request.train_input, "train_head": request.train_head}
     if way == FULL:
-        prediction = full_logits(n, rows, request.hidden, dtype=dtype, **trained)
+        with_teacher = request.teacher is not None
+        prediction = full_logits(n, rows, request.hidden, dtype=dtype, with_teacher=with_teacher, **trained)
         chunk, why = None, ""
     else:
         gradients = {"gradient_filter": "auto"} if way == FILTERED else {"gradients": way.split()[0]}
@@ -115,6 +126,9 @@ def cost_of(request: Request, way: str, tensor: int) -> RankCost:
             options=ChunkOptions(chunk_size=request.chunk or "auto", **gradients),
             device_type=request.device,
             ranks=tensor,
+            teacher_hidden_size=request.teacher,
+            num_ids=request.ids,
+            adapter_rank=request.adapter,
             **trained,
         )
         chunk, why = _chunk(request, way, tensor, rows, dtype)
@@ -126,7 +140,7 @@ def cost_of(request: Request, way: str, tensor: int) -> RankCost:
         _held(request, rows, dtype),
         chunk,
         why,
-        round(_operations(request, way) * n * rows * request.hidden),
+        round(_operations(request, way) * n * rows),
         _communication(request, way, tensor, rows, dtype),
     )
 
@@ -139,7 +153,7 @@ def _chunk(request: Request, way: str, tensor: int, rows: int, dtype: torch.dtyp
         n,
         rows,
         request.hidden,
-        Settings(dtype, chunk_size=request.chunk),
+        Settings(dtype, chunk_size=request.chunk, teacher_dtype=None if request.teacher is None else dtype),
         head_dtype=dtype if request.train_head and way != BACKWARD else None,
         in_flight=1 if tensor == 1 else 2,
     )
@@ -157,10 +171,12 @@ def _chunk(request: Request, way: str, tensor: int, rows: int, dtype: torch.dtyp
 
 
 def _operations(request: Request, way: str) -> float:
-    """Operations per token, vocabulary entry and hidden size: a multiplication and an addition for each product."""
+    """Operations per token and vocabulary entry: a multiplication and an addition for each element of a product."""
     logits = 2 if way == BACKWARD else 1
     share = KEPT_SHARE if way == FILTERED else 1
-    return 2 * (logits + share * (request.train_input + request.train_head))
+    of_head = (logits + share * (request.train_input + request.train_head)) * request.hidden
+    of_adapter = (logits + 2 * share) * request.adapter
+    return 2 * (of_head + of_adapter + logits * (request.teacher or 0))
 
 
 def _held(request: Request, rows: int, dtype: torch.dtype) -> dict[str, int]:

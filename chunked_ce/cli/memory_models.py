@@ -19,12 +19,14 @@ def full_logits(
     dtype: torch.dtype,
     train_input: bool = True,
     train_head: bool = True,
+    with_teacher: bool = False,
 ) -> MemoryPrediction:
     """The memory that ``F.cross_entropy(F.linear(h, W).float(), y)`` takes.
 
     The forward holds the fp32 logits and their log-softmax. The backward holds the log-softmax, its gradient and that
     of the logits, all of one size; then the logits' gradient in the products' dtype, if that is another, and the
-    gradients of hidden states and head, by when only one of the fp32 gradients is left.
+    gradients of hidden states and head, by when only one of the fp32 gradients is left. A teacher's log-softmax exists
+    all the while.
 
     >>> full_logits(4096, 131072, 256, dtype=torch.bfloat16).peak // 2**20
     6144
@@ -39,7 +41,9 @@ def full_logits(
         "hidden_grad": train_input * num_tokens * hidden_size * dtype.itemsize,
         "head_grad": train_head * vocab_size * hidden_size * dtype.itemsize,
     }
-    return MemoryPrediction(forward, max(backward, last, key=lambda terms: sum(terms.values())))
+    teacher = {"teacher_logits": logits * wide} if with_teacher else {}
+    backward = max(backward, last, key=lambda terms: sum(terms.values()))
+    return MemoryPrediction(forward | teacher, backward | teacher)
 
 
 def predicted(

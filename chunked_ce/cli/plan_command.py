@@ -11,7 +11,7 @@ import torch
 from rich.table import Table
 
 from chunked_ce.cli import memory, report
-from chunked_ce.cli.capacity import ESTIMATED, HELD, TERMS, WAYS, RankCost, Request, cost_of, largest
+from chunked_ce.cli.capacity import ESTIMATED, HELD, TERMS, RankCost, Request, cost_of, largest
 from chunked_ce.cli.heads import head_of
 from chunked_ce.cli.report import bytes_text
 from chunked_ce.cli.tables import simple_table, wide_console
@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the plan; always 0."""
     request, source = request_of(arguments)
     size, size_text, room = _room(arguments)
-    plans = [_plan(request, way, tensor, room) for tensor in arguments.tp for way in WAYS]
+    plans = [_plan(request, way, tensor, room) for tensor in arguments.tp for way in request.ways]
     if arguments.json:
         document = {
             "request": dataclasses.asdict(request) | {"head": source},
@@ -71,6 +71,9 @@ def request_of(arguments: argparse.Namespace) -> tuple[Request, str]:
         accumulation=arguments.accumulation,
         chunk=arguments.chunk,
         device=arguments.device,
+        teacher=arguments.teacher_hidden,
+        ids=arguments.ids,
+        adapter=arguments.adapter,
     )
     return request, head.source if head else "as given"
 

@@ -1,10 +1,21 @@
 """`chunked-ce plan`'s prediction beside what processes take, one rank and two: within a tenth."""
 
+import itertools
+
 import pytest
 import torch
 
-from chunked_ce import ChunkOptions, VocabShard, linear_cross_entropy
+from chunked_ce import (
+    ChunkOptions,
+    Teacher,
+    VocabShard,
+    linear_cross_entropy,
+    linear_divergence,
+    linear_loss,
+    linear_statistics,
+)
 from chunked_ce.cli import memory
+from chunked_ce.objectives import TopKDivergence
 from chunked_ce.plan import predict_memory
 from tests.distributed.launch import run
 
@@ -40,3 +51,55 @@ def test_a_shard_takes_what_the_law_says():
     for (dtype, options), *ranks in zip(CASES, *run(peaks, 2), strict=True):
         law = predict_memory(N, V, D, dtype=dtype, options=ChunkOptions(**options), ranks=2)
         assert max(ranks) == pytest.approx(law.peak, rel=0.1), f"{dtype}, {options}"
+
+
+# ---- losses besides cross-entropy, on one rank ----
+
+OTHERS = {
+    "divergence": {"teacher_hidden_size": 64},
+    "mixture": {"teacher_hidden_size": 64},
+    "top-k": {"num_ids": 64},
+    "adapter": {"adapter_rank": 16},
+    "frozen": {"adapter_rank": 16, "train_head": False},
+    "statistics": {},
+}
+
+
+def other_step(name, shape, dtype, options):
+    n, d, vocab = shape
+    hidden, head, teacher, adapter = ((torch.randn(n, size), torch.randn(vocab, size)) for size in (d, d, 64, 16))
+    hidden, head = (x.to(dtype).requires_grad_(name != "frozen" or x is hidden[0]) for x in (hidden[0], head[1]))
+    target = torch.randint(vocab, (n,))
+    keywords = {"options": options}
+    if name in ("divergence", "mixture"):
+        teacher = Teacher(*(x.to(dtype) for x in teacher))
+        keywords |= {"beta": 0.0 if name == "divergence" else 0.5}
+        return lambda: linear_divergence(hidden, head, teacher, **keywords).backward()
+    if name == "top-k":
+        tensors = {"teacher_ids": torch.randint(vocab, (n, 64)), "teacher_logprobs": torch.full((n, 64), -5.0)}
+        return lambda: linear_loss(TopKDivergence(), hidden, head, target, **tensors, **keywords).backward()
+    if name == "statistics":
+        keywords |= {"outputs": ("logprob", "entropy", "lse", "log_sum_sq_probs", "mean_logit")}
+        return lambda: sum(linear_statistics(hidden, head, target, **keywords)[:5]).sum().backward()
+    adapter = tuple(x.to(dtype).requires_grad_() for x in adapter)
+    return lambda: linear_cross_entropy(hidden, head, target, linear_adapter=adapter, **keywords).backward()
+
+
+def other_peaks(rank, world_size):
+    torch.manual_seed(0)
+    found = {}
+    for name, (dtype, way) in itertools.product(OTHERS, itertools.product(DTYPES, WAYS)):
+        if (name, way) == ("statistics", "forward"):
+            continue
+        options = ChunkOptions(gradients=way)
+        other_step(name, (64, 64, 8200), dtype, options)()
+        found[name, dtype, way] = memory.peak_of(other_step(name, (N, D, 2 * V), dtype, options), "cpu")
+    return found
+
+
+@pytest.mark.skipif(NOT_HERE is not None, reason=NOT_HERE or "")
+def test_other_losses_take_what_the_law_says():
+    (found,) = run(other_peaks, 1)
+    for (name, dtype, way), peak in found.items():
+        law = predict_memory(N, 2 * V, D, dtype=dtype, options=ChunkOptions(gradients=way), **OTHERS[name])
+        assert peak == pytest.approx(law.peak, rel=0.1), f"{name}, {dtype}, {way}"

@@ -123,3 +123,17 @@ def test_chunks_explain_themselves(ranks, dtype):
             plan = cost_of(Request(tokens=tokens, hidden=256, vocab=50257, dtype=dtype), way, ranks)
             parts = math.ceil(tokens / plan.chunk)
             assert plan.why.startswith(f"{parts} equal chunks" if parts > 1 else "one chunk")
+
+
+@pytest.mark.parametrize(
+    ("asked", "more"),
+    [("--teacher-hidden 2048", 2048), ("--adapter 8", 3 * 8), ("--ids 64", 0)],
+)
+def test_other_losses(asked, more, capsys):
+    """A teacher's product, an adapter's three; the filter, which none of them has, is left out."""
+    arguments = "--model", "llama-3-8b", "--tokens", str(N), "--tp", "1"
+    _, plans = document(capsys, *arguments, *asked.split())
+    assert list(plans) == [(FULL, 1), (FORWARD, 1), (BACKWARD, 1)]
+    _, bare = document(capsys, *arguments)
+    assert plans[FORWARD, 1]["operations"] == bare[FORWARD, 1]["operations"] + 2 * more * N * V
+    assert plans[FORWARD, 1]["peak"] > bare[FORWARD, 1]["peak"]
