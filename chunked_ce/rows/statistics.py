@@ -211,8 +211,8 @@ class Statistic:
     per_id = False  # whether it is (n, K), and its part too
     of_teacher = False  # whether it depends on a teacher
     reads_gap = False  # whether its part needs the gap between teacher and student
-    keeps_gap = False  # whether the factor of p_v needs it
-    mixes = False  # whether its part and factor need the mixture of the two, which needs the sums of a first pass
+    keeps_gap = False  # whether the gradient of its slope needs it
+    mixes = False  # whether its part needs the mixture of the two, and thus the sums of a first pass
     empty: tuple[float, ...] = (0.0,)  # the part of a shard without columns
 
     def part(self, values: Tensor, row: Row) -> Sequence[Tensor]:
@@ -234,8 +234,19 @@ class Statistic:
     def softmax_factor(self, slope: Tensor, values: Tensor, rows: RowStatistics) -> Tensor:
         """The term of its slope (r, 1) in the factor of p_v, if it is ``in_factor``.
 
-        ``values`` (r, V) are z - m if it ``keeps_relative``, or the gap to the teacher if it ``keeps_gap``, and may be
-        overwritten; log(p / m) if it ``mixes``; else exp(z - m).
+        ``values`` (r, V) are z - m if it ``keeps_relative``, and may be overwritten; else exp(z - m). One that is
+        ``of_teacher`` returns the term (r, 1) that all logits of a row share, and `beside` what each has of its own.
+        """
+        raise NotImplementedError
+
+    def prepare(self, pair: Pair, exponentials: Tensor, sum_exp: Tensor, teacher_sum: Tensor) -> None:
+        """Prepare ``pair`` for `beside`, if it ``keeps_gap``: exp(z - m) (r, V), and the sums of both (r,)."""
+        raise NotImplementedError
+
+    def beside(self, slope: Tensor, pair: Pair, sum_exp: Tensor, teacher_sum: Tensor) -> tuple[Tensor, Tensor]:
+        """A factor (r,) and values (r, V), whose product its slope (r,) adds to the gradients of the logits.
+
+        For one that is ``of_teacher``: ``pair`` holds the exponentials, the sums (r,) are theirs.
         """
         raise NotImplementedError
 
@@ -472,7 +483,7 @@ class ForwardKL(Statistic):
     empty = (0.0, 0.0)
 
     def part(self, values, row):
-        return row.pair.mean_gap(row.pair.t), row.pair.sum_exp
+        return row.pair.sum_gaps_of_teacher(), row.pair.sum_exp
 
     def merge(self, part, shards):
         gaps, sums = part
@@ -490,7 +501,10 @@ class ForwardKL(Statistic):
         return (p * terms.where(p > 0, 0)).sum(-1)
 
     def softmax_factor(self, slope, values, rows):
-        return slope.clone()
+        return slope
+
+    def beside(self, slope, pair, sum_exp, teacher_sum):
+        return -slope / teacher_sum, pair.t
 
     def bound(self, slope, rows, largest_weight):
         return slope.abs()
@@ -504,7 +518,7 @@ class ReverseKL(Statistic):
     empty = (0.0, 0.0)
 
     def part(self, values, row):
-        return -row.pair.mean_gap(values), row.pair.sum_exp
+        return -row.pair.sum_gaps_of_student(values), row.pair.sum_exp
 
     def merge(self, part, shards):
         gaps, sums = part
@@ -524,7 +538,13 @@ class ReverseKL(Statistic):
 
     def softmax_factor(self, slope, values, rows):
         offset = rows.reverse_kl + rows.log_sum - rows.teacher_log_sum
-        return values.add_(offset.unsqueeze(-1)).mul_(-slope)
+        return -slope * offset.unsqueeze(-1)
+
+    def prepare(self, pair, exponentials, sum_exp, teacher_sum):
+        pair.sum_gaps_of_student(exponentials)
+
+    def beside(self, slope, pair, sum_exp, teacher_sum):
+        return -slope / sum_exp, pair.weighted_gap
 
     def bound(self, slope, rows, largest_weight):
         # |p log(p / p')| is at most the divergence plus 1 / e: all other terms of its sum are at least -1 / e together.
@@ -532,8 +552,10 @@ class ReverseKL(Statistic):
 
 
 class MixtureKL(Statistic):
+    """Its slope counts for the student's share of it: the row kernels multiply it by 1 - b."""
+
     name, reads, in_factor, low_rank, in_gradient, in_triton = "mixture_kl", "mixture", True, False, False, False
-    of_teacher = mixes = True
+    of_teacher = reads_gap = keeps_gap = mixes = True
 
     def part(self, values, row):
         pair = row.pair
@@ -544,7 +566,13 @@ class MixtureKL(Statistic):
         return row.share * of_teacher + (1 - row.share) * of_student
 
     def softmax_factor(self, slope, values, rows):
-        return values.sub_(rows.student_kl.unsqueeze(-1)).mul_(slope)
+        return -slope * rows.student_kl.unsqueeze(-1)
+
+    def prepare(self, pair, exponentials, sum_exp, teacher_sum):
+        pair.mix_(exponentials, sum_exp, teacher_sum)
+
+    def beside(self, slope, pair, sum_exp, teacher_sum):
+        return -slope / sum_exp, pair.weighted_ratio
 
     def bound(self, slope, rows, largest_weight):
         return slope.abs() * (1 + 2 * rows.student_kl)

@@ -8,6 +8,7 @@ summed, so that a student close to its teacher loses nothing to cancellation.
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,6 @@ from chunked_ce.rows.logits import Logits
 
 __all__ = ["Pair", "Pairs", "TeacherRows"]
 
-_LARGEST_GAP = 1e30
 _LARGEST_RATIO = {torch.float32: 80.0, torch.float64: 600.0}  # of log p'/p: its exp is finite, and 1 is nothing beside
 
 
@@ -58,64 +58,76 @@ class TeacherRows(NamedTuple):
 
 
 class Pair:
-    """A few rows of teacher and student: ``t`` and the gap are overwritten in the order of the methods."""
+    """A few rows of teacher and student. The methods overwrite ``t`` and the gap, and are called in their order."""
 
-    def __init__(self, t: Tensor, gap: Tensor | None, mixed: Tensor | None, share: float) -> None:
+    def __init__(self, t: Tensor, gap: Tensor | None, mixed: Tensor | None, uses: int, share: float) -> None:
         self.t = t  # (r, B) the teacher's logits, then t - m', then exp(t - m')
-        self.gap = gap  # (r, B) (t - m') - (z - m), where one is needed
         self.share = share
-        self._mixed = mixed  # (r, B) where `mix_` is needed
-        self._is_finite = False  # whether the gap is known to be finite
+        self._gap = gap  # (r, B) (t - m') - (z - m), where one is needed
+        self._mixed = mixed  # (r, B) where `mix_` is called
+        self._uses = uses  # of the gap that are left
 
     def relate_(self, z: Tensor, maximum: Tensor) -> None:
         """Take ``maximum`` (r,) off the teacher's logits, and relate them to the student's ``z`` (r, B), z - m."""
         self.t.sub_(maximum.unsqueeze(-1))
-        if self.gap is not None:
-            torch.sub(self.t, z, out=self.gap)
+        if self._gap is not None:
+            torch.sub(self.t, z, out=self._gap)
 
     def exponentiate_(self) -> None:
         self.t.exp_()
 
     @functools.cached_property
     def sum_exp(self) -> Tensor:
-        """(r,) of the teacher."""
+        """The sum of the teacher's exponentials (r,)."""
         return self.t.sum(-1)
 
-    def mean_gap(self, weights: Tensor) -> Tensor:
-        """sum_v w_v * gap_v (r,) for ``weights`` (r, B), where a weight of 0 makes 0 of any gap."""
-        total = torch.linalg.vecdot(self.gap, weights)
-        if total.device.type == "cpu" and total.isfinite().all():
-            self._is_finite = True
-            return total
-        return torch.linalg.vecdot(self.gap.masked_fill(weights == 0, 0), weights)
+    def sum_gaps_of_teacher(self) -> Tensor:
+        """sum_v exp(t_v - m') * gap_v, (r,)."""
+        return _weighted_(self._take_gap(), self.t)[1]
+
+    def sum_gaps_of_student(self, exponentials: Tensor) -> Tensor:
+        """sum_v exp(z_v - m) * gap_v, (r,), whose terms (r, B) are then ``weighted_gap``."""
+        self.weighted_gap, total = _weighted_(self._take_gap(), exponentials)
+        return total
 
     def mix_(self, exponentials: Tensor, sum_exp: Tensor, teacher_sum: Tensor) -> None:
         """Compare both distributions with their mixture, m_v = share * p'_v + (1 - share) * p_v.
 
-        ``exponentials`` (r, B) are exp(z - m), the sums (r,) those of both over the whole vocabulary. Sets ``student``,
-        log(p_v / m_v) (r, B), in the memory of the gap, and for these entries the sums ``kl_of_teacher`` and
-        ``kl_of_student`` (r,) of p'_v log(p'_v / m_v) and p_v log(p_v / m_v). The logarithm of a mixture is taken
-        relative to its larger part, and by log1p and expm1, since the two distributions may hardly differ.
+        ``exponentials`` (r, B) are exp(z - m), the sums (r,) those of both over the whole vocabulary. Sets
+        ``kl_of_teacher`` and ``kl_of_student`` (r,), the sums of p'_v log(p'_v / m_v) and p_v log(p_v / m_v) over these
+        entries, and ``weighted_ratio`` (r, B), exp(z_v - m) log(m_v / p_v). The logarithm of the mixture is taken
+        relative to its larger part, by log1p and expm1, since the two distributions may hardly differ.
         """
-        limit = _LARGEST_RATIO[self.gap.dtype]
-        ratio = self.gap.add_((sum_exp / teacher_sum).log().unsqueeze(-1))  # log(p'_v / p_v)
-        ratio.nan_to_num_(0.0, limit, -limit).clamp_(-limit, limit)
+        limit = _LARGEST_RATIO[exponentials.dtype]
+        ratio = self._take_gap().add_((sum_exp / teacher_sum).log().unsqueeze(-1))  # log(p'_v / p_v)
+        ratio.clamp_(-limit, limit)
         if self.share <= 0.5:
-            to_mixture = torch.expm1(ratio, out=self._mixed).mul_(self.share).log1p_()  # log(m_v / p_v)
-            teacher, self.student = ratio.sub_(to_mixture), to_mixture.neg_()
+            student = torch.expm1(ratio, out=self._mixed).mul_(self.share).log1p_()  # log(m_v / p_v)
+            teacher = torch.sub(student, ratio, out=ratio)  # log(m_v / p'_v)
         else:
-            to_mixture = torch.neg(ratio, out=self._mixed).expm1_().mul_(1 - self.share).log1p_()  # log(m_v / p'_v)
-            self.student = ratio.add_(to_mixture).neg_()
-            teacher = to_mixture.neg_()
-        self.kl_of_teacher = torch.linalg.vecdot(self.t, teacher) / teacher_sum
-        self.kl_of_student = torch.linalg.vecdot(exponentials, self.student) / sum_exp
+            teacher = torch.neg(ratio, out=self._mixed).expm1_().mul_(1 - self.share).log1p_()
+            student = ratio.add_(teacher)
+        self.weighted_ratio, total = _weighted_(student, exponentials)
+        self.kl_of_student = -total / sum_exp
+        self.kl_of_teacher = -_weighted_(teacher, self.t)[1] / teacher_sum
 
-    def finite_gap(self) -> Tensor:
-        """The gap, which may be overwritten; where student or teacher exclude an entry, a number times which 0 is 0."""
-        if not self._is_finite:
-            self.gap.nan_to_num_(0.0, _LARGEST_GAP, -_LARGEST_GAP)
-            self._is_finite = True
-        return self.gap
+    def _take_gap(self) -> Tensor:
+        """The gap to overwrite, which the last use need not copy."""
+        self._uses -= 1
+        return self._gap.clone() if self._uses else self._gap
+
+
+def _weighted_(
+    values: Tensor,  # (r, B), of any size where the weight is 0
+    weights: Tensor,  # (r, B)
+) -> tuple[Tensor, Tensor]:
+    """The products of values and weights (r, B), in the memory of the values, and their sum (r,)."""
+    products = values.mul_(weights)
+    total = products.sum(-1)
+    if total.device.type == "cpu" and math.isfinite(total.sum()):
+        return products, total
+    products.masked_fill_(weights == 0, 0)
+    return products, products.sum(-1)
 
 
 class Pairs:
@@ -124,23 +136,23 @@ class Pairs:
     def __init__(
         self,
         teacher: TeacherRows,
-        shape: tuple[int, int],
+        shape: tuple[int, int],  # (r, B)
         dtype: torch.dtype,
         *,
-        gap: bool,
-        mixed: bool,
+        gaps: int,  # uses of the gap
+        mixes: bool,
         overwrite: bool,
     ) -> None:
         in_order = teacher.index is None and teacher.columns is None and teacher.counted is None
         in_place = overwrite and teacher.overwrite and in_order and teacher.products.dtype == dtype
-        self._teacher = teacher
+        self._teacher, self._gaps = teacher, gaps
         self._t = None if in_place else teacher.products.new_empty(shape, dtype=dtype)
-        self._gap = teacher.products.new_empty(shape, dtype=dtype) if gap or mixed else None
-        self._mixed = teacher.products.new_empty(shape, dtype=dtype) if mixed else None
+        self._gap = teacher.products.new_empty(shape, dtype=dtype) if gaps else None
+        self._mixed = teacher.products.new_empty(shape, dtype=dtype) if mixes else None
 
     def at(self, rows: slice, temperature: Tensor | None) -> Pair:
         """The pair of ``rows``, with their ``temperature`` (r,): valid until the next one."""
         size = rows.stop - rows.start
         t = self._teacher.at(rows).read(temperature, None if self._t is None else self._t[:size])
         gap, mixed = (None if part is None else part[:size] for part in (self._gap, self._mixed))
-        return Pair(t, gap, mixed, self._teacher.share)
+        return Pair(t, gap, mixed, self._gaps, self._teacher.share)

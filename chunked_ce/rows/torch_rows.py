@@ -52,6 +52,7 @@ _DEVICE_ELEMENTS = 2**24  # on an accelerator a kernel must be worth its launch
 _LOG_HALF = -0.6931
 _IN_FACTOR = tuple(name for name in STATISTICS if STATISTICS[name].in_factor)
 _ADDED = tuple(name for name in STATISTICS if STATISTICS[name].adds)
+_OF_TEACHER = tuple(name for name in STATISTICS if STATISTICS[name].of_teacher and STATISTICS[name].in_factor)
 
 
 def rows_in_flight(vocab_size: int, device_type: str) -> int:
@@ -217,9 +218,8 @@ def logit_gradients(
         dead = functools.reduce(torch.logical_and, [each.all(-1) if each.dim() > 1 else each for each in zero])
     keeps = _keeps_logits(logits, slopes.named())
     slope_names = slopes.named()
-    gap = any(STATISTICS[name].keeps_gap for name in slope_names)
-    mixes = any(STATISTICS[name].mixes for name in slope_names)
-    pair_of = _pairs(products, per_row, (), overwrite=True, gap=gap, mixed=mixes)
+    asked = [name for name in slope_names if STATISTICS[name].keeps_gap]
+    pair_of = _pairs(products, per_row, asked, overwrite=True)
     for rows, z in _visit(products, logits, overwrite, per_row):
         block = known.at(rows)
         dead_rows = None if dead is None else dead[rows].unsqueeze(-1)
@@ -233,8 +233,8 @@ def logit_gradients(
         few = Few(block.log_sum.exp(), target[rows], class_weight, slopes.at(rows), kept, block, per_row.at(rows), pair)
         if pair is not None:
             few = few._replace(teacher_sum=block.teacher_log_sum.exp())
-        if mixes:
-            pair.mix_(z, few.sum_exp, few.teacher_sum)
+        for name in asked:
+            STATISTICS[name].prepare(pair, z, few.sum_exp, few.teacher_sum)
         gradients = _gradients_(z, few, logits, columns, dead_rows)
         if dead_rows is not None:
             gradients.masked_fill_(dead_rows, 0)
@@ -332,17 +332,15 @@ def _pairs(
     names: Iterable[str],  # of statistics to compute
     *,
     overwrite: bool,
-    gap: bool = False,
-    mixed: bool = False,
 ) -> Callable[[slice], Pair | None]:
     """Gives the pair of each few rows that `_visit` visits, None without a teacher."""
     if per_row.teacher is None:
         return lambda rows: None
-    gap |= any(STATISTICS[name].reads_gap for name in names)
-    mixed |= any(STATISTICS[name].mixes for name in names)
+    gaps = sum(STATISTICS[name].reads_gap for name in names)
+    mixes = any(STATISTICS[name].mixes for name in names)
     n, vocab_size = products.shape
     shape = min(n, rows_in_flight(vocab_size, products.device.type)), vocab_size
-    pairs = Pairs(per_row.teacher, shape, work_dtype(products.dtype), gap=gap, mixed=mixed, overwrite=overwrite)
+    pairs = Pairs(per_row.teacher, shape, work_dtype(products.dtype), gaps=gaps, mixes=mixes, overwrite=overwrite)
     return lambda rows: pairs.at(rows, None if per_row.temperature is None else per_row.temperature[rows])
 
 
@@ -359,14 +357,10 @@ def _gradients_(
     """
     slopes, rows, target = few.slopes, few.rows, few.target
     factor, column = (slopes.log_sum / few.sum_exp).unsqueeze(-1), target.clamp(min=0).unsqueeze(-1)
-    at_target = _at_target(few, column)
     for name in _IN_FACTOR:
-        slope = getattr(slopes, name)
+        slope = _slope(few, name)
         if slope is not None:
-            if STATISTICS[name].of_teacher:
-                slope, values = _of_pair(few, STATISTICS[name])
-            else:
-                values = few.z - rows.maximum.unsqueeze(-1) if STATISTICS[name].keeps_relative else exponentials
+            values = few.z - rows.maximum.unsqueeze(-1) if STATISTICS[name].keeps_relative else exponentials
             share = (slope / few.sum_exp).unsqueeze(-1)
             term = STATISTICS[name].softmax_factor(share, values, rows)
             factor = term.add_(factor) if term.shape[1] >= factor.shape[1] else factor.add_(term)
@@ -374,10 +368,13 @@ def _gradients_(
     if columns is not None:
         part = gradients if logits.softcap is None else gradients * _chain(few, logits)
         columns.add(part if dead is None else part.masked_fill(dead, 0), slopes.log_sum)
+    at_target = _at_target(few).unsqueeze(-1)
     gradients.scatter_(-1, column, at_target.where(target.unsqueeze(-1) >= 0, gradients.gather(-1, column)))
-    if slopes.forward_kl is not None:
-        share = slopes.forward_kl / few.teacher_sum
-        gradients.addcmul_(few.pair.t, -share.unsqueeze(-1))
+    for name in _OF_TEACHER:
+        slope = _slope(few, name)
+        if slope is not None:
+            factor, values = STATISTICS[name].beside(slope, few.pair, few.sum_exp, few.teacher_sum)
+            gradients.addcmul_(values, factor.unsqueeze(-1))
     if slopes.at_ids is not None:
         ids = few.per_row.ids
         gradients.scatter_add_(-1, ids.clamp(min=0), slopes.at_ids.where(ids >= 0, 0))
@@ -407,34 +404,25 @@ def _take_targets_(
     return taken.where(is_local, 0).squeeze(-1)
 
 
-def _of_pair(few: Few, statistic: Statistic) -> tuple[Tensor, Tensor | None]:
-    """The slope (r,) of a statistic that depends on a teacher, and the values (r, V) that its factor reads."""
-    slope = getattr(few.slopes, statistic.name)
-    if statistic.mixes:
-        return slope * (1 - few.pair.share), few.pair.student
-    return slope, few.pair.finite_gap() if statistic.keeps_gap else None
+def _slope(few: Few, name: str) -> Tensor | None:
+    """The slope (r,) in a statistic; of the divergence from a mixture, the student's share of it."""
+    slope = getattr(few.slopes, name)
+    return slope * (1 - few.pair.share) if slope is not None and STATISTICS[name].mixes else slope
 
 
-def _at_target(
-    few: Few,
-    column: Tensor,  # (r, 1) of the target, 0 where it is in another block
-) -> Tensor:
-    """The gradients (r, 1) of the targets' logits, without what is added to those of all logits."""
+def _at_target(few: Few) -> Tensor:
+    """The gradients (r,) of the targets' logits, without what is added to those of all logits."""
     slopes, rows = few.slopes, few.rows
     factor, logprob = slopes.log_sum, rows.logprob
     for name in _IN_FACTOR:
-        slope = getattr(slopes, name)
+        slope = _slope(few, name)
         if slope is not None:
-            if STATISTICS[name].of_teacher:
-                slope, values = _of_pair(few, STATISTICS[name])
-                values = None if values is None else values.gather(-1, column)
-            else:
-                values = rows.target.unsqueeze(-1).clone()
-                values = values if STATISTICS[name].keeps_relative else values.exp_()
+            values = rows.target.unsqueeze(-1).clone()
+            values = values if STATISTICS[name].keeps_relative else values.exp_()
             factor = factor + STATISTICS[name].softmax_factor(slope.unsqueeze(-1), values, rows).squeeze(-1)
     # For a confident token, expm1(log p) is p - 1 without cancellation.
     confident = torch.expm1(logprob) * factor + (factor + slopes.target)
-    return confident.where(logprob > _LOG_HALF, logprob.exp() * factor + slopes.target).unsqueeze(-1)
+    return confident.where(logprob > _LOG_HALF, logprob.exp() * factor + slopes.target)
 
 
 def _chain(few: Few, logits: Logits) -> Tensor:
