@@ -38,15 +38,9 @@ def depths_of(tensors: dict[str, Any], per_token: Collection[str] = ()) -> list[
     lists that do not fit together.
     """
     input = tensors.get("input")
-    names = [name for name in (*_PER_TOKEN, *per_token) if tensors.get(name) is not None]
     if not are_depths(input):
-        for name in names:
-            if "input" in tensors and are_depths(tensors[name]):
-                raise TypeError(
-                    f"{name} must be a tensor, as input is one, was a {_listed(tensors[name])}: for several depths all "
-                    "arguments per token are lists"
-                )
-        return [tensors]
+        return [tensors]  # lists among the others are refused as any value that is no tensor
+    names = [name for name in (*_PER_TOKEN, *per_token) if tensors.get(name) is not None]
     if len(input) == 0:
         raise ValueError(
             f"input must be a tensor, or a list of tensors, one for each depth and at least one, was {described(input)}"
@@ -96,7 +90,7 @@ def check_with_depths(num_depths: int, teacher: object | None, vocab: VocabShard
 def check_widths(depths: Sequence[dict[str, Any]], per_token: Collection[str]) -> None:
     """Check that tensors (..., K) per token have one K for all depths, whose shapes have been checked."""
     for name in per_token:
-        if len(depths) > 1 and depths[0].get(name) is not None:
+        if depths[0].get(name) is not None:
             widths = [tuple(tensors[name].shape[tensors["target"].dim() :]) for tensors in depths]
             if any(width != widths[0] for width in widths):
                 raise ValueError(f"{name} must have one last dimension K for all depths, had {widths}")

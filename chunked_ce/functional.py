@@ -678,7 +678,8 @@ def _agreed(
         if len(depths) > 1:
             check_with_depths(len(depths), arguments.teacher, vocab)
         (checked, *_) = for_each_depth(depths, check_depth)
-        check_widths(depths, per_token)
+        if len(depths) > 1:
+            check_widths(depths, per_token)
         check_teacher(arguments.teacher, objective, depths[0]["target"], arguments.vocab_size, vocab)
         dispatch.is_transformed(vocab)
         return checked, objective

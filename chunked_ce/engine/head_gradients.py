@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,26 +20,26 @@ WEIGHT_PARTS = ("weight", "adapter_weight")
 class PairGradients:
     """The gradients of a factor pair, hidden states and the rows of a head; None where not needed."""
 
-    def __init__(self, hiddens: list[Tensor | None], weight: Tensor | None) -> None:
+    def __init__(self, hidden: Tensor | list[Tensor | None] | None, weight: Tensor | None) -> None:
+        self.hidden = hidden  # (N, D), or of each depth
         self.weight = weight  # (V, D)
-        self.hidden: Tensor | list[Tensor | None] | None = hiddens[0]  # (N, D), or of each depth
-        if len(hiddens) > 1:
-            self.hidden = hiddens if any(hidden is not None for hidden in hiddens) else None
 
 
 class HeadGradients:
     """The gradients of a head's tensors; None where not needed."""
 
     def __init__(self, parts: Sequence[str], gradients: Sequence[Tensor | None]) -> None:
-        named: dict[str, list[Tensor | None]] = {}
-        for part, gradient in zip(parts, gradients, strict=True):
-            named.setdefault(part, []).append(gradient)
-        self._parts = parts
-        self.bias = named.get("bias", [None])[0]  # (V,)
-        self.pairs = [PairGradients(named["hidden"], *named["weight"])]
+        named: dict[str, Any] = dict(zip(parts, gradients, strict=True))
+        self._parts, self._depths = parts, parts.count("hidden")
+        if self._depths > 1:
+            for hidden in HIDDEN_PARTS:
+                depths = [gradient for part, gradient in zip(parts, gradients, strict=True) if part == hidden]
+                named[hidden] = depths if any(gradient is not None for gradient in depths) else None
+        self.bias: Tensor | None = named.get("bias")  # (V,)
+        self.pairs = [PairGradients(named["hidden"], named["weight"])]
         """That of hidden states and weight, and that of an adapter."""
-        if "adapter_weight" in named:
-            self.pairs.append(PairGradients(named["adapter_hidden"], *named["adapter_weight"]))
+        if "adapter_weight" in parts:
+            self.pairs.append(PairGradients(named["adapter_hidden"], named["adapter_weight"]))
 
     @classmethod
     def empty(
@@ -70,12 +71,13 @@ class HeadGradients:
 
     def in_order(self) -> list[Tensor | None]:
         """The gradients in the order of the source's tensors."""
-        named = {"bias": [self.bias]}
+        named: dict[str, Any] = {"bias": self.bias}
         for pair, hidden, weight in zip(self.pairs, HIDDEN_PARTS, WEIGHT_PARTS, strict=False):
-            depths = self._parts.count(hidden)
-            named[hidden] = list(pair.hidden or [None] * depths) if depths > 1 else [pair.hidden]
-            named[weight] = [pair.weight]
-        return [named[part].pop(0) for part in self._parts]
+            named[hidden], named[weight] = pair.hidden, pair.weight
+        if self._depths == 1:
+            return [named[part] for part in self._parts]
+        depths = {part: iter(named[part] or [None] * self._depths) for part in HIDDEN_PARTS if part in named}
+        return [next(depths[part]) if part in depths else named[part] for part in self._parts]
 
 
 def _empty_gradient(tensor: Tensor, dtype: torch.dtype, *, written: bool) -> Tensor:

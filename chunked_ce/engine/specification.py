@@ -55,7 +55,7 @@ class Specification(NamedTuple):
 
     def needs(self, part: str) -> bool:
         """Whether any tensor of the source that is called ``part`` needs a gradient."""
-        return any(need for name, need in zip(self.parts, self.needed, strict=False) if name == part)
+        return (part, True) in zip(self.parts, self.needed, strict=False)
 
     @property
     def scales_chunks(self) -> bool:

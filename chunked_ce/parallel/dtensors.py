@@ -48,6 +48,8 @@ def local_arguments(
 
 def has_dtensor(values: Iterable[Any]) -> bool:
     """Whether there is a DTensor among ``values``, which may be lists of several depths."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return False
     return any(has_dtensor(value) if isinstance(value, list | tuple) else is_dtensor(value) for value in values)
 
 
