@@ -154,9 +154,10 @@ def check_tensors(
 def check_adapter(tensors: dict[str, Tensor | None], input: Tensor, rows: int) -> None:
     """Check the factors of a low-rank adapter of a head with ``rows`` rows, if there is one."""
     if "linear_adapter" in tensors:
+        given = tensors["linear_adapter"]
+        was = f"a {type(given).__name__} of {len(given)}" if isinstance(given, list | tuple) else described(given)
         raise TypeError(
-            "linear_adapter must be None or a pair (input_r, weight_r) of tensors (..., r) and (V, r), "
-            f"was {described(tensors['linear_adapter'])}"
+            f"linear_adapter must be None or a pair (input_r, weight_r) of tensors (..., r) and (V, r), was {was}"
         )
     if ADAPTER[0] not in tensors:
         return
