@@ -24,7 +24,7 @@ def errors(actual, expected):
     return math.sqrt((difference**2).mean()), abs(difference).max()
 
 
-def assert_no_worse(actual, plain, expected, what="value", parts_in=None):
+def assert_no_worse(actual, plain, expected, what="value", parts_in=None, max_slack=MAX_SLACK):
     """rms and maximal error of `actual` within those of `plain`, and a few fp32 roundings.
 
     `parts_in` is for a sum over chunks whose products come rounded to that dtype, where the device gives no
@@ -36,7 +36,7 @@ def assert_no_worse(actual, plain, expected, what="value", parts_in=None):
     part_rms, part_max = (0.0, 0.0) if parts_in is None else errors(rounded(expected, parts_in), expected)
     for name, error, bound in (
         ("rms", ours[0], RMS_SLACK * math.hypot(theirs[0], part_rms)),
-        ("max", ours[1], MAX_SLACK * (theirs[1] + part_max)),
+        ("max", ours[1], max_slack * (theirs[1] + part_max)),
     ):
         assert error <= bound + floor, f"{name} error of {what}: {error:.3g}, allowed {bound:.3g}"
 
