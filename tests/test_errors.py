@@ -401,8 +401,8 @@ def test_defaults_of_the_options():
 
 def test_positions_of_the_options():
     """The contract's order."""
-    options = ChunkOptions("auto", None, "auto", torch.float32, None, "torch")
-    assert options == ChunkOptions(backend="torch")
+    options = ChunkOptions("auto", None, "auto", torch.float32, torch.float32, None, "torch")
+    assert options == ChunkOptions(logits_dtype=torch.float32, backend="torch")
 
 
 # --- targets out of range ---

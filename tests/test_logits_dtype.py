@@ -160,6 +160,24 @@ def test_teachers():
 
 
 @pytest.mark.parametrize("way", WAYS)
+def test_adapters_and_depths(way):
+    """The products of all factors are summed in fp32."""
+    case, low_rank = problem(40, 64, 301, dtype=torch.bfloat16, spread=3.0), problem(40, 8, 301, dtype=torch.bfloat16)
+    z = F.linear(case.hidden.double(), case.head.double()) + F.linear(low_rank.hidden.double(), low_rank.head.double())
+    expected = -of_targets(case, z.log_softmax(-1))
+    keywords = {"options": WIDE(7, gradients=way), "reduction": "sum"}
+    adapter = low_rank.hidden, low_rank.head
+    value = case.loss(linear_adapter=adapter, **keywords)
+    torch.testing.assert_close(value.double(), expected.sum(), rtol=2e-7, atol=0)
+    depths = [case.hidden[:15], case.hidden[15:]], case.head, [case.target[:15], case.target[15:]]
+    value = linear_cross_entropy(*depths, linear_adapter=([adapter[0][:15], adapter[0][15:]], adapter[1]), **keywords)
+    torch.testing.assert_close(value.double(), expected.sum(), rtol=2e-7, atol=0)
+    if way == "backward":
+        found = case.logprobs(linear_adapter=adapter, options=WIDE(7))
+        assert errors(found, -array(expected))[1] < 4e-6
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_lazy_logits(way):
     """A head passes its options, so that `float()` after it loses nothing."""
     case = problem(24, 32, 101, dtype=torch.bfloat16)
