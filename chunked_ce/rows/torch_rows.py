@@ -23,7 +23,6 @@ from chunked_ce.rows.statistics import (
     PerRow,
     Row,
     RowStatistics,
-    Statistic,
     columns_of,
     empty_part,
     joined,

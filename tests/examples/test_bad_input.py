@@ -1,4 +1,4 @@
-"""Bad input ends the examples on DeepSpeed with one line and a nonzero status, whatever the rank."""
+"""Bad input ends the examples with one line and a nonzero status, whatever the rank."""
 
 import functools
 import importlib
@@ -71,6 +71,40 @@ def test_distillation(refuse, tmp_path):
     assert "nowhere.txt: No such file" in refusal("--text", "nowhere.txt")
     (tmp_path / "short.txt").write_text("Too little.")
     assert "tokens, too few for a context of 512" in refusal("--text", tmp_path / "short.txt")
+
+
+@pytest.fixture
+def policy_refusal(tmp_path, monkeypatch, capsys):
+    import policy
+
+    def refusal(*arguments: object) -> str:
+        command = ["policy.py", "--out", tmp_path / "out", *arguments]
+        monkeypatch.setattr("sys.argv", [str(argument) for argument in command])
+        with pytest.raises(SystemExit) as stop:
+            policy.main()
+        assert stop.value.code == 2
+        line = capsys.readouterr().err
+        assert line.startswith("policy: ") and line.count("\n") == 1
+        return line
+
+    return refusal
+
+
+def test_policy(policy_refusal, tmp_path):
+    assert "--optimise" in policy_refusal("--optimise")
+    assert "argument --steps: invalid int value: 'many'" in policy_refusal("--steps", "many")
+    assert "steps must be at least 1, got 0" in policy_refusal("--steps", 0)
+    assert "group must be at least 2, got 1" in policy_refusal("--group", 1)
+    assert "learning_rate must be more than 0, got 0.0" in policy_refusal("--learning-rate", 0)
+    assert "clip_low must be in [0, 1), was 1.5" in policy_refusal("--clip-low", 1.5)
+    assert "entropy must be finite and >= 0, was nan" in policy_refusal("--entropy", "nan")
+    assert "width must be a multiple of heads, got width 10 and heads 4" in policy_refusal("--width", 10)
+    assert "the text has 20 lines that are not empty, too few for 20 prompts" in policy_refusal("--lines", 20)
+    assert "nowhere.txt: No such file" in policy_refusal("--text", "nowhere.txt")
+    binary = tmp_path / "binary"
+    binary.write_bytes(b"\xff\xfe\x00")
+    assert f"{binary} is not UTF-8 text" in policy_refusal("--text", binary)
+    assert f"{binary}: File exists" in policy_refusal("--out", binary)
 
 
 @pytest.mark.parametrize(
