@@ -24,6 +24,7 @@ from chunked_ce.engine import dispatch
 from chunked_ce.engine.call import Call
 from chunked_ce.engine.loss_stats import LossStats
 from chunked_ce.engine.specification import TEMPERATURE, Specification
+from chunked_ce.invariance import check_invariance
 from chunked_ce.objectives import CrossEntropy, Divergence, Objective, Teacher
 from chunked_ce.options import ChunkOptions
 from chunked_ce.parallel.agreement import agreed, facts_of_call
@@ -681,6 +682,7 @@ def _agreed(
         if len(depths) > 1:
             check_widths(depths, per_token)
         check_teacher(arguments.teacher, objective, depths[0]["target"], arguments.vocab_size, vocab)
+        check_invariance(checked, depths[0], vocab, arguments.teacher, transformed)
         dispatch.is_transformed(vocab)
         return checked, objective
 

@@ -40,7 +40,7 @@ class ChunkOptions:
     gradients: Literal["auto", "forward", "backward"] = "auto"
     """When gradients are computed: with the loss (6 N V D operations, sums and means only) or in the backward
     from recomputed logits (8 N V D, the least memory); ``"auto"`` takes ``"forward"`` where it can, unless
-    ``accumulate_into`` requires ``"backward"``."""
+    ``accumulate_into`` or ``invariant`` requires ``"backward"``."""
 
     accumulate_dtype: torch.dtype = torch.float32
     """The dtype in which gradients of the head are summed over chunks, if it is wider than the products' dtype."""
@@ -70,6 +70,13 @@ class ChunkOptions:
     ``grad``, for a weight that is not a leaf, under ``create_graph=True`` and in compiled code; ``"main_grad"`` raises
     where it is not supported."""
 
+    invariant: bool = False
+    """Batch-invariant statistics: the bits of a token's log-probability, and of each other statistic, depend on its
+    hidden state and the head only, not on the batch, its place in it, the mask or other tokens. On the CPU, with one
+    number of threads; not with a sharded vocabulary, a teacher, a support or logits that exist, nor under
+    ``torch.func``, which raise ``ValueError``. Gradients are computed in the backward; ``chunk_size`` and
+    ``memory_budget`` concern these only. docs/numerics.md says what it costs."""
+
     def __post_init__(self) -> None:
         if not is_one_of(self.chunk_size, ("auto",)):
             self._set("chunk_size", _at_least_1("chunk_size", self.chunk_size, "'auto' or an integer"))
@@ -91,6 +98,13 @@ class ChunkOptions:
         if into is not None and self.gradients == "forward":
             raise ValueError(f"accumulate_into={into!r} needs gradients 'backward' or 'auto', was 'forward'")
 
+        if not isinstance(self.invariant, bool):
+            raise TypeError(f"invariant must be True or False, was {described(self.invariant)}")
+        if self.invariant and self.gradients == "forward":
+            raise ValueError("invariant=True needs gradients 'backward' or 'auto', was 'forward'")
+        if self.invariant and self.backend == "triton":
+            raise ValueError("invariant=True needs backend 'auto' or 'torch', was 'triton'")
+
     def _set(self, name: str, value: float) -> None:
         """Store a plain Python number, which can be hashed, pickled and compiled."""
         object.__setattr__(self, name, value)
@@ -98,7 +112,7 @@ class ChunkOptions:
     @property
     def in_backward(self) -> bool:
         """Whether gradients are to be computed in the backward."""
-        return self.gradients == "backward" or self.accumulate_into is not None
+        return self.gradients == "backward" or self.accumulate_into is not None or self.invariant
 
     def filter_threshold(self, dtype: torch.dtype) -> float | None:
         """The largest probability of a dropped vocabulary entry for products in ``dtype``, None if none is dropped.

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from chunked_ce.engine import invariant
 from chunked_ce.engine.call import Call
 from chunked_ce.engine.filtered import Filter, can_filter
 from chunked_ce.engine.gradient_products import ChunkProducts, LogitGradients, VocabularyProducts
@@ -42,8 +43,10 @@ def statistics(call: Call) -> RowStatistics:
     """The statistics of every row over the whole vocabulary, (N,) each and 0 for tokens that do not count.
 
     The products are those of `gradients`, block by block, so that the two round alike: a difference would be large
-    compared with ``1 - p`` of a confident token.
+    compared with ``1 - p`` of a confident token. Only batch-invariant statistics have products of their own.
     """
+    if call.specification.settings.invariant:
+        return invariant.statistics(call)
     specification, device = call.specification, call.target.device
     names, dtype = specification.names, specification.settings.compute_dtype
     whole = zero_statistics(len(call.target), names, dtype, device, call.num_ids)
