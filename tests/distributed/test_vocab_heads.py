@@ -259,9 +259,7 @@ def test_depths_of_sequence_shards_are_refused():
         vocab = VocabShard(dist.group.WORLD, *BOUNDS[rank], VOCAB, input_grad="sequence")
         rows = BOUNDS[rank][1] - BOUNDS[rank][0]
         hidden, target = [torch.ones(1, WIDTH)] * 2, [torch.zeros(RANKS, dtype=torch.int64)] * 2
-        with pytest.raises(
-            ValueError, match=r"input must be one tensor, was a list of 2: vocab\.input_grad='sequence'"
-        ):
+        with pytest.raises(ValueError, match=r"input must be one tensor, was a list of 2: vocab\.input_grad="):
             linear_cross_entropy(hidden, torch.ones(rows, WIDTH), target, vocab=vocab)
 
     run_threads(worker, RANKS)
