@@ -88,6 +88,11 @@ def linear_cross_entropy(
     softcap as in Gemma 2 (arXiv:2408.00118, section 2). A token whose target is ``ignore_index`` contributes exactly 0
     to the value and to every gradient, whatever its hidden state holds, and on the CPU costs nothing.
 
+    For several depths of multi-token prediction on one head, ``input``, ``target``, ``linear_adapter[0]`` and whatever
+    else is per token are lists, one entry for each depth; those of ``token_weight`` and ``temperature`` may be numbers.
+    The loss is that of the tokens of all depths, whose hidden states are not copied into one tensor; ``"none"`` returns
+    a list.
+
     Args:
         input: hidden states (..., D), floating point; one unbatched token (D,) too.
         linear_weight: the head (V, D). Its dtype may differ from the input's; products run in the autocast dtype if
@@ -105,6 +110,9 @@ def linear_cross_entropy(
         logit_scale: a factor of the logits.
         temperature: > 0, a number or a tensor in the shape of ``target``, constant: the logits, after scale and
             softcap, are divided by it.
+        linear_adapter: ``(input_r, weight_r)``, of shapes (..., r) and (V, r): ``input_r @ weight_r.T`` is added to
+            the logits before bias and scale, as by LoRA on the head (arXiv:2106.09685, section 4.1). Both get
+            gradients; ``gradient_filter`` has no effect beside it.
         num_tokens: the mean's denominator, a number or a tensor of one element, >= 0, such as the tokens of all ranks;
             0 makes the loss 0.
         vocab: this rank's rows of a head sharded over ranks (`VocabShard`), which ``linear_weight`` and ``linear_bias``
