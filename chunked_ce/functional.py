@@ -46,6 +46,7 @@ from chunked_ce.token_statistics import (
 
 __all__ = [
     "LossStats",
+    "PerToken",
     "cross_entropy",
     "linear_cross_entropy",
     "linear_divergence",
@@ -55,28 +56,30 @@ __all__ = [
     "logits_loss",
 ]
 
+PerToken = Tensor | Sequence[Tensor]  # a list of several depths; numbers in it stand for tensors of equal ones
+
 
 def linear_cross_entropy(
-    input: Tensor,
+    input: PerToken,
     linear_weight: Tensor,
-    target: Tensor,
+    target: PerToken,
     *,
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
-    token_weight: Tensor | None = None,
+    token_weight: PerToken | None = None,
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    temperature: float | Tensor = 1.0,
-    linear_adapter: tuple[Tensor, Tensor] | None = None,
+    temperature: float | PerToken = 1.0,
+    linear_adapter: tuple[PerToken, Tensor] | None = None,
     num_tokens: float | Tensor | None = None,
     vocab: VocabShard | None = None,
     options: ChunkOptions | None = None,
     return_stats: bool = False,
-) -> Tensor | tuple[Tensor, LossStats]:
+) -> Tensor | list[Tensor] | tuple[Tensor | list[Tensor], LossStats]:
     """Cross-entropy of ``logit_scale * (input @ linear_weight.T + linear_bias)``, whose logits never exist as a whole.
 
     With ``z`` the logits of a token (softcapped: ``softcap * tanh(z / softcap)``), ``w`` the class weights and ``lse``
@@ -208,25 +211,25 @@ def cross_entropy(
 
 def linear_loss(
     objective: Objective,
-    input: Tensor,
+    input: PerToken,
     linear_weight: Tensor,
-    target: Tensor,
+    target: PerToken,
     *,
     linear_bias: Tensor | None = None,
     reduction: str = "mean",
     ignore_index: int = -100,
-    token_weight: Tensor | None = None,
+    token_weight: PerToken | None = None,
     num_tokens: float | Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    temperature: float | Tensor = 1.0,
+    temperature: float | PerToken = 1.0,
     teacher: Teacher | None = None,
-    linear_adapter: tuple[Tensor, Tensor] | None = None,
+    linear_adapter: tuple[PerToken, Tensor] | None = None,
     vocab: VocabShard | None = None,
     options: ChunkOptions | None = None,
     return_stats: bool = False,
-    **per_token_tensors: Tensor | None,
-) -> Tensor | tuple[Tensor, LossStats]:
+    **per_token_tensors: PerToken | None,
+) -> Tensor | list[Tensor] | tuple[Tensor | list[Tensor], LossStats]:
     """Any `chunked_ce.objectives.Objective` of the logits of `linear_cross_entropy`, which never exist as a whole.
 
     The loss of a token is ``token_weight`` times the objective's. Whatever the objective, a sum or a mean is computed
@@ -349,7 +352,7 @@ def linear_divergence(
     >>> import torch
     >>> hidden = torch.eye(2, 4)
     >>> linear_divergence(hidden, torch.zeros(8, 4), Teacher(hidden, torch.eye(8, 4)))
-    tensor(0.0780)
+    tensor(0.0851)
     """
     if target is None and isinstance(input, Tensor):
         ignore_index, target = -100, _every_token(input, vocab)
@@ -375,20 +378,20 @@ def linear_divergence(
 
 
 def linear_logprobs(
-    input: Tensor,
+    input: PerToken,
     linear_weight: Tensor,
-    target: Tensor,
+    target: PerToken,
     *,
     linear_bias: Tensor | None = None,
     ignore_index: int = -100,
     softcap: float | None = None,
     logit_scale: float = 1.0,
-    temperature: float | Tensor = 1.0,
-    linear_adapter: tuple[Tensor, Tensor] | None = None,
+    temperature: float | PerToken = 1.0,
+    linear_adapter: tuple[PerToken, Tensor] | None = None,
     vocab: VocabShard | None = None,
     options: ChunkOptions | None = None,
     return_entropy: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | list[Tensor] | tuple[Tensor | list[Tensor], Tensor | list[Tensor]]:
     """The log-probability of each token's target, differentiable per token, in the shape of ``target``.
 
     The arguments and errors are those of `linear_cross_entropy`. With ``return_entropy`` the result is
@@ -639,7 +642,7 @@ class _Arguments(NamedTuple):
 
 def _loss(
     objective_of: Callable[[], Objective], arguments: _Arguments, per_token: dict[str, Tensor | None] | None = None
-) -> Tensor | tuple[Tensor, LossStats]:
+) -> Tensor | list[Tensor] | tuple[Tensor | list[Tensor], LossStats]:
     per_token = per_token or {}
     if per_token:
         given = {name: tensor for name, tensor in per_token.items() if tensor is not None}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from chunked_ce.arguments import check_flag
 from chunked_ce.checks import check_class_weight, check_keywords, check_options, check_vocab
-from chunked_ce.functional import LossStats, linear_cross_entropy
+from chunked_ce.functional import LossStats, PerToken, linear_cross_entropy
 from chunked_ce.options import ChunkOptions
 from chunked_ce.parallel.vocab import VocabShard
 
@@ -65,15 +65,15 @@ class LinearCrossEntropyLoss(nn.Module):
 
     def forward(
         self,
-        input: Tensor,  # (..., D)
+        input: PerToken,  # (..., D)
         linear_weight: Tensor,  # (V, D)
-        target: Tensor,  # (...)
+        target: PerToken,  # (...)
         linear_bias: Tensor | None = None,  # (V,)
-        token_weight: Tensor | None = None,  # as target
+        token_weight: PerToken | None = None,  # as target
         num_tokens: float | Tensor | None = None,
-        temperature: Tensor | None = None,  # as target; None: the number given when the module was made
-        linear_adapter: tuple[Tensor, Tensor] | None = None,  # (..., r) and (V, r)
-    ) -> Tensor | tuple[Tensor, LossStats]:
+        temperature: PerToken | None = None,  # as target; None: the number given when the module was made
+        linear_adapter: tuple[PerToken, Tensor] | None = None,  # (..., r) and (V, r)
+    ) -> Tensor | list[Tensor] | tuple[Tensor | list[Tensor], LossStats]:
         return linear_cross_entropy(
             input,
             linear_weight,
