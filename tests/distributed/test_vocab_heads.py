@@ -9,6 +9,8 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from chunked_ce import VocabShard, linear_cross_entropy, linear_logprobs, linear_statistics
 from chunked_ce.engine import in_step
@@ -263,3 +265,33 @@ def test_depths_of_sequence_shards_are_refused():
             linear_cross_entropy(hidden, torch.ones(rows, WIDTH), target, vocab=vocab)
 
     run_threads(worker, RANKS)
+
+
+@pytest.mark.parametrize("depths", [1, 2])
+def test_dtensors(depths):
+    """Both weights are sharded on dim 0; hidden states are local, or DTensors in lists too."""
+
+    def run_on(mesh):
+        case = Case("forward", depths=depths)
+        tensors, targets = tensors_of(case, None), targets_of(case)
+        if mesh is not None:
+            shards = {"weight": Shard(0), "bias": Shard(0), "adapter_weight": Shard(0), "adapter_hidden": Replicate()}
+            for name, placement in shards.items():
+                tensors[name] = [
+                    distribute_tensor(part.detach(), mesh, [placement], src_data_rank=None).requires_grad_()
+                    for part in tensors[name]
+                ]
+        hidden, of_adapter, target = (
+            parts if depths > 1 else parts[0] for parts in (tensors["hidden"], tensors["adapter_hidden"], targets)
+        )
+        adapter = of_adapter, tensors["adapter_weight"][0]
+        keywords = {"linear_bias": tensors["bias"][0], "linear_adapter": adapter, "options": chunks(CHUNK)}
+        value = linear_cross_entropy(hidden, tensors["weight"][0], target, **keywords)
+        leaves = list(itertools.chain(*tensors.values()))
+        found = torch.autograd.grad(value, leaves)
+        assert all(isinstance(x, DTensor) == isinstance(leaf, DTensor) for x, leaf in zip(found, leaves, strict=True))
+        return [value.detach(), *(x.full_tensor() if isinstance(x, DTensor) else x for x in found)]
+
+    expected = run_on(None)
+    for found in run_threads(lambda rank, ranks: run_on(init_device_mesh("cpu", (ranks,))), RANKS):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-13)
