@@ -339,7 +339,7 @@ def _pairs(
     mixes = any(STATISTICS[name].mixes for name in names)
     n, vocab_size = products.shape
     shape = min(n, rows_in_flight(vocab_size, products.device.type)), vocab_size
-    pairs = Pairs(per_row.teacher, shape, work_dtype(products.dtype), gaps=gaps, mixes=mixes, overwrite=overwrite)
+    pairs = Pairs(per_row.teacher, shape, products.dtype, gaps=gaps, mixes=mixes, overwrite=overwrite)
     return lambda rows: pairs.at(rows, None if per_row.temperature is None else per_row.temperature[rows])
 
 
