@@ -344,7 +344,8 @@ def linear_divergence(
         input: the student's hidden states (..., D).
         linear_weight: the student's head (V, D).
         teacher: a `chunked_ce.Teacher` with the same tokens and the same vocabulary.
-        target: (...), only says which tokens count: those that are not ``ignore_index``. None: all of them.
+        target: (...), only says which tokens count: those that are not ``ignore_index``. None: all of them, and
+            ``num_correct`` of the `LossStats` is 0.
         beta: in [0, 1].
 
     All other arguments, the result and the errors are those of `linear_cross_entropy`.
@@ -354,9 +355,10 @@ def linear_divergence(
     >>> linear_divergence(hidden, torch.zeros(8, 4), Teacher(hidden, torch.eye(8, 4)))
     tensor(0.0851)
     """
-    if target is None and isinstance(input, Tensor):
+    without_targets = target is None and isinstance(input, Tensor)
+    if without_targets:
         ignore_index, target = -100, _every_token(input, vocab)
-    return linear_loss(
+    returned = linear_loss(
         Divergence(beta),
         input,
         linear_weight,
@@ -375,6 +377,10 @@ def linear_divergence(
         options=options,
         return_stats=return_stats,
     )
+    if not (without_targets and return_stats):
+        return returned
+    loss, stats = returned
+    return loss, stats._replace(num_correct=torch.zeros_like(stats.num_correct))
 
 
 def linear_logprobs(

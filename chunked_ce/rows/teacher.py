@@ -28,7 +28,7 @@ class TeacherRows(NamedTuple):
     logits: Logits
     index: Tensor | None = None  # (n,) the row of each token, None for rows in order
     columns: Tensor | None = None  # (B,) the column of each entry, None for columns in order
-    counted: Tensor | None = None  # (n,) False for tokens whose row counts as zeros
+    counted: Tensor | None = None  # (n,) False for tokens whose row counts as uniform
     are_probabilities: bool = False
     overwrite: bool = False  # whether the products may serve as scratch
     share: float = 0.0  # of the teacher in the mixture of the two distributions
@@ -43,7 +43,8 @@ class TeacherRows(NamedTuple):
         """The products (n, B), a view of them where possible."""
         values = self.products if self.index is None else self.products.index_select(0, self.index)
         values = values if self.columns is None else values.index_select(1, self.columns)
-        return values if self.counted is None else values.where(self.counted.unsqueeze(-1), 0)
+        uniform = 1.0 if self.are_probabilities else 0.0
+        return values if self.counted is None else values.where(self.counted.unsqueeze(-1), uniform)
 
     def read(self, temperature: Tensor | None, out: Tensor | None) -> Tensor:
         """The logits (n, B), in ``out`` or in the products' own memory."""

@@ -41,7 +41,7 @@ def test_a_bad_target_on_one_rank(failures, function):
         assert rank == ODD_ONE or f"rank {ODD_ONE} of the group failed in this call" in found.message
 
 
-FUNCTIONS = ("forward", "backward", "logprobs", "logits")
+FUNCTIONS = ("forward", "backward", "logprobs", "logits", "mixture", "mixture-backward")
 SCENES = [Scene(function, at, "") for function in FUNCTIONS for at in ("complete", "partial", "sequence")]
 
 
@@ -68,8 +68,10 @@ def test_steps_are_the_collectives_of_a_call(monkeypatch):
         for scene in SCENES:
             before = ends[rank]
             Call.of(scene, rank).run()
-            reduces = scene.input_grad == "sequence" or (scene.input_grad == "complete" and scene.function != "forward")
-            backward = reduces and scene.function in ("backward", "logprobs")
+            reduces = scene.input_grad == "sequence" or (
+                scene.input_grad == "complete" and scene.function not in ("forward", "mixture")
+            )
+            backward = reduces and scene.function in ("backward", "logprobs", "mixture-backward")
             assert ends[rank] - before == 1 + backward
 
     monkeypatch.setattr(Collectives, "_start", recording)

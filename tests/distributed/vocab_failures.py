@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 import torch
 
-from chunked_ce import VocabShard, cross_entropy, linear_cross_entropy, linear_logprobs
+from chunked_ce import Teacher, VocabShard, cross_entropy, linear_cross_entropy, linear_divergence, linear_logprobs
 from chunked_ce.engine import sources, sweep
 from chunked_ce.engine.gradient_products import ChunkProducts
 from chunked_ce.rows import torch_rows as rows
 from tests.cases import chunks, problem
 from tests.distributed.vocab_errors import Failure, failure
+from tests.objectives.teachers import teacher_tensors
 
 RANKS, ODD_ONE = 3, 1
 VOCAB, WIDTH, TOKENS, CHUNK = 11, 5, 24, 6
@@ -20,6 +21,7 @@ VOCAB, WIDTH, TOKENS, CHUNK = 11, 5, 24, 6
 # Where the odd rank runs out of memory, by what replaces the function.
 PLACES = {
     "statistics": (rows, "shard_statistics"),
+    "second": (rows, "second_statistics"),
     "gradients": (rows, "logit_gradients"),
     "head": (ChunkProducts, "add_head"),
     "hidden": (ChunkProducts, "hidden"),
@@ -58,6 +60,8 @@ def scenes() -> list[Scene]:
         found.append(Scene(function, input_grad, "gradients"))
     found += [Scene("backward", "complete", "backward"), Scene("backward", "sequence", "gradients", 2)]
     found += [Scene("backward", "sequence", "head", 3), Scene("backward", "sequence", "tokens", 1)]
+    for function, input_grad in itertools.product(("mixture", "mixture-backward"), ("complete", "sequence")):
+        found += [Scene(function, input_grad, "second", 1), Scene(function, input_grad, "gradients")]
     return found + [Scene("logits", "complete", place) for place in ("statistics", "start", "tokens")]
 
 
@@ -86,6 +90,11 @@ class Call(NamedTuple):
             value = cross_entropy(*self.leaves, self.target, vocab=self.vocab)
         elif self.scene.function == "logprobs":
             value = linear_logprobs(*self.leaves, self.target, vocab=self.vocab, options=chunks(CHUNK)).sum()
+        elif self.scene.function.startswith("mixture"):
+            options = chunks(CHUNK, "backward" if self.scene.function == "mixture-backward" else "forward")
+            teacher = Teacher(*teacher_tensors(TOKENS, VOCAB))
+            keywords = {"target": self.target, "beta": 0.4, "vocab": self.vocab, "options": options}
+            value = linear_divergence(*self.leaves, teacher, **keywords)
         else:
             options = chunks(CHUNK, self.scene.function)
             value = linear_cross_entropy(*self.leaves, self.target, vocab=self.vocab, options=options)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from chunked_ce import ChunkOptions, cross_entropy, devices
+from chunked_ce import ChunkOptions, cross_entropy, devices, linear_divergence
 from chunked_ce.engine import sources
 from tests.cases import (
     REDUCTIONS_AND_WAYS,
@@ -16,6 +16,7 @@ from tests.cases import (
     gradients,
     problem,
 )
+from tests.objectives.teachers import KINDS, teacher_of, teacher_tensors
 
 TERMS = (
     {},
@@ -50,6 +51,27 @@ def test_gradient_filter(way, monkeypatch):
     monkeypatch.undo()
     torch.testing.assert_close(found, gradients(case.loss(options=options), case))
     assert not torch.allclose(found[1], exact[1], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("way", WAYS)
+def test_divergence(way, beta, kind, monkeypatch):
+    """Whatever the teacher has for ignored tokens, it reaches nothing."""
+    case = problem(13, 5, 11)
+    teacher, _ = teacher_of(kind, *teacher_tensors(13, 11))
+    name = "hidden" if kind == "head" else kind
+    getattr(teacher, name)[case.target == -100] = torch.nan
+    options = chunks(4, way, backend="torch")
+
+    def found():
+        value = linear_divergence(case.hidden, case.head, teacher, target=case.target, beta=beta, options=options)
+        return value, *gradients(value, case)
+
+    kept = found()
+    assert all(part.isfinite().all() for part in kept)
+    monkeypatch.undo()
+    torch.testing.assert_close(kept, found())
 
 
 def test_linear_logprobs():

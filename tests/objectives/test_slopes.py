@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from chunked_ce.objectives import CrossEntropy, Objective, Tokens
+from chunked_ce.objectives import CrossEntropy, Divergence, Objective, Tokens
 from chunked_ce.rows.statistics import STATISTICS, RowStatistics
 from tests.objectives.policies import POLICIES
 
@@ -13,6 +13,7 @@ WRITTEN_OUT = [
     CrossEntropy(label_smoothing=1.0, z_loss=0.3),
     CrossEntropy(z_loss=0.2),
     *POLICIES.values(),
+    *map(Divergence, (0.0, 0.3, 1.0)),
 ]
 
 
@@ -24,6 +25,8 @@ def test_slopes(objective, given, weighted):
     values = torch.randn(5, 50, generator=generator, dtype=torch.float64)
     log_sum, target = values[1].abs(), -values[2].abs()
     rows = RowStatistics(values[0], log_sum, target, weighted=40 * values[3], mean=-values[3].abs())
+    if isinstance(objective, Divergence):
+        rows = rows._replace(forward_kl=values[0], reverse_kl=values[1], mixture_kl=values[2], student_kl=values[3])
     weight = torch.rand(50, generator=generator, dtype=torch.float64) if weighted else None
     per_token = {"advantage": values[3], "old_logprob": target - log_sum + 0.4 * values[0], "ref_logprob": -values[0]}
     if not given:

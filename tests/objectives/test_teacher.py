@@ -1,5 +1,6 @@
 """What a teacher may be: its sources, dtypes and layouts, distributions with zeros, and what is refused."""
 
+import dataclasses
 import math
 import re
 
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from chunked_ce import ChunkOptions, Teacher, linear_cross_entropy, linear_divergence, linear_loss, logits_loss
-from chunked_ce.objectives import CrossEntropy, Divergence
+from chunked_ce.objectives import CrossEntropy, Divergence, Objective
 from tests.cases import WAYS, chunks, problem
 from tests.objectives.teachers import BETAS, divergence, reduced, teacher_of, teacher_tensors
 from tests.test_work import work
@@ -274,6 +275,48 @@ def test_stats_are_the_students(beta):
     torch.testing.assert_close(stats[1:], wanted[1:])
 
 
+def test_stats_without_targets():
+    case = problem(17, 6, 23)
+    teacher, _ = teacher_of("head", *teacher_tensors(17, 23))
+    _, stats = linear_divergence(case.hidden, case.head, teacher, return_stats=True)
+    assert stats.num_tokens == 17 and stats.num_correct == 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_fp32_logits_of_both(way):
+    """``logits_dtype`` is that of the teacher's logits as well."""
+    case = problem(33, 8, 40, dtype=torch.bfloat16, ignored=0.0)
+    hidden, weight, _ = teacher_tensors(33, 40, dtype=torch.bfloat16)
+    options = chunks(8, way, logits_dtype=torch.float32)
+    value = linear_divergence(case.hidden, case.head, Teacher(hidden, weight), beta=0.4, options=options)
+    student, logits = F.linear(case.hidden.double(), case.head.double()), F.linear(hidden.double(), weight.double())
+    torch.testing.assert_close(value.double(), divergence(student, logits, 0.4).mean(), rtol=1e-5, atol=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Jeffreys(Objective):
+    """Both divergences and a mixture at once: each reads the gap between teacher and student."""
+
+    statistics = ("forward_kl", "reverse_kl", "mixture_kl", "student_kl")
+    teacher_share = 0.4
+
+    def loss(self, rows, tokens):
+        return rows.forward_kl + 2 * rows.reverse_kl + 3 * rows.mixture_kl
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_objective_of_ones_own(way):
+    case = problem(17, 6, 23)
+    teacher, logits = teacher_of("head", *teacher_tensors(17, 23))
+    value = linear_loss(Jeffreys(), case.hidden, case.head, case.target, teacher=teacher, options=chunks(5, way))
+    leaves = [x.detach().double().requires_grad_() for x in case.leaves()]
+    losses = sum(
+        factor * divergence(F.linear(*leaves), logits, beta) for factor, beta in ((1, 0.0), (2, 1.0), (3, 0.4))
+    )
+    want = reduced(losses, case.target != -100)
+    assert_right(value, case.leaves(), (want.detach(), torch.autograd.grad(want, leaves)))
+
+
 def test_a_given_number_of_tokens():
     case = problem(17, 6, 23)
     teacher, _ = teacher_of("head", *teacher_tensors(17, 23))
@@ -315,9 +358,10 @@ def test_transforms(beta):
     torch.testing.assert_close(found, torch.autograd.grad(value, case.hidden)[0])
 
 
-@pytest.mark.parametrize("kind", ["head", "logits"])
-@pytest.mark.parametrize("beta", SOME_BETAS)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("way", "beta", "kind"),
+    [("forward", 0.4, "head"), ("forward", 0.0, "logits"), ("backward", 0.4, "logits"), ("backward", 1.0, "head")],
+)
 def test_compiled(way, beta, kind):
     """One graph for all token counts but the first, and the eager result."""
     torch._dynamo.reset()
