@@ -1,9 +1,9 @@
-# Everything a fresh machine needs: `make demo` trains and compares, `make test` checks.
+# Everything a fresh machine needs: `make demo` and `make distill` train and compare, `make test` checks.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test thorough packages fuzz lint bench clean
+.PHONY: install demo distill test thorough packages fuzz lint bench clean
 
 install: $(VENV)/.installed
 
@@ -15,6 +15,9 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 
 demo: install
 	$(BIN)/python examples/demo.py
+
+distill: install
+	$(BIN)/torchrun --nproc-per-node 2 examples/distill.py
 
 lint: install
 	$(BIN)/ruff check .
