@@ -1,4 +1,4 @@
-"""How the examples on DeepSpeed refuse bad input: with one line on stderr and status 2."""
+"""How the examples refuse bad input: with one line on stderr and status 2."""
 
 import argparse
 import contextlib

@@ -130,8 +130,18 @@ class Trainer:
         self.logprobs, self.loss = LOSSES[losses]
         self.model, self.reference, self.policy = model, reference.requires_grad_(False), policy
 
-    def step(self, task: NextLines, settings: Settings, optimizer: torch.optim.Optimizer, step: int) -> dict:
-        """Samples answers, then takes an optimizer step for each epoch; returns a record of both."""
+    def step(
+        self,
+        task: NextLines,
+        settings: Settings,
+        optimizer: torch.optim.Optimizer,
+        step: int,
+        replayed: Tensor | None = None,  # (B, A)
+    ) -> dict:
+        """Samples answers, then takes an optimizer step for each epoch; returns a record of both.
+
+        It learns from the answers ``replayed`` instead of its own, if they are given.
+        """
         generator = torch.Generator().manual_seed(1_000_003 * settings.seed + step)
         started = time.perf_counter()
         lines = torch.arange(len(task)).repeat_interleave(settings.group)
@@ -139,6 +149,10 @@ class Trainer:
         answers = sample(self.model, prompts, task.answers.shape[1], task.end, generator)
         sampled = time.perf_counter()
 
+        record = {"reward": task.rewards(lines, answers).mean().item()}
+        if replayed is not None:
+            record["other_answers"] = int((answers != replayed).any(1).sum())
+            answers = replayed
         rewards = task.rewards(lines, answers)  # (B,)
         counted = answers != IGNORED
         # The tokens that count, (N,), for full logits too: chunked_ce leaves the others out by itself.
@@ -160,7 +174,7 @@ class Trainer:
             losses.append(loss.item())
         ended = time.perf_counter()
         means = {name: value.item() / len(target) for name, value in sums.items()}
-        record = {"reward": rewards.mean().item(), "losses": losses, **means, "tokens": len(target)}
+        record |= {"losses": losses, **means, "tokens": len(target)}
         seconds = {"sampling_seconds": sampled - started, "training_seconds": ended - sampled}
         return record | seconds | {"answers": answers.tolist()}
 

@@ -5,7 +5,8 @@
 
 The model is given a line of a text and says the next one. Its reward is the share of that line which it gets right
 before its first mistake. Supervised steps come first, in which half of the answers belong to other lines. Both
-trainings start from there, in processes of their own, with the same random numbers, on the CPU. DIR receives
+trainings start from there, in processes of their own, with the same random numbers, on the CPU. The one with full
+logits learns from the answers of the other, for a rounding may change a word that it samples itself. DIR receives
 chunked.jsonl and full.jsonl, with one line per step, report.txt and policy.png.
 """
 
@@ -15,9 +16,9 @@ import multiprocessing
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import NoReturn
 
 import torch
+from command_line import Parser, refused_input
 from grpo import LOSSES, Settings, Trainer, warm_up
 from model import ModelConfig, Transformer
 from next_lines import NextLines
@@ -27,17 +28,8 @@ from policy_report import Run, explanation, plot, table
 from chunked_ce.objectives import PolicyGradient
 
 OUT = Path(__file__).parent.parent / "runs" / "policy"
+FIRST = "chunked"  # from whose answers the other training learns too
 SIZES = {"width": 64, "depth": 2, "heads": 4}
-
-
-def stop(message: object) -> NoReturn:
-    print(f"policy: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        stop(f"{message} (--help lists the options)")
 
 
 def parser() -> Parser:
@@ -75,10 +67,13 @@ def train(kind: str, arguments: argparse.Namespace) -> None:
     trainer = Trainer(kind, model, reference, policy_of(arguments))
     # AdamW divides by the gradient's size: a small eps would let the rounding of zeros move the weights.
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.0, eps=1e-4)
+    replayed = [None] * settings.steps
+    if kind != FIRST:
+        replayed = [torch.tensor(record["answers"]) for record in read(arguments.out / f"{FIRST}.jsonl")]
     memory = PeakMemory()
     with (arguments.out / f"{kind}.jsonl").open("w") as file:
-        for step in range(1, settings.steps + 1):
-            record = trainer.step(task, settings, optimizer, step)
+        for step, answers in enumerate(replayed, start=1):
+            record = trainer.step(task, settings, optimizer, step, answers)
             record |= {"step": step, "peak_memory_bytes": memory.bytes()}
             print(json.dumps(record), file=file, flush=True)
             seconds = record["sampling_seconds"] + record["training_seconds"]
@@ -105,18 +100,18 @@ def policy_of(arguments: argparse.Namespace) -> PolicyGradient:
     )
 
 
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def main() -> None:
     arguments = parser().parse_args()
-    try:
+    with refused_input():
         settings = settings_of(arguments)
         policy_of(arguments)
         task = NextLines(arguments.lines, arguments.text)
         config = model_of(arguments, task)
         arguments.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        stop(f"{error.filename}: {error.strerror}")
-    except ValueError as error:
-        stop(error)
 
     torch.manual_seed(settings.seed)
     model = Transformer(config)
@@ -129,7 +124,7 @@ def main() -> None:
         process.join()
         if process.exitcode:
             sys.exit(f"policy: the training with {kind} logits failed with status {process.exitcode}")
-    chunked, full = (Run.read(arguments.out / f"{kind}.jsonl") for kind in LOSSES)
+    chunked, full = (Run(read(arguments.out / f"{kind}.jsonl")) for kind in LOSSES)
     plot(chunked, full, arguments.out / "policy.png")
     report = f"{table(chunked, full)}\n\n{explanation(settings, chunked)}"
     (arguments.out / "report.txt").write_text(report + "\n")

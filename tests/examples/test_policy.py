@@ -34,7 +34,7 @@ def test_a_tiny_run(tmp_path):
         for name in ("clipped", "kl", "entropy"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6)
     report = (tmp_path / "out" / "report.txt").read_text()
-    assert report in printed and "in the first 2 steps, whose sampled answers are the same" in report
+    assert report in printed and "answers in which a rounding changed a word: 0 of 12" in report
     assert (tmp_path / "out" / "policy.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -83,26 +83,19 @@ def test_advantages():
     torch.testing.assert_close(found, torch.tensor([1, -1, 0, 0, -1, 1]) * 0.5**0.5, atol=1e-3, rtol=0)
 
 
-def records(rewards, losses, answers, mebibytes=100, seconds=1.0):
-    common = {
-        "peak_memory_bytes": mebibytes * 2**20,
-        "sampling_seconds": 0.5,
-        "training_seconds": seconds,
-        "tokens": 70,
-    }
-    return [
-        {"reward": reward, "losses": [0.0, loss], "answers": answer} | common
-        for reward, loss, answer in zip(rewards, losses, answers, strict=True)
-    ]
+def records(rewards, losses, mebibytes=100, seconds=1.0, **others):
+    common = {"peak_memory_bytes": mebibytes * 2**20, "tokens": 70, "answers": [[1], [2]]} | others
+    common |= {"sampling_seconds": 0.5, "training_seconds": seconds}
+    return [{"reward": reward, "losses": [0.0, loss]} | common for reward, loss in zip(rewards, losses, strict=True)]
 
 
 def test_table():
-    chunked = policy_report.Run(records([0.25, 0.5, 0.75], [-0.01, -0.02, -0.03], [[1], [2], [3]]))
-    full = policy_report.Run(records([0.25, 0.5, 0.5], [-0.01, -0.021, -0.05], [[1], [2], [4]], 400, 2.0))
+    chunked = policy_report.Run(records([0.25, 0.5, 0.75], [-0.01, -0.02, -0.03]))
+    full = policy_report.Run(records([0.25, 0.5, 0.5], [-0.01, -0.021, -0.05], 400, 2.0, other_answers=1))
     lines = policy_report.table(chunked, full).splitlines()
     rows = [line.split() for line in lines]
     assert ["3", "0.750", "0.500", "-0.03000", "-0.05000", "2.0e-02"] in rows
     assert "largest difference of a loss: 2.0e-02" in lines
-    assert "in the first 2 steps, whose sampled answers are the same: 1.0e-03" in lines
+    assert "answers in which a rounding changed a word: 3 of 6" in lines
     assert ["peak", "memory,", "MiB", "100", "400", "0.25"] in rows
     assert ["scores", "and", "training,", "s", "per", "step", "1.00", "2.00", "0.50"] in rows
