@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from chunked_ce.arguments import INDICES, described, is_integer
+from chunked_ce.engine import dispatch
+from chunked_ce.engine.call import Call
 from chunked_ce.rows.statistics import EXP_IS_ZERO, RowStatistics, names_of
 
 __all__ = [
@@ -18,8 +20,7 @@ __all__ = [
     "has_ids",
     "names_for",
     "one_of_the_ids",
-    "support_statistics",
-    "token_statistics",
+    "statistics_over",
 ]
 
 
@@ -67,7 +68,7 @@ def names_for(outputs: Sequence[str], *, with_ids: bool) -> tuple[str, ...]:
     return names_of([*at_ids, *(name for output in outputs for name in _OUTPUTS[output].needs)])
 
 
-def token_statistics(
+def _token_statistics(
     outputs: Sequence[str],
     rows: RowStatistics,  # (N,) each, 0 where ignored
     vocab_size: int,
@@ -84,7 +85,7 @@ def token_statistics(
     return TokenStatistics(**found)
 
 
-def support_statistics(
+def _support_statistics(
     outputs: Sequence[str],
     logits: Tensor,  # (N, K + S) at the targets, then at the support
     ids: Tensor,  # (N, K + S) -1 where an id is none
@@ -160,3 +161,48 @@ def one_of_the_ids(ids: Tensor, ignore_index: Any) -> Tensor:
     counted = ids != ignore_index
     largest = ids.masked_fill(~counted, torch.iinfo(torch.int64).min).amax(-1)
     return largest.where(counted.any(-1), int(ignore_index))
+
+
+def statistics_over(
+    call: Call,
+    outputs: Sequence[str],
+    ids: Tensor | None,  # (..., K) targets
+    support: Tensor | None,  # (..., S)
+    shape: torch.Size,  # of the tokens
+) -> TokenStatistics:
+    """The statistics of a call, over the whole vocabulary or over each token's support."""
+    if ids is not None:
+        ids = ids.reshape(-1, ids.shape[-1]).long()  # (N, K)
+        counted = (ids != call.ignore_index).any(-1)
+        # An id out of range is reported by its place among the ids, not as a target.
+        inside = call.target.clamp(0, call.vocab_size - 1).where(counted, call.ignore_index)
+        call = call._replace(target=inside)
+    if support is None:
+        return _over_the_vocabulary(call, outputs, ids, shape)
+    return _over_a_support(call, outputs, ids, support, shape)
+
+
+def _over_the_vocabulary(call: Call, outputs: Sequence[str], ids: Tensor | None, shape: torch.Size) -> TokenStatistics:
+    """Statistics of the distributions over all vocabulary entries, in the ``shape`` of the tokens."""
+    valid = None
+    if ids is not None:
+        call = call.with_per_token(call.per_token | {"target": ids}, ids="target")
+        valid = ids != call.ignore_index
+    return _token_statistics(outputs, dispatch.statistics(call), call.vocab_size, shape, valid)
+
+
+def _over_a_support(
+    call: Call, outputs: Sequence[str], ids: Tensor | None, support: Tensor, shape: torch.Size
+) -> TokenStatistics:
+    """Statistics of the distributions over each token's support and its targets."""
+    targets = call.target.unsqueeze(-1) if ids is None else ids  # (N, K)
+    support = support.reshape(targets.shape[0], support.shape[-1]).long()  # (N, S)
+    gathered = call.with_per_token({"target": targets, "support": support})
+    members = torch.cat([targets, support], -1)
+    members = members.where(members != call.ignore_index, -1)
+    counted = call.target != call.ignore_index
+    temperature = None if call.temperature is None else call.temperature.where(counted, 1)
+    logits = call.specification.logits(dispatch.gathered_logits(gathered), temperature)
+    found = _support_statistics(outputs, logits, members, targets.shape[1], counted)
+    shapes = {"logprob": shape if ids is None else (*shape, ids.shape[1])}
+    return TokenStatistics(**{n: v.view(shapes.get(n, shape)) for n, v in found._asdict().items() if v is not None})
