@@ -439,7 +439,7 @@ def test_sharded_second_derivatives_are_refused():
         ({"support": torch.zeros(5, dtype=torch.int64)}, ValueError, r"support must have \(5,\), .* had \(5,\)"),
         ({"support": torch.zeros(4, 2, dtype=torch.int64)}, ValueError, r"support must have \(5,\), .*had \(4, 2\)"),
         ({"support": torch.zeros(5, 2)}, TypeError, "support must be int32 or int64 class indices, was torch.float32"),
-        ({"support": [[1]]}, TypeError, "support must be a tensor, was list"),
+        ({"support": [[1]]}, TypeError, "support must be a tensor, was a list of 1"),
         (
             {"support": torch.zeros(5, 2, dtype=torch.int64), "outputs": ("lse", "mean_logit")},
             ValueError,

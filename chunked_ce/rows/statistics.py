@@ -36,15 +36,26 @@ combines the parts of all shards, and `statistics_of` computes the statistics fr
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
+from chunked_ce.rows import logit_statistics as of_logits
+from chunked_ce.rows import teacher_statistics as of_teacher
 from chunked_ce.rows.logits import Logits
-from chunked_ce.rows.teacher import Pair, TeacherRows
+from chunked_ce.rows.statistic import (
+    EXP_IS_ZERO,
+    NOTHING,
+    PerRow,
+    Row,
+    RowStatistics,
+    Shards,
+    Statistic,
+    along,
+    weight_sum,
+    work_dtype,
+)
 
 __all__ = [
     "EXP_IS_ZERO",
@@ -69,552 +80,24 @@ __all__ = [
     "zero_statistics",
 ]
 
-EXP_IS_ZERO = -1000.0  # its exp is 0 in fp32 and fp64, and 0 times it is 0, not NaN as for -inf
-
-
-class PerRow(NamedTuple):
-    """What a loss knows about each of n rows besides its logits and its target, None where not given."""
-
-    temperature: Tensor | None = None  # (n,) which divides the logits
-    ids: Tensor | None = None  # (n, K) columns, -1 for an id that is in no column
-    teacher: TeacherRows | None = None
-
-    def at(self, rows: slice) -> PerRow:
-        *tensors, teacher = self
-        tensors = [None if part is None else part[rows] for part in tensors]
-        return PerRow(*tensors, None if teacher is None else teacher.at(rows))
-
-    @property
-    def num_ids(self) -> int:
-        return 0 if self.ids is None else self.ids.shape[1]
-
-
-NOTHING = PerRow()
-
-
-class RowStatistics(NamedTuple):
-    """Each statistic of n rows, (n,) or for ``at_ids`` (n, K), or None if it was not requested.
-
-    Holds the statistics themselves, relative to ``maximum`` but for ``total``, or the slopes (derivatives) of a loss in
-    them.
-    """
-
-    maximum: Tensor | None
-    log_sum: Tensor
-    target: Tensor
-    weighted: Tensor | None = None
-    mean: Tensor | None = None
-    correct: Tensor | None = None
-    squares: Tensor | None = None
-    at_ids: Tensor | None = None
-    total: Tensor | None = None
-    teacher_maximum: Tensor | None = None
-    teacher_log_sum: Tensor | None = None
-    forward_kl: Tensor | None = None
-    reverse_kl: Tensor | None = None
-    mixture_kl: Tensor | None = None
-    student_kl: Tensor | None = None
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> RowStatistics:
-        """Apply ``function`` to every statistic that is not None."""
-        return RowStatistics(*[None if part is None else function(part) for part in self])
-
-    def at(self, rows: slice) -> RowStatistics:
-        return self.map(lambda part: part[rows])
-
-    def scaled(self, factor: Tensor) -> RowStatistics:
-        """Each statistic times the factor (n,) of its row."""
-        return self.map(lambda part: part * along(factor, part))
-
-    def named(self) -> dict[str, Tensor]:
-        """The statistics that are not None, by name."""
-        return {name: part for name, part in zip(self._fields, self, strict=True) if part is not None}
-
-    @property
-    def lse(self) -> Tensor:
-        """log sum_v exp(z_v)."""
-        return self.maximum + self.log_sum
-
-    @property
-    def nll(self) -> Tensor:
-        """The negative log-likelihood of the target."""
-        return self.log_sum - self.target
-
-    @property
-    def logprob(self) -> Tensor:
-        """The log-probability of the target."""
-        return self.target - self.log_sum
-
-    @property
-    def entropy(self) -> Tensor:
-        """The entropy of the predicted distribution, in nats; it requires the statistic ``mean``."""
-        return self.log_sum - self.mean
-
-    @property
-    def logprobs(self) -> Tensor:
-        """The log-probabilities (n, K) of the ids, -inf for an id that stands for none; it requires ``at_ids``."""
-        return self.at_ids - self.log_sum.unsqueeze(-1)
-
-
-class Row(NamedTuple):
-    """The inputs of a statistic's part, besides the logits of a few rows."""
-
-    target: Tensor  # (r,) a column
-    class_weight: Tensor | None  # (V,)
-    weight_sum: Tensor | float  # sum of the class weights, V without them
-    ids: Tensor | None = None  # (r, K) columns, -1 for an id that is in none
-    relative: Tensor | None = None  # (r, V) z - m, a copy that may be overwritten, if its part reads ``"both"``
-    pair: Pair | None = None  # of student and teacher
-    teacher: Tensor | None = None  # (r, V) the teacher's logits, of `Statistic.reference`
-    share: float = 0.0  # of the teacher in the mixture
-
-    def at(self, rows: slice) -> Row:
-        ids = None if self.ids is None else self.ids[rows]
-        return self._replace(target=self.target[rows], ids=ids)
-
-
-class Shards(NamedTuple):
-    """The quantities that combine the parts of R shards, (R, n) each."""
-
-    shift: Tensor  # each shard's maximum minus the maximum over all shards
-    share: Tensor  # exp(shift)
-    is_largest: Tensor
-    sum_exp: Tensor  # relative to the shard's own maximum
-    teacher: Shards | None = None  # the same of the teacher
-
-    @classmethod
-    def of(cls, maxima: Tensor, sum_exp: Tensor) -> Shards:
-        # Clamped so that a shard without columns contributes 0, not NaN, also where no shard has a finite logit yet.
-        lowest = torch.finfo(maxima.dtype).min
-        maximum = maxima.amax(0)
-        shift = (maxima - maximum.clamp(min=lowest)).clamp(min=lowest)
-        return cls(shift, shift.exp(), maxima == maximum, sum_exp)
-
-
-class Statistic:
-    """One statistic of a row.
-
-    ``reads`` says what the buffer of a few rows holds when `part` is called: ``"logits"`` z, ``"relative"`` z - m,
-    ``"exponentials"`` exp(z - m), or ``"both"``: the exponentials, and z - m in ``Row.relative``. One that is
-    ``of_teacher`` reads the teacher's logits or exponentials at the same time, in ``Row.pair``.
-    """
-
-    name: str
-    reads: str
-    differentiable = True
-    in_factor = False  # whether its slope enters the factor of p_v, which then differs between the logits of a row
-    keeps_relative = False  # whether that factor needs z - m
-    low_rank = True  # whether a tail of low rank serves the gradients of its slope
-    adds = False  # whether its slope adds one number, times the class weights, to the gradients of all logits
-    in_gradient = True  # whether the gradient of the logits needs its value
-    in_triton = True  # whether the Triton kernels compute it
-    per_id = False  # whether it is (n, K), and its part too
-    of_teacher = False  # whether it depends on a teacher
-    reads_gap = False  # whether its part needs the gap between teacher and student
-    keeps_gap = False  # whether the gradient of its slope needs it
-    mixes = False  # whether its part needs the mixture of the two, and thus the sums of a first pass
-    empty: tuple[float, ...] = (0.0,)  # the part of a shard without columns
-
-    def part(self, values: Tensor, row: Row) -> Sequence[Tensor]:
-        """The numbers that a shard sends, (r,) each, from the buffer ``values`` (r, V); with ``per_id``, (r, K)."""
-        raise NotImplementedError
-
-    def merge(self, part: Sequence[Tensor], shards: Shards) -> Sequence[Tensor]:
-        """The combined part (n,) of R shards, from their parts (R, n)."""
-        raise NotImplementedError
-
-    def value(self, part: Sequence[Tensor], sum_exp: Tensor, target: Tensor) -> Tensor:
-        """The statistic (n,) from the part of the whole vocabulary."""
-        return part[0]
-
-    def reference(self, logits: Tensor, shifted: Tensor, row: Row) -> Tensor:
-        """The statistic (n,) in plain differentiable torch, from the logits (n, V) and z - m."""
-        raise NotImplementedError
-
-    def softmax_factor(self, slope: Tensor, values: Tensor, rows: RowStatistics) -> Tensor:
-        """The term of its slope (r, 1) in the factor of p_v, if it is ``in_factor``.
-
-        ``values`` (r, V) are z - m if it ``keeps_relative``, and may be overwritten; else exp(z - m). One that is
-        ``of_teacher`` returns the term (r, 1) that all logits of a row share, and `beside` what each has of its own.
-        """
-        raise NotImplementedError
-
-    def prepare(self, pair: Pair, exponentials: Tensor, sum_exp: Tensor, teacher_sum: Tensor) -> None:
-        """Prepare ``pair`` for `beside`, if it ``keeps_gap``: exp(z - m) (r, V), and the sums of both (r,)."""
-        raise NotImplementedError
-
-    def beside(self, slope: Tensor, pair: Pair, sum_exp: Tensor, teacher_sum: Tensor) -> tuple[Tensor, Tensor]:
-        """A factor (r,) and values (r, V), whose product its slope (r,) adds to the gradients of the logits.
-
-        For one that is ``of_teacher``: ``pair`` holds the exponentials, the sums (r,) are theirs.
-        """
-        raise NotImplementedError
-
-    def added(self, slope: Tensor, class_weight: Tensor | None) -> Tensor:
-        """The term of its slope (r, 1) in the gradients of all logits, broadcast to (r, V), if it ``adds``."""
-        raise NotImplementedError
-
-    def bound(self, slope: Tensor, rows: RowStatistics, largest_weight: float | Tensor) -> Tensor | float:
-        """A bound on the term of its slope (r,) in any logit's gradient; `LogSum` and `Target` are bounded jointly."""
-        return 0.0
-
-
-class Maximum(Statistic):
-    name, reads, differentiable = "maximum", "logits", False
-    empty = (-math.inf,)
-
-    def part(self, values, row):
-        return (values.amax(-1),)
-
-    def merge(self, part, shards):
-        return (part[0].amax(0),)
-
-    def reference(self, logits, shifted, row):
-        return logits.detach().amax(-1)
-
-
-class LogSum(Statistic):
-    """Its part is the sum of exponentials."""
-
-    name, reads = "log_sum", "exponentials"
-
-    def part(self, values, row):
-        return (values.sum(-1),)
-
-    def merge(self, part, shards):
-        return ((part[0] * shards.share).sum(0),)
-
-    def value(self, part, sum_exp, target):
-        return sum_exp.log()
-
-    def reference(self, logits, shifted, row):
-        return torch.logsumexp(shifted, -1)
-
-
-class Target(Statistic):
-    """Its part is -inf where the target is in another shard."""
-
-    name, reads = "target", "relative"
-    empty = (-math.inf,)
-
-    def part(self, values, row):
-        return (values.gather(-1, row.target.unsqueeze(-1)).squeeze(-1),)
-
-    def merge(self, part, shards):
-        return ((part[0] + shards.shift).amax(0),)
-
-    def reference(self, logits, shifted, row):
-        return shifted.gather(-1, row.target.unsqueeze(-1)).squeeze(-1)
-
-
-class Weighted(Statistic):
-    """Its part is the weighted sum of the logits, and the sum of the class weights."""
-
-    name, reads, adds, in_gradient = "weighted", "relative", True, False
-    empty = (0.0, 0.0)
-
-    def part(self, values, row):
-        if row.class_weight is None:
-            return values.sum(-1), values.new_full(values.shape[:1], row.weight_sum)
-        return values @ row.class_weight, row.weight_sum.expand(len(values))
-
-    def merge(self, part, shards):
-        at_maxima, weight_sums = part
-        return (at_maxima + weight_sums * shards.shift).sum(0), weight_sums.sum(0)
-
-    def reference(self, logits, shifted, row):
-        return (shifted if row.class_weight is None else shifted * row.class_weight).sum(-1)
-
-    def added(self, slope, class_weight):
-        return slope if class_weight is None else slope * class_weight
-
-    def bound(self, slope, rows, largest_weight):
-        return slope.abs() * largest_weight
-
-
-class Mean(Statistic):
-    """Its part is the sum of exp(z) * z."""
-
-    name, reads, in_factor, keeps_relative, low_rank = "mean", "both", True, True, False
-
-    def part(self, values, row):
-        return (row.relative.mul_(values).sum(-1),)
-
-    def merge(self, part, shards):
-        moved = shards.share * shards.shift.clamp(min=EXP_IS_ZERO) * shards.sum_exp
-        return ((shards.share * part[0] + moved).sum(0),)
-
-    def value(self, part, sum_exp, target):
-        return part[0] / sum_exp
-
-    def reference(self, logits, shifted, row):
-        return (shifted.softmax(-1) * shifted).sum(-1)
-
-    def softmax_factor(self, slope, values, rows):
-        return values.clamp_(min=EXP_IS_ZERO).add_((1 - rows.mean).unsqueeze(-1)).mul_(slope)
-
-    def bound(self, slope, rows, largest_weight):
-        return slope.abs() * (2 + rows.log_sum - rows.mean)  # |p log p| <= 1 / e
-
-
-class Correct(Statistic):
-    """Its part is the index of the largest logit, the first one in a tie."""
-
-    name, reads, differentiable, in_gradient = "correct", "logits", False, False
-
-    def part(self, values, row):
-        return (values.argmax(-1).to(values.dtype),)
-
-    def merge(self, part, shards):
-        return (part[0].where(shards.is_largest, torch.inf).amin(0),)
-
-    def value(self, part, sum_exp, target):
-        return (part[0] == target).to(sum_exp.dtype)
-
-    def reference(self, logits, shifted, row):
-        return (logits.argmax(-1) == row.target).to(logits.dtype)
-
-
-class Squares(Statistic):
-    """Its part is the sum of the squared exponentials."""
-
-    name, reads, in_factor, low_rank = "squares", "exponentials", True, False
-
-    def part(self, values, row):
-        return (torch.linalg.vecdot(values, values),)
-
-    def merge(self, part, shards):
-        return ((part[0] * shards.share.square()).sum(0),)
-
-    def value(self, part, sum_exp, target):
-        return part[0].log()
-
-    def reference(self, logits, shifted, row):
-        return torch.logsumexp(2 * shifted, -1)
-
-    def softmax_factor(self, slope, values, rows):
-        return values * (2 * slope * (rows.log_sum - rows.squares).exp().unsqueeze(-1))
-
-    def bound(self, slope, rows, largest_weight):
-        return 2 * slope.abs()
-
-
-class AtIds(Statistic):
-    """Its part is -inf where an id is in another shard, or stands for none."""
-
-    name, reads, low_rank, in_gradient, in_triton = "at_ids", "relative", False, False, False
-    per_id = True
-    empty = (-math.inf,)
-
-    def part(self, values, row):
-        return (values.gather(-1, row.ids.clamp(min=0)).masked_fill_(row.ids < 0, -torch.inf),)
-
-    def merge(self, part, shards):
-        return ((part[0] + shards.shift.unsqueeze(-1)).amax(0),)
-
-    def reference(self, logits, shifted, row):
-        return shifted.gather(-1, row.ids.clamp(min=0)).masked_fill(row.ids < 0, -torch.inf)
-
-    def bound(self, slope, rows, largest_weight):
-        return slope.abs().sum(-1)
-
-
-class Total(Statistic):
-    """Its part is the sum of the logits."""
-
-    name, reads, low_rank, adds, in_gradient = "total", "logits", False, True, False
-
-    def part(self, values, row):
-        return (values.sum(-1),)
-
-    def merge(self, part, shards):
-        return (part[0].sum(0),)
-
-    def reference(self, logits, shifted, row):
-        return logits.sum(-1)
-
-    def added(self, slope, class_weight):
-        return slope
-
-    def bound(self, slope, rows, largest_weight):
-        return slope.abs()
-
-
-class TeacherMaximum(Statistic):
-    name, reads, differentiable, of_teacher, in_triton = "teacher_maximum", "logits", False, True, False
-    empty = (-math.inf,)
-
-    def part(self, values, row):
-        return (row.pair.t.amax(-1),)
-
-    def merge(self, part, shards):
-        return (part[0].amax(0),)
-
-    def reference(self, logits, shifted, row):
-        return row.teacher.amax(-1)
-
-
-class TeacherLogSum(Statistic):
-    """Its part is the sum of the teacher's exponentials."""
-
-    name, reads, differentiable, of_teacher, in_triton = "teacher_log_sum", "exponentials", False, True, False
-
-    def part(self, values, row):
-        return (row.pair.sum_exp,)
-
-    def merge(self, part, shards):
-        return ((part[0] * shards.teacher.share).sum(0),)
-
-    def value(self, part, sum_exp, target):
-        return part[0].log()
-
-    def reference(self, logits, shifted, row):
-        return torch.logsumexp(row.teacher, -1) - row.teacher.amax(-1)
-
-
-class ForwardKL(Statistic):
-    """Its part is the sum of exp(t - m') times the gap, and the sum of these exponentials.
-
-    Its slope enters the factor of p_v, and the gradient of every logit with -p'_v.
-    """
-
-    name, reads, in_factor, low_rank, in_gradient, in_triton = "forward_kl", "exponentials", True, False, False, False
-    of_teacher = reads_gap = True
-    empty = (0.0, 0.0)
-
-    def part(self, values, row):
-        return row.pair.sum_gaps_of_teacher(), row.pair.sum_exp
-
-    def merge(self, part, shards):
-        gaps, sums = part
-        moved = gaps + (shards.teacher.shift - shards.shift) * sums
-        share = shards.teacher.share
-        return (share * moved).where(share > 0, 0).sum(0), (share * sums).sum(0)
-
-    def value(self, part, sum_exp, target):
-        gaps, sums = part
-        return gaps / sums + (sum_exp / sums).log()
-
-    def reference(self, logits, shifted, row):
-        p = row.teacher.softmax(-1)
-        terms = row.teacher.log_softmax(-1).where(p > 0, 0) - logits.log_softmax(-1)
-        return (p * terms.where(p > 0, 0)).sum(-1)
-
-    def softmax_factor(self, slope, values, rows):
-        return slope
-
-    def beside(self, slope, pair, sum_exp, teacher_sum):
-        return -slope / teacher_sum, pair.t
-
-    def bound(self, slope, rows, largest_weight):
-        return slope.abs()
-
-
-class ReverseKL(Statistic):
-    """Its part is minus the sum of exp(z - m) times the gap, and the sum of the teacher's exponentials."""
-
-    name, reads, in_factor, low_rank, in_triton = "reverse_kl", "exponentials", True, False, False
-    of_teacher = reads_gap = keeps_gap = True
-    empty = (0.0, 0.0)
-
-    def part(self, values, row):
-        return -row.pair.sum_gaps_of_student(values), row.pair.sum_exp
-
-    def merge(self, part, shards):
-        gaps, sums = part
-        moved = gaps + (shards.shift - shards.teacher.shift) * shards.sum_exp
-        share = shards.share
-        return (share * moved).where(share > 0, 0).sum(0), (shards.teacher.share * sums).sum(0)
-
-    def value(self, part, sum_exp, target):
-        gaps, sums = part
-        return gaps / sum_exp + (sums / sum_exp).log()
-
-    def reference(self, logits, shifted, row):
-        logprobs = logits.log_softmax(-1)
-        p = logprobs.exp()
-        terms = logprobs.where(p > 0, 0) - row.teacher.log_softmax(-1)
-        return (p * terms.where(p > 0, 0)).sum(-1)
-
-    def softmax_factor(self, slope, values, rows):
-        offset = rows.reverse_kl + rows.log_sum - rows.teacher_log_sum
-        return -slope * offset.unsqueeze(-1)
-
-    def prepare(self, pair, exponentials, sum_exp, teacher_sum):
-        pair.sum_gaps_of_student(exponentials)
-
-    def beside(self, slope, pair, sum_exp, teacher_sum):
-        return -slope / sum_exp, pair.weighted_gap
-
-    def bound(self, slope, rows, largest_weight):
-        # |p log(p / p')| is at most the divergence plus 1 / e: all other terms of its sum are at least -1 / e together.
-        return slope.abs() * (1 + 2 * rows.reverse_kl)
-
-
-class MixtureKL(Statistic):
-    """Its slope counts for the student's share of it: the row kernels multiply it by 1 - b."""
-
-    name, reads, in_factor, low_rank, in_gradient, in_triton = "mixture_kl", "mixture", True, False, False, False
-    of_teacher = reads_gap = keeps_gap = mixes = True
-
-    def part(self, values, row):
-        pair = row.pair
-        return (pair.share * pair.kl_of_teacher + (1 - pair.share) * pair.kl_of_student,)
-
-    def reference(self, logits, shifted, row):
-        of_teacher, of_student = _kl_to_mixture(row.teacher, logits, row), _kl_to_mixture(logits, logits, row)
-        return row.share * of_teacher + (1 - row.share) * of_student
-
-    def softmax_factor(self, slope, values, rows):
-        return -slope * rows.student_kl.unsqueeze(-1)
-
-    def prepare(self, pair, exponentials, sum_exp, teacher_sum):
-        pair.mix_(exponentials, sum_exp, teacher_sum)
-
-    def beside(self, slope, pair, sum_exp, teacher_sum):
-        return -slope / sum_exp, pair.weighted_ratio
-
-    def bound(self, slope, rows, largest_weight):
-        return slope.abs() * (1 + 2 * rows.student_kl)
-
-
-class StudentKL(Statistic):
-    name, reads, differentiable, low_rank, in_triton = "student_kl", "mixture", False, False, False
-    of_teacher = mixes = True
-
-    def part(self, values, row):
-        return (row.pair.kl_of_student,)
-
-    def reference(self, logits, shifted, row):
-        return _kl_to_mixture(logits, logits, row).detach()
-
-
-def _kl_to_mixture(of: Tensor, logits: Tensor, row: Row) -> Tensor:
-    """The divergence (n,) of the distribution with logits ``of`` (n, V) from the mixture, in plain torch."""
-    parts = row.teacher.log_softmax(-1) + math.log(row.share), logits.log_softmax(-1) + math.log1p(-row.share)
-    logprobs = of.log_softmax(-1)
-    p = logprobs.exp()
-    return (p * (logprobs - torch.logaddexp(*parts)).where(p > 0, 0)).sum(-1)
-
-
 STATISTICS: dict[str, Statistic] = {
     statistic.name: statistic
     for statistic in (
-        Maximum(),
-        LogSum(),
-        Target(),
-        Weighted(),
-        Mean(),
-        Correct(),
-        Squares(),
-        AtIds(),
-        Total(),
-        TeacherMaximum(),
-        TeacherLogSum(),
-        ForwardKL(),
-        ReverseKL(),
-        MixtureKL(),
-        StudentKL(),
+        of_logits.Maximum(),
+        of_logits.LogSum(),
+        of_logits.Target(),
+        of_logits.Weighted(),
+        of_logits.Mean(),
+        of_logits.Correct(),
+        of_logits.Squares(),
+        of_logits.AtIds(),
+        of_logits.Total(),
+        of_teacher.TeacherMaximum(),
+        of_teacher.TeacherLogSum(),
+        of_teacher.ForwardKL(),
+        of_teacher.ReverseKL(),
+        of_teacher.MixtureKL(),
+        of_teacher.StudentKL(),
     )
 }
 _ALWAYS = ("maximum", "log_sum", "target")
@@ -718,16 +201,6 @@ def row_statistics(
     return RowStatistics(**{name: STATISTICS[name].reference(logits, shifted, row) for name in names})
 
 
-def weight_sum(class_weight: Tensor | None, vocab_size: int) -> Tensor | float:
-    """The sum of the class weights (V,), which are all 1 if None."""
-    return float(vocab_size) if class_weight is None else class_weight.sum()
-
-
-def work_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of softmax, loss and statistics for products in ``dtype``."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def zero_statistics(
     num_rows: int, names: tuple[str, ...], dtype: torch.dtype, device: torch.device, num_ids: int = 0
 ) -> RowStatistics:
@@ -735,8 +208,3 @@ def zero_statistics(
     shapes = {name: (num_rows, num_ids) if STATISTICS[name].per_id else (num_rows,) for name in names}
     dtype = work_dtype(dtype)
     return RowStatistics(**{name: torch.zeros(shape, dtype=dtype, device=device) for name, shape in shapes.items()})
-
-
-def along(factor: Tensor, values: Tensor) -> Tensor:
-    """A factor (n,) in the number of dimensions of ``values`` (n, ...)."""
-    return factor if values.dim() <= 1 else factor.view(-1, *(1,) * (values.dim() - 1))
