@@ -1,9 +1,9 @@
-# Everything a fresh machine needs: `make demo` and `make distill` train and compare, `make test` checks.
+# Everything a fresh machine needs: `make demo`, `distill` and `policy` train and compare, `make test` checks.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo distill test thorough packages fuzz lint bench clean
+.PHONY: install demo distill policy test thorough packages fuzz lint bench clean
 
 install: $(VENV)/.installed
 
@@ -18,6 +18,9 @@ demo: install
 
 distill: install
 	$(BIN)/torchrun --nproc-per-node 2 examples/distill.py
+
+policy: install
+	$(BIN)/python examples/policy.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -69,7 +69,7 @@ def explanation(settings: Settings, chunked: Run) -> str:
 Both runs: {settings.steps} steps from the same start, fp32, one after the other, on a CPU with {cores} cores.
 A step: {steps} and the reference;
 {settings.epochs} optimizer steps. The loss is the mean over the answers of their tokens' mean. The training with full
-logits samples answers too, which its rewards are of, but learns from those of the other.
+logits samples answers too, for its rewards and times, but learns from those of the other.
 On average {tokens:,} tokens count, {logits}.
 Peak memory: of the process, resident, above the state before the first step. Both contain gradients, AdamW's
 moments, and logits of {SAMPLED_AT_ONCE} answers while they are sampled. Times: medians after the first step."""
