@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from chunked_ce.arguments import described, integer, is_integer, is_number, is_one_of
+from chunked_ce.arguments import check_flag, described, integer, is_integer, is_number, is_one_of
 
 __all__ = ["ChunkOptions"]
 
@@ -98,8 +98,7 @@ class ChunkOptions:
         if into is not None and self.gradients == "forward":
             raise ValueError(f"accumulate_into={into!r} needs gradients 'backward' or 'auto', was 'forward'")
 
-        if not isinstance(self.invariant, bool):
-            raise TypeError(f"invariant must be True or False, was {described(self.invariant)}")
+        check_flag("invariant", self.invariant)
         if self.invariant and self.gradients == "forward":
             raise ValueError("invariant=True needs gradients 'backward' or 'auto', was 'forward'")
         if self.invariant and self.backend == "triton":

@@ -216,11 +216,16 @@ OPTIONS = {
         (torch.float32, torch.float64, torch.bfloat16),
         wrongs(*OBJECTS, None, torch.float16, torch.int32, torch.bool, "float32", *FLOAT8),
     ),
+    "logits_dtype": Argument(
+        (None, torch.float32),
+        wrongs(*OBJECTS, torch.bfloat16, torch.float16, torch.float64, torch.int32, "float32", *FLOAT8),
+    ),
     "gradient_filter": Argument(
         (None, "auto", 0, 0.25, np.float32(0.5)), wrongs(*NOT_NUMBERS, *NOT_FINITE, 1, 1.0, -0.1, -1)
     ),
     "backend": one_of("auto", "torch"),
     "accumulate_into": one_of("grad", "main_grad", None),
+    "invariant": FLAG,
 }
 MATHS = {
     "softcap": number(None, 30, 2.5, np.float32(3), wrong=(0, 0.0, -1.5)),
