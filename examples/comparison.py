@@ -107,11 +107,16 @@ def draw(name: str, pair: Pair, losses: plt.Axes, memory: plt.Axes, seconds: plt
         (memory, "Peak memory per rank, MiB", (chunked.peak_mib, full.peak_mib), "{:,.0f}"),
         (seconds, "Time per step, s", (chunked.seconds, full.seconds), "{:.2f}"),
     ):
-        bars = axes.bar(list(COLOURS), values, color=list(COLOURS.values()), width=0.6)
-        axes.bar_label(bars, fmt=style, padding=3)
-        axes.set_title(title)
-        axes.set_yticks([])
-        axes.margins(y=0.12)
-        axes.spines["left"].set_visible(False)
+        draw_bars(axes, title, values, style, COLOURS)
     for axes in (losses, memory, seconds):
         axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_bars(axes: plt.Axes, title: str, values: tuple[float, float], style: str, colours: dict[str, str]) -> None:
+    """A bar for each of two runs, with its value in the format ``style``; ``colours`` by the names of the runs."""
+    bars = axes.bar(list(colours), values, color=list(colours.values()), width=0.6)
+    axes.bar_label(bars, fmt=style, padding=3)
+    axes.set_title(title)
+    axes.set_yticks([])
+    axes.margins(y=0.12)
+    axes.spines["left"].set_visible(False)

@@ -8,6 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from comparison import draw_bars
 from grpo import SAMPLED_AT_ONCE, Settings
 from model import ModelConfig
 
@@ -93,12 +94,7 @@ def plot(chunked: Run, full: Run, path: Path) -> None:
         (memory, "Peak memory, MiB", (chunked.peak_mib, full.peak_mib), "{:,.0f}"),
         (seconds, "Scores and training, s", (chunked.training, full.training), "{:.2f}"),
     ):
-        bars = axes.bar(list(COLOURS), values, color=list(COLOURS.values()), width=0.6)
-        axes.bar_label(bars, fmt=style, padding=3)
-        axes.set_title(title)
-        axes.set_yticks([])
-        axes.margins(y=0.12)
-        axes.spines["left"].set_visible(False)
+        draw_bars(axes, title, values, style, COLOURS)
     for axes in (rewards, losses, memory, seconds):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
