@@ -27,7 +27,8 @@ def call_of(call: Inputs, compute_dtype=None) -> Call:
     settings = Settings(compute_dtype or call.hidden.dtype)
     source = [leaf for leaf in (call.hidden, call.head, call.bias) if leaf is not None]
     target = targets.amax(-1)
-    specification = Specification("head", (), Logits(), settings, per_token=tuple(per_token))
+    parts = ("hidden", "weight", "bias")[: len(source)]
+    specification = Specification("head", (), Logits(), settings, parts=parts, per_token=tuple(per_token))
     return Call(source, None, target, IGNORED, specification, list(per_token.values()))
 
 
