@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from chunked_ce.arguments import is_integer
 from chunked_ce.checks import check_ids, check_objective
 from chunked_ce.depths import check_one_depth
 from chunked_ce.engine import dispatch
@@ -339,26 +340,28 @@ def linear_divergence(
     """
     without_targets = target is None and isinstance(input, Tensor)
     if without_targets:
-        ignore_index, target = -100, _every_token(input, vocab)
-    returned = linear_loss(
-        Divergence(beta),
-        input,
-        linear_weight,
-        target,
-        linear_bias=linear_bias,
-        reduction=reduction,
-        ignore_index=ignore_index,
-        token_weight=token_weight,
-        num_tokens=num_tokens,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        temperature=temperature,
-        linear_adapter=linear_adapter,
-        teacher=teacher,
-        vocab=vocab,
-        options=options,
-        return_stats=return_stats,
-    )
+        # An ignore_index that is not allowed stays, to be refused with all other arguments.
+        ignore_index = -100 if is_integer(ignore_index) else ignore_index
+        target = _every_token(input, vocab)
+    tensors = {
+        "input": input,
+        "linear_weight": linear_weight,
+        "target": target,
+        "linear_bias": linear_bias,
+        "weight": None,
+        "token_weight": token_weight,
+        **given_tensors(temperature, linear_adapter),
+    }
+    keywords = {
+        "reduction": reduction,
+        "ignore_index": ignore_index,
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+        "temperature": 1.0 if is_per_token(temperature) else temperature,
+        "num_tokens": num_tokens,
+    }
+    call = Arguments("linear_divergence", tensors, keywords, vocab, options, {"return_stats": return_stats}, teacher)
+    returned = loss_of(lambda: Divergence(beta), call)  # a beta that is refused on one rank is refused on all
     if not (without_targets and return_stats):
         return returned
     loss, stats = returned

@@ -112,3 +112,18 @@ def test_words(beta):
                 torch.testing.assert_close(of_head.double(), gradients[1][vocab.start : vocab.stop], **CLOSE)
 
         run_threads(call, 2)
+
+
+@pytest.mark.timeout(60)
+def test_a_beta_that_one_rank_alone_refuses_fails_on_all():
+    case = problem(N, D, V)
+    teacher, _ = teacher_of("head", *teacher_tensors(N, V))
+
+    def call(rank: int, world_size: int) -> str:
+        vocab = VocabShard(None, *((0, 9), (9, V))[rank], V)
+        head = case.head.detach()[vocab.start : vocab.stop]
+        with pytest.raises(ValueError, match="beta must be in") as caught:
+            linear_divergence(case.hidden.detach(), head, teacher, beta=(0.5, 2.0)[rank], vocab=vocab)
+        return str(caught.value)
+
+    assert "rank 1" in run_threads(call, 2)[0]

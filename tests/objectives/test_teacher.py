@@ -433,3 +433,9 @@ def test_teachers_that_do_not_fit():
             linear_divergence(case.hidden, case.head, teacher, target=case.target)
     with pytest.raises(TypeError, match="teacher is given, but CrossEntropy has none: use Divergence"):
         linear_loss(CrossEntropy(), case.hidden, case.head, case.target, teacher=Teacher(hidden, weight))
+
+
+def test_an_ignore_index_is_checked_without_targets_too():
+    hidden, head = torch.zeros(2, 4), torch.zeros(8, 4)
+    with pytest.raises(TypeError, match="ignore_index must be an integer, was 'none'"):
+        linear_divergence(hidden, head, Teacher(hidden, head), ignore_index="none")
