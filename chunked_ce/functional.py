@@ -50,7 +50,7 @@ def linear_cross_entropy(
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
     token_weight: PerToken | None = None,
     z_loss: float = 0.0,
@@ -88,7 +88,7 @@ def linear_cross_entropy(
         weight: class weights (V,), constant.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``. The mean divides by the sum of ``token_weight * w[y]`` over the
             tokens that count, or by ``num_tokens``.
-        ignore_index: the target of tokens that do not count.
+        ignore_index: the target of tokens that do not count; None, the default of torch's function, is -100.
         label_smoothing: in [0, 1].
         token_weight: a weight for each token, in the shape of ``target``, constant.
         z_loss: factor of ``lse**2``, >= 0.
@@ -131,7 +131,7 @@ def linear_cross_entropy(
     }
     keywords = {
         "reduction": reduction,
-        "ignore_index": ignore_index,
+        "ignore_index": -100 if ignore_index is None else ignore_index,
         "softcap": softcap,
         "logit_scale": logit_scale,
         "temperature": 1.0 if is_per_token(temperature) else temperature,

@@ -35,7 +35,7 @@ class LinearCrossEntropyLoss(nn.Module):
         *,
         weight: Tensor | None = None,
         reduction: str = "mean",
-        ignore_index: int = -100,
+        ignore_index: int | None = -100,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
         softcap: float | None = None,
@@ -48,7 +48,7 @@ class LinearCrossEntropyLoss(nn.Module):
         super().__init__()
         self._maths: dict[str, Any] = {
             "reduction": reduction,
-            "ignore_index": ignore_index,
+            "ignore_index": -100 if ignore_index is None else ignore_index,
             "label_smoothing": label_smoothing,
             "z_loss": z_loss,
             "softcap": softcap,

@@ -196,6 +196,7 @@ def instance(*right: Any) -> Argument:
 
 FLAG = Argument((True, False), wrongs(*NOT_FLAGS))
 INDEX = Argument((-100, -1, 2**40, -(2**63), np.int64(-100)), wrongs(*NOT_INTEGERS, None))
+INDEX_OR_NONE = Argument((*INDEX.right, None), wrongs(*NOT_INTEGERS))
 COUNT = Argument(
     (None, 0, 3, 2.5, np.float32(7), np.int64(7), torch.tensor(3), torch.tensor([2.0]), torch.tensor(2.0).double()),
     wrongs(
@@ -290,6 +291,7 @@ def _shard(**keywords: Any) -> VocabShard:
 
 def _calls() -> dict[str, Call]:
     linear, tokens = _linear(), _tensors("input")
+    as_torch = {**LOSS, "ignore_index": INDEX_OR_NONE}  # torch's linear_cross_entropy has None
     size = Argument((1, 3, np.int64(2)), wrongs(*NOT_INTEGERS, None, 0, -1))
     place = Argument((V, np.int64(V)), wrongs(*NOT_INTEGERS, None, -1, V + 1, blamed=("start", "stop", "total")))
     group = Argument((None,), wrongs(*OBJECTS, 0, -100, True))
@@ -310,7 +312,7 @@ def _calls() -> dict[str, Call]:
     ignored = {"ignore_index": INDEX, "group": group}
     return {
         "linear_cross_entropy": Call(
-            linear_cross_entropy, {**linear, **tokens, **LOSS, "num_tokens": COUNT, "return_stats": FLAG}
+            linear_cross_entropy, {**linear, **tokens, **as_torch, "num_tokens": COUNT, "return_stats": FLAG}
         ),
         "cross_entropy": Call(
             cross_entropy,
@@ -334,7 +336,7 @@ def _calls() -> dict[str, Call]:
         ),
         "LinearCrossEntropyLoss": Call(
             _module,
-            {**LOSS, "return_stats": FLAG, "weight": _alone(tokens["weight"])},
+            {**as_torch, "return_stats": FLAG, "weight": _alone(tokens["weight"])},
         ),
         "LinearCrossEntropyLoss()": Call(
             _forward,

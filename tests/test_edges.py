@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from chunked_ce import cross_entropy, linear_cross_entropy, linear_logprobs
+from chunked_ce import LinearCrossEntropyLoss, cross_entropy, linear_cross_entropy, linear_logprobs
 from tests.cases import (
     REDUCTIONS,
     REDUCTIONS_AND_WAYS,
@@ -350,3 +350,13 @@ def test_deterministic_algorithms(way):
         gradients(sum(x.sum() for x in case.logprobs(return_entropy=True)), case)
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_no_ignore_index_is_that_of_torch(reduction):
+    """`torch.nn.functional.linear_cross_entropy` has None as the default of its ignore_index."""
+    hidden, head, target = torch.randn(4, 3), torch.randn(5, 3), torch.tensor([0, -100, 4, 2])
+    keywords = {"ignore_index": None, "reduction": reduction}
+    expected = F.cross_entropy(hidden @ head.t(), target, reduction=reduction)
+    torch.testing.assert_close(linear_cross_entropy(hidden, head, target, **keywords), expected)
+    torch.testing.assert_close(LinearCrossEntropyLoss(**keywords)(hidden, head, target), expected)
