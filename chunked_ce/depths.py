@@ -24,11 +24,12 @@ __all__ = [
 
 _Result = TypeVar("_Result")
 _PER_TOKEN = ("target", "token_weight", "temperature", ADAPTER[0])
+_LISTS = (list, tuple)  # made once: each call of a loss asks
 _NUMBERS = ("token_weight", "temperature")  # where a number stands for as many equal ones as the depth has tokens
 
 
 def are_depths(value: object) -> bool:
-    return isinstance(value, list | tuple)
+    return isinstance(value, _LISTS)
 
 
 def depths_of(tensors: dict[str, Any], per_token: Collection[str] = ()) -> list[dict[str, Any]]:

@@ -51,18 +51,18 @@ class HeadGradients:
     ) -> HeadGradients:
         """Gradients of zeros, or uninitialised where they are ``written``."""
         parts = call.specification.parts
-        gradients = [
-            _empty_gradient(tensor, dtype_of(part, tensor), written=part in written)
-            if need and part not in skipped
-            else None
-            for part, tensor, need in zip(parts, call.tensors, call.specification.needed, strict=True)
-        ]
+        gradients: list[Tensor | None] = []
+        for part, tensor, need in zip(parts, call.tensors, call.specification.needed, strict=True):
+            gradient = None
+            if need and part not in skipped:
+                gradient = _empty_gradient(tensor, dtype_of(part, tensor), written=part in written)
+            gradients.append(gradient)
         return cls(parts, gradients)
 
     @property
     def needs_hidden(self) -> bool:
         """Whether any hidden states need a gradient."""
-        return any(pair.hidden is not None for pair in self.pairs)
+        return self.pairs[0].hidden is not None or self.pairs[-1].hidden is not None
 
     @property
     def sums(self) -> list[Tensor | None]:
