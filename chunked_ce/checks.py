@@ -116,6 +116,7 @@ def check_tensors(
             + (f", or {vocab.padded_rows} with padding" if vocab.padded_rows else "")
             + f", had {rows}"
         )
+    _check_no_probabilities(target)
     check_tensor("target", target, INDICES)
     if vocab is not None and vocab.input_grad == "sequence" and input_name != "logits":
         tokens = vocab.size * (input.numel() // max(1, input.shape[-1]))
@@ -149,6 +150,15 @@ def check_tensors(
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != input.device:
             raise ValueError(f"{name} must be on {input_name}'s device {input.device}, was on {tensor.device}")
+
+
+def _check_no_probabilities(target: object) -> None:
+    """Refuse class probabilities as targets, which `torch.nn.functional.cross_entropy` takes."""
+    if isinstance(target, Tensor) and target.is_floating_point():
+        raise TypeError(
+            f"target must be {INDICES.said}, was {target.dtype}: class probabilities are targets of linear_divergence, "
+            "with Teacher(probabilities=...), or Teacher(logits=...) for their logarithms"
+        )
 
 
 def check_adapter(tensors: dict[str, Tensor | None], input: Tensor, rows: int) -> None:

@@ -69,7 +69,7 @@ TENSORS = [
     ("target", torch.arange(N - 1), r"5"),
     ("target", torch.arange(N)[:, None], r"6, 1"),
     ("target", torch.tensor(0), r""),
-    ("target", torch.rand(N, V), r""),
+    ("target", torch.rand(N, V), r"Teacher\(logits="),
     ("target", [0] * N, r"list"),
     ("target", None, r"None"),
     ("linear_bias", torch.randn(V + 1), r"10.*9|9.*10"),
