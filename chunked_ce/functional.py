@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from chunked_ce.arguments import is_integer
+from chunked_ce.arguments import FLOATING, INDICES, check_tensor, is_integer
 from chunked_ce.checks import check_ids, check_objective
 from chunked_ce.depths import check_one_depth
 from chunked_ce.engine import dispatch
@@ -513,6 +513,8 @@ def linear_statistics(
 
     def check() -> None:
         check_one_depth(tensors, "linear_statistics")
+        check_tensor("input", tensors["input"], FLOATING)
+        check_tensor("target", tensors["target"], INDICES)
         check_outputs(outputs, with_ids=with_ids, with_support=support is not None)
         is_sequence = isinstance(vocab, VocabShard) and vocab.input_grad == "sequence"
         shape = None if is_sequence else tensors["input"].shape[:-1]

@@ -460,3 +460,12 @@ def test_wrong_arguments(changes, error, message):
     arguments = {"target": case.target} | changes
     with pytest.raises(error, match=message):
         linear_statistics(case.hidden, case.head, **arguments)
+
+
+@pytest.mark.parametrize("with_support", [False, True])
+@pytest.mark.parametrize("name", ["input", "target"])
+def test_what_is_no_tensor_is_refused_by_name(name, with_support):
+    tensors = {"input": torch.zeros(2, 4), "linear_weight": torch.zeros(8, 4), "target": torch.zeros(2).long()}
+    support = torch.zeros(2, 3).long() if with_support else None
+    with pytest.raises(TypeError, match=f"^{name} must be a tensor, was NoneType"):
+        linear_statistics(**(tensors | {name: None}), support=support)
