@@ -19,6 +19,7 @@ __all__ = [
     "check_tensor",
     "described",
     "integer",
+    "is_dense",
     "is_integer",
     "is_number",
     "is_one_of",
@@ -103,6 +104,11 @@ def check_tensor(name: str, value: object, kind: Kind) -> None:
         raise TypeError(f"{name} must be a dense tensor, was a {layout} one")
     if value.dtype not in kind.dtypes:
         raise TypeError(f"{name} must be {kind.said}, was {value.dtype}")
+
+
+def is_dense(value: object) -> bool:
+    """Whether ``value`` is a tensor whose shape can be read before it is checked."""
+    return isinstance(value, Tensor) and not value.is_nested and value.layout == torch.strided
 
 
 def described(value: object) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from chunked_ce.arguments import FLOATING, INDICES, check_tensor, is_integer
+from chunked_ce.arguments import FLOATING, INDICES, check_tensor, is_dense, is_integer
 from chunked_ce.checks import check_ids, check_objective
 from chunked_ce.depths import check_one_depth
 from chunked_ce.engine import dispatch
@@ -338,7 +338,7 @@ def linear_divergence(
     >>> linear_divergence(hidden, torch.zeros(8, 4), Teacher(hidden, torch.eye(8, 4)))
     tensor(0.0851)
     """
-    without_targets = target is None and isinstance(input, Tensor)
+    without_targets = target is None and is_dense(input)
     if without_targets:
         # An ignore_index that is not allowed stays, to be refused with all other arguments.
         ignore_index = -100 if is_integer(ignore_index) else ignore_index

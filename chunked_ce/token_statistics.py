@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from chunked_ce.arguments import INDICES, described, is_integer
+from chunked_ce.arguments import INDICES, described, is_dense, is_integer
 from chunked_ce.engine import dispatch
 from chunked_ce.engine.call import Call
 from chunked_ce.rows.statistics import EXP_IS_ZERO, RowStatistics, names_of
@@ -147,7 +147,7 @@ def _are_names(outputs: object) -> bool:
 
 def has_ids(input: object, target: object) -> bool:
     """Whether a target has K ids per token, (..., K), and not one, (...), for hidden states (..., D)."""
-    return isinstance(input, Tensor) and isinstance(target, Tensor) and target.dim() == input.dim() > 0
+    return is_dense(input) and is_dense(target) and target.dim() == input.dim() > 0
 
 
 def one_of_the_ids(ids: Tensor, ignore_index: Any) -> Tensor:

@@ -467,5 +467,10 @@ def test_wrong_arguments(changes, error, message):
 def test_what_is_no_tensor_is_refused_by_name(name, with_support):
     tensors = {"input": torch.zeros(2, 4), "linear_weight": torch.zeros(8, 4), "target": torch.zeros(2).long()}
     support = torch.zeros(2, 3).long() if with_support else None
-    with pytest.raises(TypeError, match=f"^{name} must be a tensor, was NoneType"):
+    with pytest.raises(TypeError, match=rf"{name} must be a tensor, was NoneType"):
         linear_statistics(**(tensors | {name: None}), support=support)
+
+
+def test_sparse_ids_are_refused_by_name():
+    with pytest.raises(TypeError, match="target must be a dense tensor"):
+        linear_statistics(torch.zeros(2, 4), torch.zeros(8, 4), torch.zeros(2, 3).long().to_sparse())
