@@ -59,6 +59,7 @@ bench: install
 	$(BIN)/chunked-ce bench --tokens 4096 --hidden 256 --sweep vocab=16384,32768,65536,131072 --rounds 3 \
 		--json $(RESULTS)/vocabulary.json --plot $(RESULTS)/vocabulary.png --html $(RESULTS)/vocabulary.html
 	$(BIN)/python -m benchmarks.ratios --json $(RESULTS)/ratios.json
+	$(BIN)/python -m benchmarks.objectives --json $(RESULTS)/objectives.json
 	$(BIN)/python -m benchmarks.memory --json $(RESULTS)/memory.json
 	$(BIN)/python -m pytest benchmarks -o timeout=3600 --benchmark-columns=median,min,max,rounds \
 		--benchmark-json=$(RESULTS)/speed.json
