@@ -19,7 +19,7 @@ from chunked_ce.cli.self_checks import CHUNK, CheckInputs, Row, compare, place
 from chunked_ce.cli.synthetic_inputs import IGNORED
 from chunked_ce.objectives import Divergence, PolicyGradient, TopKDivergence
 
-__all__ = ["cases", "sharded_cases"]
+__all__ = ["CASES", "cases", "sharded_cases"]
 
 _NARROW = 100  # size of the teacher's hidden states
 _RANK = 8  # of the adapter
@@ -41,7 +41,7 @@ class Case(NamedTuple):
 def cases(device: str, dtype: torch.dtype, backend: str = "auto") -> Iterator[Row]:
     """All rows of one device, dtype and choice of kernels."""
     inputs, where = CheckInputs.random(dtype, device), place(device, dtype, backend)
-    for name, case in _CASES.items():
+    for name, case in CASES.items():
         for way in case.ways:
             options = ChunkOptions(chunk_size=CHUNK, gradients=way, backend=backend)
             yield from _rows(name, f"{where}, {way}", inputs, case, {"options": options})
@@ -49,7 +49,7 @@ def cases(device: str, dtype: torch.dtype, backend: str = "auto") -> Iterator[Ro
 
 def sharded_cases(inputs: CheckInputs, where: str, options: ChunkOptions, vocab: VocabShard) -> Iterator[Row]:
     """The cases whose constants are rows of the head, on this rank's ones."""
-    for name, case in _CASES.items():
+    for name, case in CASES.items():
         if name != _TOP_K and options.gradients in case.ways:
             yield from _rows(name, where, inputs, case, {"options": options, "vocab": vocab})
 
@@ -200,7 +200,7 @@ def _divergence_case(beta: float) -> Case:
 
 
 _TOP_K = "top-k divergence"  # whose ids are of the whole vocabulary
-_CASES = {
+CASES = {
     "temperatures": Case(_cross_entropy(lambda own: {"temperature": _temperatures(own)}), _with_temperatures),
     "policy gradient": Case(
         _objective(

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from chunked_ce.cli import check_command, main, process_checks, self_checks
+from chunked_ce.cli import check_command, main, objective_checks, process_checks, self_checks
 
 
 def run(capsys, *arguments):
@@ -62,8 +62,10 @@ def test_bf16_sums_over_chunks_would_be_found():
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
 def test_two_processes():
     rows = process_checks.sharded_rows(90.0)
-    assert {row.case for row in rows} == {"sharded vocabulary", "token-weighted mean"}
-    assert len(rows) == 2 * (2 * 2 * 4 + 2 * 2)
+    others = set(objective_checks.CASES) - {"top-k divergence"}
+    assert {row.case for row in rows} == {"sharded vocabulary", "token-weighted mean", *others}
+    ways = sum(len(objective_checks.CASES[name].ways) for name in others)
+    assert len(rows) == 2 * 2 * (2 * 4 + 3 * ways + 2)  # of two dtypes and two ranks
     assert not [row for row in rows if row.wrong]
 
 

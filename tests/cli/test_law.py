@@ -93,11 +93,11 @@ def other_peak(name, dtype, way):
     ("name", "dtype", "way"),
     [
         ("divergence", torch.float32, "forward"),
-        ("divergence", torch.bfloat16, "backward"),
+        pytest.param("divergence", torch.bfloat16, "backward", marks=pytest.mark.thorough),
         ("mixture", torch.float32, "forward"),
         ("top-k", torch.bfloat16, "forward"),
-        ("adapter", torch.float32, "backward"),
-        ("frozen", torch.bfloat16, "forward"),
+        pytest.param("adapter", torch.float32, "backward", marks=pytest.mark.thorough),
+        pytest.param("frozen", torch.bfloat16, "forward", marks=pytest.mark.thorough),
     ],
 )
 def test_other_losses_take_what_the_law_says(name, dtype, way):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from chunked_ce import VocabShard, functional, linear_cross_entropy
+from chunked_ce import VocabShard, invocation, linear_cross_entropy
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def test_later_calls(vocab, monkeypatch):
     def reads(*arguments):
         raise AssertionError("compared again")
 
-    monkeypatch.setattr(functional, "facts_of_call", reads)
+    monkeypatch.setattr(invocation, "facts_of_call", reads)
     assert linear_cross_entropy(*tensors, vocab=vocab) == first
     with pytest.raises(ValueError, match="label_smoothing"):
         linear_cross_entropy(*tensors, vocab=vocab, label_smoothing=2.0)

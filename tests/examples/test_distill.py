@@ -53,6 +53,7 @@ def test_report_and_plot(two_ranks):
     assert (out / "distill.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.thorough  # the reductions over ranks are tested by tests/distributed/test_windows.py as well
 def test_one_rank_with_all_sequences_gives_the_same_losses(two_ranks, tmp_path, arguments, text):
     batches = TextBatches(load_tokens([text]), CONTEXT, mask_prompt=True)
     for step in range(1, STEPS + 1):
