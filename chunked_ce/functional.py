@@ -12,7 +12,7 @@ from chunked_ce.checks import check_ids, check_objective
 from chunked_ce.depths import check_one_depth
 from chunked_ce.engine import dispatch
 from chunked_ce.engine.loss_stats import LossStats
-from chunked_ce.invocation import Arguments, agreed_on, call_of, given_tensors, is_per_token, loss_of
+from chunked_ce.invocation import Arguments, agreed_on, call_of, loss_of
 from chunked_ce.objectives import CrossEntropy, Divergence, Objective, Teacher
 from chunked_ce.options import ChunkOptions
 from chunked_ce.parallel.vocab import VocabShard
@@ -127,19 +127,19 @@ def linear_cross_entropy(
         "linear_bias": linear_bias,
         "weight": weight,
         "token_weight": token_weight,
-        **given_tensors(temperature, linear_adapter),
+        "linear_adapter": linear_adapter,
     }
     keywords = {
         "reduction": reduction,
         "ignore_index": -100 if ignore_index is None else ignore_index,
         "softcap": softcap,
         "logit_scale": logit_scale,
-        "temperature": 1.0 if is_per_token(temperature) else temperature,
+        "temperature": temperature,
         "num_tokens": num_tokens,
         "label_smoothing": label_smoothing,
         "z_loss": z_loss,
     }
-    call = Arguments("linear_cross_entropy", tensors, keywords, vocab, options, {"return_stats": return_stats})
+    call = Arguments.of("linear_cross_entropy", tensors, keywords, vocab, options, {"return_stats": return_stats})
     return loss_of(lambda: CrossEntropy(label_smoothing, z_loss), call)
 
 
@@ -176,19 +176,18 @@ def cross_entropy(
         "target": target,
         "weight": weight,
         "token_weight": token_weight,
-        **given_tensors(temperature),
     }
     keywords = {
         "reduction": reduction,
         "ignore_index": ignore_index,
         "softcap": softcap,
         "logit_scale": logit_scale,
-        "temperature": 1.0 if is_per_token(temperature) else temperature,
+        "temperature": temperature,
         "num_tokens": num_tokens,
         "label_smoothing": label_smoothing,
         "z_loss": z_loss,
     }
-    call = Arguments("cross_entropy", tensors, keywords, vocab, options, {"return_stats": return_stats})
+    call = Arguments.of("cross_entropy", tensors, keywords, vocab, options, {"return_stats": return_stats})
     return loss_of(lambda: CrossEntropy(label_smoothing, z_loss), call)
 
 
@@ -239,17 +238,17 @@ def linear_loss(
         "linear_bias": linear_bias,
         "weight": getattr(objective, "class_weight", None),
         "token_weight": token_weight,
-        **given_tensors(temperature, linear_adapter),
+        "linear_adapter": linear_adapter,
     }
     keywords = {
         "reduction": reduction,
         "ignore_index": ignore_index,
         "softcap": softcap,
         "logit_scale": logit_scale,
-        "temperature": 1.0 if is_per_token(temperature) else temperature,
+        "temperature": temperature,
         "num_tokens": num_tokens,
     }
-    call = Arguments("linear_loss", tensors, keywords, vocab, options, {"return_stats": return_stats}, teacher)
+    call = Arguments.of("linear_loss", tensors, keywords, vocab, options, {"return_stats": return_stats}, teacher)
     return loss_of(lambda: check_objective(objective), call, per_token_tensors)
 
 
@@ -284,17 +283,16 @@ def logits_loss(
         "target": target,
         "weight": weight,
         "token_weight": token_weight,
-        **given_tensors(temperature),
     }
     keywords = {
         "reduction": reduction,
         "ignore_index": ignore_index,
         "softcap": softcap,
         "logit_scale": logit_scale,
-        "temperature": 1.0 if is_per_token(temperature) else temperature,
+        "temperature": temperature,
         "num_tokens": num_tokens,
     }
-    call = Arguments("logits_loss", tensors, keywords, vocab, options, {"return_stats": return_stats}, teacher)
+    call = Arguments.of("logits_loss", tensors, keywords, vocab, options, {"return_stats": return_stats}, teacher)
     return loss_of(lambda: check_objective(objective), call, per_token_tensors)
 
 
@@ -350,17 +348,17 @@ def linear_divergence(
         "linear_bias": linear_bias,
         "weight": None,
         "token_weight": token_weight,
-        **given_tensors(temperature, linear_adapter),
+        "linear_adapter": linear_adapter,
     }
     keywords = {
         "reduction": reduction,
         "ignore_index": ignore_index,
         "softcap": softcap,
         "logit_scale": logit_scale,
-        "temperature": 1.0 if is_per_token(temperature) else temperature,
+        "temperature": temperature,
         "num_tokens": num_tokens,
     }
-    call = Arguments("linear_divergence", tensors, keywords, vocab, options, {"return_stats": return_stats}, teacher)
+    call = Arguments.of("linear_divergence", tensors, keywords, vocab, options, {"return_stats": return_stats}, teacher)
     returned = loss_of(lambda: Divergence(beta), call)  # a beta that is refused on one rank is refused on all
     if not (without_targets and return_stats):
         return returned
@@ -400,17 +398,17 @@ def linear_logprobs(
         "linear_bias": linear_bias,
         "weight": None,
         "token_weight": None,
-        **given_tensors(temperature, linear_adapter),
+        "linear_adapter": linear_adapter,
     }
     keywords = {
         "reduction": "none",
         "ignore_index": ignore_index,
         "softcap": softcap,
         "logit_scale": logit_scale,
-        "temperature": 1.0 if is_per_token(temperature) else temperature,
+        "temperature": temperature,
     }
     flags = {"return_entropy": return_entropy}
-    arguments = Arguments("linear_logprobs", tensors, keywords, vocab, options, flags).local()
+    arguments = Arguments.of("linear_logprobs", tensors, keywords, vocab, options, flags).local()
     options, _ = agreed_on(lambda: None, arguments, {})
     arguments = arguments.joined()
     call = call_of(arguments, options, None, names_of(("mean",) if return_entropy else ()))
@@ -493,7 +491,7 @@ def linear_statistics(
         "linear_bias": linear_bias,
         "weight": None,
         "token_weight": None,
-        **given_tensors(temperature, linear_adapter),
+        "linear_adapter": linear_adapter,
         **({} if support is None else {"support": support}),
     }
     keywords = {
@@ -501,9 +499,9 @@ def linear_statistics(
         "ignore_index": ignore_index,
         "softcap": softcap,
         "logit_scale": logit_scale,
-        "temperature": 1.0 if is_per_token(temperature) else temperature,
+        "temperature": temperature,
     }
-    arguments = Arguments("linear_statistics", tensors, keywords, vocab, options, asked_flags(outputs)).local()
+    arguments = Arguments.of("linear_statistics", tensors, keywords, vocab, options, asked_flags(outputs)).local()
     tensors = dict(arguments.tensors)
     with_ids = has_ids(tensors["input"], tensors["target"])
     if with_ids:

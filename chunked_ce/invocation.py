@@ -33,23 +33,7 @@ from chunked_ce.plan import Settings
 from chunked_ce.rows.statistics import Logits, names_of, work_dtype
 from chunked_ce.teachers import check_teacher, facts_of_teacher, of_this_rank, product_dtype
 
-__all__ = ["Arguments", "agreed_on", "call_of", "given_tensors", "is_per_token", "loss_of"]
-
-
-def given_tensors(
-    temperature: float | Tensor, linear_adapter: tuple[Tensor, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """The temperature, if it is a tensor, and the factors of the adapter among the tensors of a call."""
-    tensors = {"temperature": temperature} if is_per_token(temperature) else {}
-    if linear_adapter is None:
-        return tensors
-    if isinstance(linear_adapter, list | tuple) and len(linear_adapter) == 2:
-        return tensors | dict(zip(ADAPTER, linear_adapter, strict=True))
-    return tensors | {"linear_adapter": linear_adapter}  # which is refused where arguments are checked
-
-
-def is_per_token(temperature: float | Tensor) -> bool:
-    return isinstance(temperature, Tensor) or are_depths(temperature)
+__all__ = ["Arguments", "agreed_on", "call_of", "loss_of"]
 
 
 class Arguments(NamedTuple):
@@ -63,6 +47,28 @@ class Arguments(NamedTuple):
     flags: dict[str, bool]
     teacher: Teacher | None = None
     shapes: list[torch.Size] | None = None  # of each depth's tokens, once these are joined
+
+    @classmethod
+    def of(
+        cls,
+        function: str,
+        tensors: dict[str, Any],
+        keywords: dict[str, Any],
+        vocab: VocabShard | None,
+        options: ChunkOptions | None,
+        flags: dict[str, bool],
+        teacher: Teacher | None = None,
+    ) -> Arguments:
+        """The arguments, with a temperature of each token and the factors of an adapter among the tensors."""
+        tensors, temperature = dict(tensors), keywords["temperature"]
+        if isinstance(temperature, Tensor) or are_depths(temperature):
+            tensors["temperature"], keywords = temperature, keywords | {"temperature": 1.0}
+        adapter = tensors.pop("linear_adapter", None)
+        if isinstance(adapter, list | tuple) and len(adapter) == 2:
+            tensors |= dict(zip(ADAPTER, adapter, strict=True))
+        elif adapter is not None:
+            tensors["linear_adapter"] = adapter  # which is refused where arguments are checked
+        return cls(function, tensors, keywords, vocab, options, flags, teacher)
 
     @property
     def is_head(self) -> bool:
