@@ -17,6 +17,7 @@ from torch import Tensor
 from chunked_ce.engine.products import add_product_
 from chunked_ce.engine.specification import Specification
 from chunked_ce.plan import GROUPS
+from chunked_ce.rows import torch_filter
 from chunked_ce.rows.columns import ColumnSums
 from chunked_ce.rows.statistics import STATISTICS, RowStatistics, work_dtype
 
@@ -29,7 +30,6 @@ _MOST_KEPT = 0.4
 # on 0.1 to 0.6 million tokens, dropped 3 to 6 %, and at most 17 to 42 % for one token.
 _MOST_DROPPED = 0.1
 _MOST_DROPPED_OF_A_TOKEN = 0.5
-_SUMMED_ENTRIES = 4096  # of the vocabulary: their part of the tail is rounded before it is added
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -82,13 +82,13 @@ class Filter:
         # Written so that a tail that is not finite is dense too, and shows in the gradients.
         if len(index) > _MOST_KEPT * len(kept) or not tail.sum() <= self._most_dropped * size.sum():
             return dense
-        groups, right = _groups(tail, kept)
-        left = (gradients @ groups.to(gradients.dtype)).to(right.dtype)
+        group, right = _groups(tail, kept)
+        picked, left = torch_filter.compact(gradients, index, group, GROUPS, len(index))
         if not (left.abs().sum(1) <= _MOST_DROPPED_OF_A_TOKEN * size).all():
             return dense
         if smoothing is not None:
             left, right = torch.cat([left, smoothing[0]], 1), torch.cat([right, smoothing[1]], 1)
-        return FilteredChunk(index, gradients.gather(1, index.expand(len(gradients), -1)), left, right)
+        return FilteredChunk(index, picked, left, right)
 
     def _smoothing(self, slope: Tensor) -> tuple[Tensor, Tensor]:
         """The term of label smoothing in the logit gradients, as ``left`` (C, 1) and ``right`` (V, 1)."""
@@ -99,13 +99,8 @@ class Filter:
 
     def hidden_gradient(self, kept: FilteredChunk) -> Tensor:
         """The gradient of a chunk's hidden states, (C, D)."""
-        weight = self._weight
-        scale = 2.0 ** (len(weight).bit_length() // 2)  # keeps 1 / V in the range of fp16
-        right, left = kept.right.t() * scale, kept.left / scale
-        rows = right.new_zeros(len(right), weight.shape[1])  # (k, D)
-        for start in range(0, len(weight), _SUMMED_ENTRIES):
-            block = slice(start, start + _SUMMED_ENTRIES)
-            rows += right[:, block].to(weight.dtype) @ weight[block]
+        weight, scale = self._weight, 2.0 ** (len(self._weight).bit_length() // 2)  # the rows fit in fp16
+        rows, left = torch_filter.tail_rows(kept.right, weight) * scale, kept.left / scale
         if kept.index is None:
             tail, rest = _in_two(left @ rows, weight.dtype)
             return tail.addmm_(kept.gradients, weight).add_(rest)
@@ -147,9 +142,9 @@ class Filter:
         right = torch.cat(self._rights, 1)  # (V, sum of k)
         left = torch.cat(self._lefts)  # (sum of k, D + 1)
         if weight is not None:
-            weight.addmm_(right.to(weight.dtype), left[:, :-1].to(weight.dtype))
+            torch_filter.finish(weight, right, left[:, :-1])
         if bias is not None:
-            bias.addmv_(right.to(bias.dtype), left[:, -1].to(bias.dtype))
+            torch_filter.finish(bias, right, left[:, -1])
 
 
 def _in_two(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -162,7 +157,7 @@ def _groups(
     total: Tensor,  # (V,) the sums of the dropped columns, 0 where kept
     kept: Tensor,  # (V,)
 ) -> tuple[Tensor, Tensor]:
-    """The groups of dropped columns, as zeros and ones (V, g), and each column's share of its group (V, g).
+    """The group of each dropped column, (V,) and -1 where kept, and each column's share of its group (V, g).
 
     Groups have equal mass, from rare entries to frequent ones: at the threshold of bf16 four of them left a third of
     the error of a single one, and took no longer.
@@ -171,10 +166,8 @@ def _groups(
     reached = total[order].cumsum(0)
     group = torch.empty_like(order)
     group[order] = (reached / reached[-1].clamp(min=_TINY) * GROUPS).long().clamp_(0, GROUPS - 1)
-    groups = total.new_zeros(len(total), GROUPS).scatter_(1, group.unsqueeze(1), 1)
-    groups[kept] = 0
-    share = groups * total.unsqueeze(1)
-    return groups, share / share.sum(0).clamp(min=_TINY)
+    share = total.new_zeros(len(total), GROUPS).scatter_(1, group.unsqueeze(1), total.unsqueeze(1))
+    return group.masked_fill_(kept, -1), share / share.sum(0).clamp(min=_TINY)
 
 
 def can_filter(specification: Specification, slopes: Iterable[str]) -> bool:
