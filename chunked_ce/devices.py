@@ -6,6 +6,7 @@ __all__ = [
     "PROJECTED_ROWS",
     "adds_in_product",
     "drops_ignored",
+    "is_accelerator",
     "product_rows",
     "rounds_products",
     "rounds_within",
@@ -20,6 +21,11 @@ PROJECTED_ROWS = 8192
 _WIDENED_ROWS = 2048  # each block is read from cache right after it was cast
 # Rows, at a time, of a sum whose dtype differs from its products': product and sum meet in cache.
 _SUMMED_ROWS = 2048
+
+
+def is_accelerator(device_type: str) -> bool:
+    """Whether products run on another device than the CPU, many times as fast as the memory is read."""
+    return device_type != "cpu"
 
 
 def product_rows(rows: int, device_type: str) -> int:

@@ -202,7 +202,7 @@ def call_of(
             settings = settings._replace(gradient_filter=None)
         needed = tuple([part.requires_grad and torch.is_grad_enabled() for part in source])
     else:
-        settings, parts, needed = Settings.of(options, input.dtype), ("logits",), ()
+        settings, parts, needed = Settings.of(options, input.dtype, input.device.type), ("logits",), ()
         unpadded = input if vocab is None else input[..., : vocab.rows]
         source = [unpadded.reshape(target.numel(), unpadded.shape[-1])]
     settings = settings._replace(teacher_dtype=product_dtype(arguments.teacher))

@@ -4,15 +4,22 @@ A chunk of C tokens has C * V logits. Small chunks make inefficient products, an
 gradient of the head once; large chunks cost memory. So a chunk is as large as its budget allows, and chunks have equal
 sizes.
 
-The budget, unless a user sets one, is 64 MiB, or two thirds of an fp32 gradient of the head if that is more: by then
-the head's gradient decides the peak. On a CUDA device it is at most a quarter of the free memory. If the head's
-gradient is narrower than a sum over several chunks has to be, a single chunk needs no such sum, and its logits may take
-the sum's memory as well.
+The budget, unless a user sets one, is 64 MiB on a CPU, or two thirds of an fp32 gradient of the head if that is more:
+by then the head's gradient decides the peak. If the head's gradient is narrower than a sum over several chunks has to
+be, a single chunk needs no such sum, and its logits may take the sum's memory as well.
+
+An accelerator multiplies faster than it reads: products of few rows are bound by reading the head. The budget there is
+1 GiB, or an fp32 gradient of the head if that is more: with bf16 logits 2 D tokens, at least 4,096 from D = 2,048 on,
+and a single chunk up to 4 D tokens. Chunks are multiples of 256 tokens, blocks multiples of 256 vocabulary entries.
+
+A plan follows from shapes, dtypes and options, and not from the memory in use, except where a loss would not fit into
+what a CUDA device has left: then its logits are halved until it does, unless ranks share the plan.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -20,6 +27,7 @@ import torch
 from chunked_ce.devices import (
     PROJECTED_ROWS,
     adds_in_product,
+    is_accelerator,
     product_rows,
     rounds_products,
     rounds_within,
@@ -56,7 +64,9 @@ GROUPS = 4  # rank of the tail that replaces a filtered chunk's dropped columns
 INVARIANT_TOKENS, INVARIANT_ENTRIES = 128, 4096
 FILLED = 16  # numbers: their rows and columns are filled up to multiples of it
 _LEAST_BUDGET = 64 * 2**20
+_LEAST_ON_ACCELERATOR = 2**30
 _ALIGNED = 16  # vocabulary entries: rows of a block begin where an accelerator reads fastest
+_TILE = 256  # tokens of a chunk or entries of a block: an accelerator multiplies in tiles of 128 and 256
 # While it multiplies, the matrix library of a CPU keeps a copy of a block of the head's rows: at most so many columns,
 # and only from so many tokens on. Measured with torch 2.13 on one and two threads; fp32 is MKL's, bf16 oneDNN's.
 _PACKED_COLUMNS = {torch.float32: 384, torch.bfloat16: 256}
@@ -77,9 +87,10 @@ class Settings(NamedTuple):
     teacher_dtype: torch.dtype | None = None  # of the products of a teacher's head beside the student's
     asked_logits_dtype: torch.dtype | None = None  # of logits, where that is wider than the products' dtype
     invariant: bool = False
+    device_type: str = "cpu"  # where the products run
 
     @classmethod
-    def of(cls, options: ChunkOptions, compute_dtype: torch.dtype) -> Settings:
+    def of(cls, options: ChunkOptions, compute_dtype: torch.dtype, device_type: str) -> Settings:
         return cls(
             compute_dtype,
             options.accumulate_dtype,
@@ -90,6 +101,7 @@ class Settings(NamedTuple):
             options.accumulate_into,
             asked_logits_dtype=options.logits_dtype,
             invariant=options.invariant,
+            device_type=device_type,
         )
 
     @property
@@ -121,28 +133,24 @@ class Budget(NamedTuple):
     reason: str
 
 
-def budget(vocab_size: int, hidden_size: int, memory_budget: int | None = None, *, sums_head: bool) -> Budget:
+def budget(
+    vocab_size: int, hidden_size: int, memory_budget: int | None = None, *, sums_head: bool, device_type: str = "cpu"
+) -> Budget:
     """The memory budget; ``sums_head``: whether a gradient of the head (V, D) is a sum over chunks.
 
     >>> budget(262144, 512, sums_head=False)
     Budget(size=67108864, reason='the least budget')
+    >>> budget(262144, 2048, sums_head=True, device_type="cuda")
+    Budget(size=2147483648, reason='an fp32 gradient of the head')
     """
     if memory_budget is not None:
         return Budget(memory_budget, "as asked")
-    by_head = 8 * vocab_size * hidden_size // 3
-    if sums_head and by_head > _LEAST_BUDGET:
-        return Budget(by_head, "two thirds of an fp32 gradient of the head")
-    return Budget(_LEAST_BUDGET, "the least budget")
-
-
-def budget_within(free: int, vocab_size: int, hidden_size: int, sums_head: bool) -> int | None:
-    """The memory budget on a device with ``free`` bytes: a quarter of them if the usual budget is more, else None.
-
-    >>> budget_within(2**40, 262144, 512, True), budget_within(2**20, 262144, 512, True)
-    (None, 262144)
-    """
-    most = free // 4
-    return max(1, most) if budget(vocab_size, hidden_size, sums_head=sums_head).size > most else None
+    fast, gradient = is_accelerator(device_type), 4 * vocab_size * hidden_size
+    least = _LEAST_ON_ACCELERATOR if fast else _LEAST_BUDGET
+    by_head = gradient if fast else 2 * gradient // 3
+    if sums_head and by_head > least:
+        return Budget(by_head, f"{'' if fast else 'two thirds of '}an fp32 gradient of the head")
+    return Budget(least, "the least budget")
 
 
 class Plan(NamedTuple):
@@ -178,7 +186,7 @@ class Plan(NamedTuple):
         )
         one_chunk = num_tokens <= wide and head_dtype == settings.compute_dtype != torch.float16
         head_sum = head_dtype if one_chunk else settings.wide_dtype
-        most = budget(vocab_size, hidden_size, settings.memory_budget, sums_head=head_dtype is not None)
+        most = _budget(vocab_size, hidden_size, settings, sums_head=head_dtype is not None)
         return cls(tokens, None, in_flight, most, head_sum, settings.compute_dtype)
 
     @classmethod
@@ -187,14 +195,12 @@ class Plan(NamedTuple):
 
         A block has as many logits as a chunk of ``chunk_size`` tokens and the whole vocabulary would have.
         """
-        most = budget(vocab_size, 0, settings.memory_budget, sums_head=False)
+        most = _budget(vocab_size, 0, settings, sums_head=False)
         size = most.size // max(1, num_counted * settings.logit_bytes())
         if settings.chunk_size is not None:
             size = settings.chunk_size * vocab_size // max(1, num_counted)
-        if size > _ALIGNED:
-            size -= size % _ALIGNED
-        entries = _even(vocab_size, max(1, size))
-        entries = entries if entries <= _ALIGNED else min(vocab_size, entries + -entries % _ALIGNED)
+        unit = _TILE if is_accelerator(settings.device_type) and size >= _TILE else _ALIGNED
+        entries = _even(vocab_size, max(1, size), unit)
         hidden_sum = settings.wide_dtype if entries < vocab_size else settings.compute_dtype
         return cls(max(1, num_counted), entries, 1, most, head_dtype, hidden_sum)
 
@@ -222,13 +228,15 @@ def tokens_per_chunk(
 
     >>> tokens_per_chunk(8192, 262144, 512, Settings(torch.bfloat16))
     128
+    >>> tokens_per_chunk(8192, 262144, 512, Settings(torch.bfloat16, device_type="cuda"))
+    2048
     >>> tokens_per_chunk(8192, 262144, 512, Settings(torch.bfloat16, chunk_size=1000))
     1000
     """
     if settings.chunk_size is not None:
         return settings.chunk_size
     compute_dtype, accumulate_dtype = settings.compute_dtype, settings.accumulate_dtype
-    most = budget(vocab_size, hidden_size, settings.memory_budget, sums_head=head_dtype is not None).size
+    most = _budget(vocab_size, hidden_size, settings, sums_head=head_dtype is not None).size
     token_bytes = max(1, vocab_size * settings.logit_bytes())
     # A single chunk needs no wide sum of a narrow head's gradient: its logits may take that memory.
     # An fp16 gradient is always summed wide: before it is divided by the token count it can overflow.
@@ -237,7 +245,13 @@ def tokens_per_chunk(
         spared = spared if head_dtype.itemsize < accumulate_dtype.itemsize else 0
         if num_tokens * token_bytes <= most + spared:
             return max(1, num_tokens)
-    return _even(num_tokens, max(1, most // max(1, vocab_size * settings.logit_bytes(in_flight))))
+    unit = _TILE if is_accelerator(settings.device_type) else 1
+    return _even(num_tokens, max(1, most // max(1, vocab_size * settings.logit_bytes(in_flight))), unit)
+
+
+def _budget(vocab_size: int, hidden_size: int, settings: Settings, *, sums_head: bool) -> Budget:
+    asked, device_type = settings.memory_budget, settings.device_type
+    return budget(vocab_size, hidden_size, asked, sums_head=sums_head, device_type=device_type)
 
 
 class MemoryPrediction(NamedTuple):
@@ -311,7 +325,7 @@ def predict_memory(
     options = options or ChunkOptions()
     head_dtype = head_dtype or dtype
     compute_dtype = compute_dtype or dtype
-    settings = Settings.of(options, compute_dtype)
+    settings = Settings.of(options, compute_dtype, device_type)
     if teacher_hidden_size is not None:
         settings = settings._replace(teacher_dtype=teacher_dtype or dtype)
     logits_dtype = settings.logits_dtype
@@ -474,6 +488,22 @@ def predict_memory(
     return MemoryPrediction(forward, backward)
 
 
+def budget_within(free: int, predicted: Callable[[int | None], MemoryPrediction]) -> int | None:
+    """The memory budget with which a loss takes at most ``free`` bytes: None, the usual one, if it does, else half of
+    the logits, or a quarter, and so on, but not below the least budget of a CPU.
+
+    ``predicted`` is the memory law as a function of the memory budget.
+    """
+
+    def logits_too_large(law: MemoryPrediction) -> int:
+        return max((phase.get("logits", 0) for phase in law if sum(phase.values()) > free), default=0)
+
+    size = None
+    while (taken := logits_too_large(predicted(size))) // 2 >= _LEAST_BUDGET:
+        size = taken // 2 if size is None else size // 2
+    return size
+
+
 def _fixed_terms(vocab_size: int, hidden_size: int, settings: Settings, head_dtype: torch.dtype) -> dict[str, int]:
     """Bytes that batch-invariant statistics take, whatever the number of tokens, by name."""
     dtype, tokens = settings.logits_dtype, INVARIANT_TOKENS
@@ -494,7 +524,11 @@ def filled(size: int) -> int:
     return size + -size % FILLED
 
 
-def _even(total: int, most: int) -> int:
-    """The size of equal parts of ``total``, none larger than ``most``."""
-    parts = math.ceil(total / most)
-    return max(1, math.ceil(total / max(1, parts)))
+def _even(total: int, most: int, unit: int) -> int:
+    """The size of equal parts of ``total``, none larger than ``most``; of several, a multiple of ``unit``, which makes
+    the last one smaller, unless ``most`` is less."""
+    if total <= most:
+        return max(1, total)
+    unit = unit if most >= unit else 1
+    size = math.ceil(total / math.ceil(total / (most - most % unit)))
+    return size + -size % unit

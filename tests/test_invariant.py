@@ -279,7 +279,7 @@ def test_the_memory_law(dtype, options):
     """The forward's logits are those of one group and one block."""
     case, options = problem(400, 40, 20001, dtype=dtype, ignored=0.0), replace(options, memory_budget=2**22)
     law = predict_memory(400, 20001, 40, dtype=dtype, options=options)
-    itemsize = Settings.of(options, dtype).logits_dtype.itemsize
+    itemsize = Settings.of(options, dtype, "cpu").logits_dtype.itemsize
     assert law.forward["logits"] == INVARIANT_TOKENS * INVARIANT_ENTRIES * itemsize
     with torch.no_grad():
         cost = work(lambda: case.loss(options=options))

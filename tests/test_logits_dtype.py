@@ -299,7 +299,7 @@ def test_no_wide_copy_of_the_head(way):
 
 def test_the_budget_holds_logits_and_their_gradients():
     size = 6 * 1000 * 100  # 100 tokens of fp32 logits and bf16 gradients
-    settings = Settings.of(WIDE(memory_budget=size), torch.bfloat16)
+    settings = Settings.of(WIDE(memory_budget=size), torch.bfloat16, "cpu")
     assert Plan.by_tokens(10_000, 10_000, 1000, 8, settings, head_dtype=None).tokens == 100
     two = Plan.by_tokens(10_000, 10_000, 1000, 8, settings, head_dtype=None, in_flight=2).tokens
     assert 58 <= two <= size / (10 * 1000)  # of two chunks' logits, and one chunk's gradients

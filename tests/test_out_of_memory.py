@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from chunked_ce import ChunkOptions, linear_cross_entropy, plan
-from chunked_ce.engine import sources
+from chunked_ce.engine import device_memory, sources
+from chunked_ce.plan import predict_memory
 from tests.cases import WAYS, assert_equal, gradients, problem
 
 BUDGET = 4 * 40 * 101  # 40 tokens
@@ -101,13 +102,19 @@ def test_one_chunk_in_bf16_becomes_several(monkeypatch):
         assert (g - e).norm() <= 1e-2 * e.norm()
 
 
-def test_the_budget_comes_from_what_is_free(monkeypatch):
-    case = problem(80, 6, 101, ignored=0.0)
+def test_logits_are_halved_where_memory_is_short(monkeypatch):
+    """The plan is that of the shapes, whatever is free, until the loss would not fit."""
+    case, most = problem(80, 6, 101, ignored=0.0), 80 * 4 * 101
     device = Device(monkeypatch, most=2**40)
-    monkeypatch.setattr("chunked_ce.engine.dispatch.free_bytes", lambda device: 16 * 4 * 101)
-    step(case, None)
-    assert device.asked == [4 * 4 * 101]
-    monkeypatch.setattr("chunked_ce.engine.dispatch.free_bytes", lambda device: 2**40)
-    step(case, None)
+    law = predict_memory(80, 101, 6, dtype=torch.float32)
+    monkeypatch.setattr(plan, "_LEAST_BUDGET", 8 * 4 * 101)
+    monkeypatch.setattr(plan, "budget", lambda *sizes, **_: plan.Budget(sizes[2] or most, "usual"))
+    monkeypatch.setattr(device_memory, "_is_known", lambda device: True)
+    for lacking, expected in ((0, most), (1, most // 2), (most // 2 + 1, most // 4), (2**40, most // 8)):
+        monkeypatch.setattr(device_memory, "_free_bytes", lambda device, enough, less=lacking: law.peak - less)
+        device_memory._predicted.cache_clear()
+        step(case, None)
+        assert device.asked.pop() == expected
     step(case, ChunkOptions(memory_budget=3 * 4 * 101))
-    assert device.asked[1:] == [80 * 4 * 101, 3 * 4 * 101]
+    assert device.asked.pop() == 3 * 4 * 101
+    device_memory._predicted.cache_clear()

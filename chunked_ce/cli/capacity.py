@@ -153,7 +153,12 @@ def _chunk(request: Request, way: str, tensor: int, rows: int, dtype: torch.dtyp
         n,
         rows,
         request.hidden,
-        Settings(dtype, chunk_size=request.chunk, teacher_dtype=None if request.teacher is None else dtype),
+        Settings(
+            dtype,
+            chunk_size=request.chunk,
+            teacher_dtype=None if request.teacher is None else dtype,
+            device_type=request.device,
+        ),
         head_dtype=dtype if request.train_head and way != BACKWARD else None,
         in_flight=1 if tensor == 1 else 2,
     )

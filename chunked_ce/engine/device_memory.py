@@ -1,29 +1,77 @@
-"""The free memory of a device, and a second attempt with smaller chunks when it runs out."""
+"""Smaller chunks where the memory of a device is short, and a second attempt with smaller ones when it runs out."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import math
 import sys
 import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from chunked_ce.engine.call import Call
-from chunked_ce.plan import Plan
+from chunked_ce.options import ChunkOptions
+from chunked_ce.plan import MemoryPrediction, Plan, budget_within, predict_memory
 
-__all__ = ["free_bytes", "with_smaller_chunks"]
+__all__ = ["short_budget", "with_smaller_chunks"]
 
 _Result = TypeVar("_Result")
 _OURS = ("chunked_ce", "torch")
 
 
-def free_bytes(device: torch.device) -> int | None:
-    """Free bytes of a CUDA device; None for other devices and while a graph is captured or compiled."""
-    if device.type != "cuda" or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+def short_budget(options: ChunkOptions, input: Tensor, linear_weight: Tensor, compute_dtype: torch.dtype) -> int | None:
+    """The memory budget where a loss with the usual one would not fit into what is free; else None."""
+    device = input.device
+    if not _is_known(device):
         return None
+    trained = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (input, linear_weight)]
+    tokens, shape = math.prod(input.shape[:-1]), tuple(linear_weight.shape)
+    dtypes = input.dtype, linear_weight.dtype, compute_dtype
+    predicted = functools.partial(_predicted, options, tokens, shape, dtypes, *trained, device.type)
+    free = _free_bytes(device, enough=predicted(None).peak)
+    return budget_within(free, predicted)
+
+
+@functools.lru_cache(maxsize=256)
+def _predicted(
+    options: ChunkOptions,
+    num_tokens: int,
+    shape: tuple[int, int],  # (V, D)
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],  # of the input, the head and the products
+    train_input: bool,
+    train_head: bool,
+    device_type: str,
+    memory_budget: int | None,
+) -> MemoryPrediction:
+    dtype, head_dtype, compute_dtype = dtypes
+    return predict_memory(
+        num_tokens,
+        *shape,
+        dtype=dtype,
+        head_dtype=head_dtype,
+        compute_dtype=compute_dtype,
+        train_input=train_input,
+        train_head=train_head,
+        options=dataclasses.replace(options, memory_budget=memory_budget),
+        device_type=device_type,
+    )
+
+
+def _is_known(device: torch.device) -> bool:
+    """Whether the free memory of ``device`` is known: that of CUDA is, unless a graph is captured or compiled."""
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return False
+    return not torch.cuda.is_current_stream_capturing()
+
+
+def _free_bytes(device: torch.device, enough: int) -> int:
+    """Free bytes; the driver, which may make the host wait, is asked only if torch keeps less than ``enough``."""
     kept_by_torch = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + kept_by_torch
+    return kept_by_torch if kept_by_torch >= enough else kept_by_torch + torch.cuda.mem_get_info(device)[0]
 
 
 def with_smaller_chunks(run: Callable[[Call], _Result], call: Call, plan_of: Callable[[], Plan]) -> _Result:

@@ -10,12 +10,12 @@ from torch.autograd import forward_ad
 
 from chunked_ce.engine import gathered, gathered_operator, operators, plain
 from chunked_ce.engine.call import Call
-from chunked_ce.engine.device_memory import free_bytes
+from chunked_ce.engine.device_memory import short_budget
 from chunked_ce.engine.loss_stats import LossStats, loss_stats, named_stats, plain_loss_stats
 from chunked_ce.objectives.base import Objective
 from chunked_ce.options import ChunkOptions
 from chunked_ce.parallel.vocab import VocabShard
-from chunked_ce.plan import Settings, budget_within
+from chunked_ce.plan import Settings
 from chunked_ce.rows.statistics import RowStatistics, work_dtype
 from chunked_ce.tracing import has_values, is_recorded, runs_at_once
 
@@ -125,15 +125,13 @@ def settings_of(
     options: ChunkOptions, input: Tensor, linear_weight: Tensor, compute_dtype: torch.dtype, vocab: VocabShard | None
 ) -> Settings:
     """The settings for a head, given its device and the current graph."""
-    settings = Settings.of(options, compute_dtype)
-    sizes = linear_weight.shape
+    settings = Settings.of(options, compute_dtype, input.device.type)
+    sizes = *input.shape, *linear_weight.shape
     # Ranks that share a plan may differ in free memory.
     if settings.memory_budget is None and settings.chunk_size is None and vocab is None and has_values(*sizes):
-        free = free_bytes(input.device)
-        if free is not None:
-            budget = budget_within(free, *sizes, sums_head=linear_weight.requires_grad)
-            settings = settings._replace(memory_budget=budget)
-    if is_recorded() or not has_values(*input.shape, *sizes):  # one graph for any number of tokens
+        budget = short_budget(options, input, linear_weight, compute_dtype)
+        settings = settings._replace(memory_budget=budget)
+    if is_recorded() or not has_values(*sizes):  # one graph for any number of tokens
         settings = settings._replace(head_sum_dtype=settings.wide_dtype)
     return settings
 

@@ -76,9 +76,12 @@ class Product:
         return F.linear(hidden.reshape(self.num_rows, hidden.shape[-1])[rows], weight, bias)
 
 
-def rows_per_block(num_rows: int, vocab_size: int, hidden_size: int, dtype: torch.dtype, options: ChunkOptions) -> int:
+def rows_per_block(
+    num_rows: int, vocab_size: int, hidden_size: int, dtype: torch.dtype, options: ChunkOptions, device_type: str
+) -> int:
     """The number of rows of logits that are computed at a time."""
-    return plan.tokens_per_chunk(num_rows, vocab_size, hidden_size, plan.Settings.of(options, dtype))
+    settings = plan.Settings.of(options, dtype, device_type)
+    return plan.tokens_per_chunk(num_rows, vocab_size, hidden_size, settings)
 
 
 class _WithGradient(torch.autograd.Function):

@@ -45,10 +45,11 @@ class Call:
         sizes = (hidden.shape[:-1].numel(), head.vocab_size, hidden.shape[-1])
         options = head.options or ChunkOptions()
         budget = ChunkOptions(memory_budget=options.memory_budget)
-        # A few rows without a gradient, such as a step of generation, fit into a chunk: their logits may as well be
-        # computed, with the bits of a layer that is not lazy.
-        self.is_cheap = not is_trained and rows_per_block(*sizes, self.dtype, budget) >= sizes[0]
-        self.rows_per_block = sizes[0] if self.is_cheap else rows_per_block(*sizes, self.dtype, options)
+        # A few rows without a gradient, such as a step of generation, fit into a chunk (a CPU's, on all devices): their
+        # logits may as well be computed, with the bits of a layer that is not lazy.
+        self.is_cheap = not is_trained and rows_per_block(*sizes, self.dtype, budget, "cpu") >= sizes[0]
+        at_a_time = rows_per_block(*sizes, self.dtype, options, hidden.device.type)
+        self.rows_per_block = sizes[0] if self.is_cheap else at_a_time
 
     def _anchors(self) -> tuple[Tensor, ...]:
         """The leaves behind lazy tensors in the graph, where engines look for the parameters of a forward.
