@@ -5,6 +5,7 @@ machine that gets slower or faster meanwhile changes both. The order turns by on
 
     python -m benchmarks.ratios
     python -m benchmarks.ratios --tokens 512 --hidden 256 --vocab 8192 --dtype bf16 --repeats 3
+    python -m benchmarks.ratios --tokens 512 --only forward full trl liger-scaled
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def measure(inputs: LossInputs, names: list[str], repeats: int) -> dict[str, lis
 
 def main() -> None:
     arguments = _arguments()
-    names, missing = select()
+    names, missing = select(arguments.only)
     where = conditions()
     print_conditions(where)
     sizes = {"tokens": arguments.tokens, "hidden": arguments.hidden, "vocab": arguments.vocab}
@@ -79,6 +80,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=50257)
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
     parser.add_argument("--ignored", nargs="+", type=float, default=[0.0, 0.5], help="shares of ignored tokens")
+    parser.add_argument("--only", nargs="+", metavar="KEY", help="implementations, by the keys of chunked-ce bench")
     parser.add_argument("--repeats", type=int, default=7, help="rounds that count")
     parser.add_argument("--json", type=Path, help="file for the results")
     return parser.parse_args()

@@ -8,7 +8,6 @@ operations. Losses that form logits twice, or a teacher's too, have `FOUR_PRODUC
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import os
 import shutil
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chunked_ce import ChunkOptions, linear_cross_entropy
+from chunked_ce.cli import peers
 from chunked_ce.cli.other_losses import OTHER_LOSSES, OtherLoss
 from chunked_ce.cli.synthetic_inputs import LossInputs
 
@@ -51,7 +51,10 @@ COMPILED = "full logits, compiled"
 TORCH = "torch, 512 rows"
 TORCH_AUTO = "torch, automatic"
 DEEPSPEED = "deepspeed"
+TRL = "trl"
 LIGER = "liger"
+LIGER_SCALED = "liger, loss per token"
+LIGER_CUTE = "liger, CuTe for SM90"
 CCE = "cut-cross-entropy"
 CCE_EXACT = "cut-cross-entropy, no filter"
 CCE_PRETRAINING = "cut-cross-entropy, pretraining"
@@ -114,31 +117,6 @@ def _torch_auto(chunk: int | None) -> Loss:
     return functools.partial(F.linear_cross_entropy, options=torch.nn.LinearCrossEntropyOptions())
 
 
-def _deepspeed(chunk: int | None) -> Loss:
-    from deepspeed.sequence.linear_cross_entropy import vocab_parallel_linear_cross_entropy
-
-    return vocab_parallel_linear_cross_entropy
-
-
-def _liger(chunk: int | None) -> Loss:
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-    loss = LigerFusedLinearCrossEntropyLoss()
-    return lambda hidden, weight, target: loss(weight, hidden, target)
-
-
-def _cce(chunk: int | None, **keywords: object) -> Loss:
-    from cut_cross_entropy import linear_cross_entropy as cut
-
-    return functools.partial(cut, **keywords)
-
-
-def _quack(chunk: int | None) -> Loss:
-    from quack.linear_cross_entropy import chunked_linear_cross_entropy as quack
-
-    return functools.partial(quack, chunk_size=chunk) if chunk else quack
-
-
 # ---- why an implementation cannot run ----
 
 
@@ -156,33 +134,7 @@ def _no_torch_chunks(device: str) -> str | None:
     return f"torch {torch.__version__} has no chunked linear_cross_entropy"
 
 
-def _no_deepspeed(device: str) -> str | None:
-    os.environ.setdefault("DS_ACCELERATOR", device)  # without it DeepSpeed warns that it found no accelerator
-    return _not_imported("deepspeed.sequence.linear_cross_entropy", "DeepSpeed with a linear_cross_entropy")
-
-
-def _needs_cuda(module: str, device: str) -> str | None:
-    if device != "cuda":
-        return "it runs on CUDA only"
-    return _not_imported(module, module.partition(".")[0])
-
-
-def _no_cce_preset(device: str) -> str | None:
-    reason = _needs_cuda("cut_cross_entropy", device)
-    if reason is None and _not_imported("cut_cross_entropy.cce_utils", "presets"):
-        reason = "this version of cut_cross_entropy has no presets"
-    return reason
-
-
-def _not_imported(module: str, what: str) -> str | None:
-    try:
-        importlib.import_module(module)
-    except Exception as error:  # whatever the import of a peer raises, the peer cannot run
-        return f"no {what}: {error}".splitlines()[0]
-    return None
-
-
-_why_not_cce = functools.partial(_needs_cuda, "cut_cross_entropy")
+_why_not_cce = functools.partial(peers.on_cuda, "cut_cross_entropy")
 
 LOSSES: dict[str, Implementation] = {
     FORWARD: Implementation("forward", _ours, takes_chunk=True),
@@ -192,15 +144,18 @@ LOSSES: dict[str, Implementation] = {
     COMPILED: Implementation("compiled", lambda chunk: torch.compile(_full), _no_compiler, compiles=True),
     TORCH: Implementation("torch", _torch, _no_torch_chunks, takes_chunk=True),
     TORCH_AUTO: Implementation("torch-auto", _torch_auto, _no_torch_chunks),
-    DEEPSPEED: Implementation("deepspeed", _deepspeed, _no_deepspeed),
-    LIGER: Implementation("liger", _liger, functools.partial(_needs_cuda, "liger_kernel.transformers")),
-    CCE: Implementation("cce", _cce, _why_not_cce, exact=False),
-    CCE_EXACT: Implementation("cce-exact", functools.partial(_cce, filter_eps=None), _why_not_cce),
+    DEEPSPEED: Implementation("deepspeed", peers.deepspeed, peers.no_deepspeed),
+    TRL: Implementation("trl", peers.trl, peers.no_trl),
+    LIGER_SCALED: Implementation("liger-scaled", peers.liger_scaled, peers.no_liger_scaled),
+    LIGER: Implementation("liger", peers.liger, functools.partial(peers.on_cuda, "liger_kernel.transformers")),
+    LIGER_CUTE: Implementation("liger-cute", peers.liger_cute, peers.no_liger_cute),
+    CCE: Implementation("cce", peers.cce, _why_not_cce, exact=False),
+    CCE_EXACT: Implementation("cce-exact", functools.partial(peers.cce, filter_eps=None), _why_not_cce),
     CCE_PRETRAINING: Implementation(
-        "cce-pretraining", functools.partial(_cce, impl="cce_kahan_full_c"), _no_cce_preset, exact=False
+        "cce-pretraining", functools.partial(peers.cce, impl="cce_kahan_full_c"), peers.no_cce_preset, exact=False
     ),
     QUACK: Implementation(
-        "quack", _quack, functools.partial(_needs_cuda, "quack.linear_cross_entropy"), takes_chunk=True
+        "quack", peers.quack, functools.partial(peers.on_cuda, "quack.linear_cross_entropy"), takes_chunk=True
     ),
 }
 IMPLEMENTATIONS = (PRODUCTS, *LOSSES)  # of cross-entropy

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from chunked_ce.cli.implementations import DEVICE
 __all__ = ["GIB", "MIB", "bytes_text", "conditions", "conditions_text", "dump"]
 
 MIB, GIB = 2**20, 2**30
-PACKAGES = ("chunked_ce", "torch", "triton", "deepspeed", "liger-kernel", "cut-cross-entropy", "quack-kernels", "numpy")
+_PEERS = ("deepspeed", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels")
+PACKAGES = ("chunked_ce", "torch", "triton", *_PEERS, "numpy")
+_VENDORS = {"AuthenticAMD": "AMD", "GenuineIntel": "Intel"}
 
 
 def conditions(device: str = DEVICE) -> dict[str, object]:
@@ -59,13 +62,15 @@ def dump(document: dict[str, object], to: str | Path) -> None:
 
 
 def _cpu_name() -> str:
+    """The processor with its maker, which a virtual machine's model name may lack, and the instructions torch uses."""
     capability = torch.backends.cpu.get_cpu_capability()
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name} ({capability})"
+        fields = dict(re.findall(r"^(\S[^:]*?)\s*: (.*)$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE))
+    except OSError:
+        fields = {}
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    maker = _VENDORS.get(fields.get("vendor_id", ""), "")
+    return f"{name if maker in name else f'{maker} {name}'} ({capability})"
 
 
 def _version(package: str) -> str | None:
