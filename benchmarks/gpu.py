@@ -1,155 +1,160 @@
-"""Every claim about a GPU, measured in one run: time, memory and errors beside every peer, and the kernels' tests.
+"""Everything about a GPU in one short run, most important first; each line is written as soon as it is known.
 
-At the shapes that people quote, on a softmax as sharp as a trained model's, it measures chunked_ce, exact and filtered,
-and every peer that is installed; then it runs the tests of the kernels. The run ends by itself within ``--minutes`` and
-names what it left out for lack of time. It writes JSON and says which claims hold. On a CPU it runs with small shapes.
+Sections, in order: the device's own rates; what the code relies on in torch; errors against float64; the row kernels
+and products of one chunk; whole losses of this library; those of every installed peer; sweeps over what was chosen
+without a device; hardware counters; the tests on a device. Every contestant has a process of its own, which may hang
+or die, for at most ``--cap`` seconds, and the run ends by itself after ``--seconds``. On a CPU it runs with tiny
+shapes, to show that it works.
 
-    python -m benchmarks.gpu --json benchmarks/results/gpu.json
-    python -m benchmarks.gpu --shape 64 32 500 --rounds 1 --no-tests --only forward full
+    python -m benchmarks.gpu --out runs/gpu
+    python -m benchmarks.gpu --only ceilings peers --peers quack cce --seconds 200
+    python -m benchmarks.gpu --only ceilings behaviour correctness
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.report import conditions, markdown, print_conditions
-from chunked_ce.cli import memory, report
-from chunked_ce.cli.implementations import BACKWARD, CHUNKED, DEVICE, DTYPES, FILTERED, FORWARD, PRODUCTS, select
-from chunked_ce.cli.measure import INTERRUPTED, Result, measure, not_measured, prepared
-from chunked_ce.cli.worker import Task, Worker
+import torch
 
-__all__ = ["claims", "main"]
+from benchmarks.device import behaviour, ceilings, correctness, kernels, losses, profile, sweeps
+from benchmarks.device.jobs import Job, Processes, Row
+from benchmarks.device.timing import ON_GPU, SHAPES, TINY, Shape
+from benchmarks.device.verdict import Rates, claims, markdown, skipped
+from benchmarks.report import conditions, dump, print_conditions
+from chunked_ce.cli import memory
+from chunked_ce.cli.implementations import DEVICE, LOSSES
 
-SHAPES = {  # N, D, V
-    "Gemma-2 2B": (8192, 2304, 256000),
-    "Llama-3 8B": (8192, 4096, 128256),
-    "Qwen-3 8B": (8192, 4096, 151936),
-    "V=248320": (16384, 2048, 248320),
-}
-_TESTS = ("tests/engine",)
-_TESTS_SECONDS = 120.0  # reserved for the kernels' tests
+__all__ = ["SECTIONS", "main"]
+
+_TESTS = ("tests/engine/test_cuda.py",)
 _LATE = "left out: the time was up"
+_LEAST_SECONDS = 5.0  # with less than that left, a job is not begun
+
+
+def _test_jobs(shapes: Sequence[Shape]) -> list[Job]:
+    return [Job("pytest", _tests, _TESTS)]
+
+
+def _tests(path: str) -> Iterator[Row]:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    lines = done.stdout.strip().splitlines() or [done.stderr]
+    yield {"what": "tests", "ok": done.returncode == 0, "summary": lines[-1]}
+    for line in lines:
+        if line.startswith(("FAILED", "ERROR")):
+            yield {"what": "tests", "ok": False, "summary": line[:300]}
+
+
+SECTIONS: dict[str, Callable[[tuple[Shape, ...]], list[Job]]] = {
+    "ceilings": ceilings.jobs,
+    "behaviour": behaviour.jobs,
+    "correctness": correctness.jobs,
+    "kernels": kernels.jobs,
+    "products": kernels.product_jobs,
+    "losses": losses.jobs,
+    "peers": losses.peer_jobs,
+    "sweeps": sweeps.jobs,
+    "profile": profile.jobs,
+    "tests": _test_jobs,
+}
+_CAPS = {"tests": 180.0}  # seconds, where ``--cap`` would be too short
+
+
+class Run:
+    """The rows of a run, in a file that has every one as soon as it is known."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.rows: list[Row] = []
+        self._file = (folder / "gpu.jsonl").open("a", buffering=1)
+        self._rates, self._start = Rates(), time.monotonic()
+
+    def add(self, section: str, job: str, row: Row) -> None:
+        row = {"t": round(time.monotonic() - self._start, 1), "section": section, "job": job} | row
+        row |= self._rates.derived(row)
+        self.rows.append(row)
+        self._file.write(json.dumps(row) + "\n")
+        rest = {name: value for name, value in row.items() if name not in ("t", "section", "job", "item", "what")}
+        title = ", ".join(dict.fromkeys(str(row[name]) for name in ("job", "item", "what") if name in row))
+        text = " ".join(f"{name}={value}" for name, value in rest.items() if value is not None)
+        print(f"{row['t']:6.1f} {section}: {title}: {text}", flush=True)
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def main(given: list[str] | None = None) -> int:
     arguments = _arguments(given)
-    end = time.monotonic() + 60 * arguments.minutes
-    where = conditions()
+    end = time.monotonic() + arguments.seconds
+    shapes = tuple(Shape(*shape) for shape in arguments.shape) if arguments.shape else SHAPES if ON_GPU else TINY
+    run = Run(arguments.out)
+    where = conditions() | _device()
     print_conditions(where)
-    names, missing = select(arguments.only)
-    for name, reason in missing.items():
-        print(f"left out {name}: {reason}")
-    shapes = [tuple(shape) for shape in arguments.shape or SHAPES.values()]
-    cases = [Task(PRODUCTS, arguments.dtype, *shape, device=DEVICE, rounds=arguments.rounds) for shape in shapes]
-    document: dict[str, object] = {"conditions": where, "left_out": missing, "results": [], "data": []}
-    document["limits"] = {"memory_mib": round(memory.total(DEVICE) / report.MIB)}
-    stop = end - (0 if arguments.no_tests else _TESTS_SECONDS)
-    with tempfile.TemporaryDirectory(prefix="chunked-ce-") as folder:
-        document["results"] = _measure(cases, names, Path(folder), stop, document["data"])
-    if not arguments.no_tests:
-        document["tests"] = _run_tests(max(30.0, end - time.monotonic()))
-        print(f"tests of the kernels: {document['tests']['summary']}")
-    document["claims"] = claims(document["results"])
-    print(markdown(document))
-    for claim, holds in document["claims"].items():
-        print(f"{'holds' if holds else 'DOES NOT HOLD' if holds is False else 'not measured'}: {claim}")
-    if arguments.json:
-        report.dump(document, arguments.json)
+    run.add("where", DEVICE, where)
+    try:
+        # The server that forks is for a CPU: CUDA's driver does not survive a fork.
+        method = "spawn" if ON_GPU or arguments.spawn else "forkserver"
+        with Processes(arguments.out / "stderr.log", method) as processes:
+            for section in arguments.only or SECTIONS:
+                for job in _jobs(section, shapes, arguments.peers):
+                    left = end - time.monotonic()
+                    if left < _LEAST_SECONDS:
+                        run.add(section, job.name, {"skipped": _LATE})
+                        continue
+                    for row in processes.rows(job, min(left, _CAPS.get(section, arguments.cap))):
+                        run.add(section, job.name, row)
+    except KeyboardInterrupt:
+        print("interrupted: what was measured until then is kept")
+    finally:
+        run.close()
+    _summary(run.rows, shapes, where, arguments.out)
     return 0
 
 
-def _measure(cases: list[Task], names: list[str], folder: Path, stop: float, notes: list) -> list[Result]:
-    """One process per implementation, which goes through all shapes; a new one after a failure."""
-    ready = []
-    with Worker(DEVICE) as worker:
-        for case in cases:
-            made = prepared(worker, case, "trained", folder, errors=True, timeout=max(1.0, stop - time.monotonic()))
-            if isinstance(made, str):
-                raise SystemExit(f"{case.title}: {made}")
-            notes.append({"case": case.title, "kind": "trained"} | made.softmax)
-            ready.append(made.task)
-    results = []
-    for name in sorted(names, key=lambda name: name not in (PRODUCTS, *CHUNKED)):
-        worker = Worker(DEVICE)
-        for task in ready:
-            task = task._replace(implementation=name)
-            left = stop - time.monotonic()
-            if left <= 0:
-                row = not_measured(task, _LATE)
-            else:
-                if not worker.alive:
-                    worker.__exit__()
-                    worker = Worker(DEVICE)
-                row = measure(worker, task, left)
-                if row["status"] == INTERRUPTED:
-                    raise KeyboardInterrupt
-            results.append(row)
-            print(f"{task.title}, {name}: {row.get('ratio', '-')} x products, {row['status']}", flush=True)
-        worker.__exit__()
-    return results
+def _jobs(section: str, shapes: tuple[Shape, ...], peers: Sequence[str] | None) -> list[Job]:
+    return losses.peer_jobs(shapes, peers) if section == "peers" else SECTIONS[section](shapes)
 
 
-def _run_tests(seconds: float) -> dict[str, object]:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", *_TESTS]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return {"passed": None, "summary": f"not done after {seconds:.0f} s"}
-    return {"passed": done.returncode == 0, "summary": (done.stdout.strip().splitlines() or [done.stderr])[-1]}
+def _device() -> Row:
+    if not ON_GPU:
+        return {"memory_mib": round(memory.total(DEVICE) / 2**20)}
+    found = torch.cuda.get_device_properties(0)
+    names = ("multi_processor_count", "L2_cache_size", "major", "minor")
+    free = {"memory_mib": round(found.total_memory / 2**20), "free_mib": round(memory.available(DEVICE) / 2**20)}
+    return {name: getattr(found, name) for name in names if hasattr(found, name)} | free
 
 
-def claims(results: list[Result]) -> dict[str, bool | None]:
-    """The claims, and whether each holds at every shape; None where that was not measured."""
-    shapes = {(row["tokens"], row["hidden"], row["vocab"]): {} for row in results}
-    for row in results:
-        shapes[row["tokens"], row["hidden"], row["vocab"]][row["contestant"]] = row
-
-    def everywhere(holds) -> bool | None:
-        verdicts = [holds(rows) for rows in shapes.values()]
-        return None if any(verdict is None for verdict in verdicts) or not verdicts else all(verdicts)
-
-    def ratio_within(name: str, most: float):
-        return lambda rows: None if rows.get(name, {}).get("ratio") is None else rows[name]["ratio"] <= most
-
-    def beats(ours: tuple[str, ...], quantity: str, exact_only: bool):
-        def holds(rows: dict[str, Result]) -> bool | None:
-            own = [rows[name][quantity] for name in ours if rows.get(name, {}).get(quantity) is not None]
-            peers = [
-                row[quantity]
-                for name, row in rows.items()
-                if name not in (PRODUCTS, *CHUNKED)
-                and (row["exact"] or not exact_only)
-                and row.get(quantity) is not None
-            ]
-            return min(own) < min(peers) if own and peers else None
-
-        return holds
-
-    return {
-        "exact: at most 1.15 times the three products": everywhere(ratio_within(FORWARD, 1.15)),
-        "filtered: at most 0.6 times the three products": everywhere(ratio_within(FILTERED, 0.6)),
-        "exact: faster than every exact peer": everywhere(beats((FORWARD,), "ratio", True)),
-        "faster than every peer, ours being exact or filtered": everywhere(beats((FORWARD, FILTERED), "ratio", False)),
-        "exact, either way: less memory than every exact peer": everywhere(
-            beats((FORWARD, BACKWARD), "peak_mib", True)
-        ),
-    }
+def _summary(rows: Sequence[Row], shapes: Sequence[Shape], where: Row, folder: Path) -> None:
+    verdicts = claims(rows, shapes)
+    reasons = [f"{name}: {reason}" for name, reason in skipped(rows).items()]
+    text = "\n".join([markdown(rows), "", *reasons, "", *map(str, verdicts)])
+    (folder / "gpu.md").write_text(text + "\n")
+    dump(
+        {"conditions": where, "rows": list(rows), "claims": [claim._asdict() for claim in verdicts]},
+        folder / "gpu.json",
+    )
+    print(text)
 
 
 def _arguments(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=", ".join(SECTIONS))
+    keys = [LOSSES[name].key for name in losses.PEERS]
+    parser.add_argument("--peers", nargs="*", choices=keys, metavar="KEY", help=f"of {', '.join(keys)}; all by default")
     parser.add_argument("--shape", nargs=3, type=int, action="append", metavar=("N", "D", "V"))
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs="+", metavar="KEY", help="implementations, by the keys of chunked-ce bench")
-    parser.add_argument("--minutes", type=float, default=8.0, help="the longest that the whole run takes, about")
-    parser.add_argument("--no-tests", action="store_true", help="leave out the tests of the kernels")
-    parser.add_argument("--json", type=Path, help="file for the results")
+    parser.add_argument("--seconds", type=float, default=540.0, help="the longest that the whole run takes, about")
+    parser.add_argument(
+        "--cap", type=float, default=60.0, help="seconds for each contestant and each part of a section"
+    )
+    parser.add_argument("--spawn", action="store_true", help="start processes as on a GPU, which takes longer")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder for gpu.jsonl, gpu.json and gpu.md")
     return parser.parse_args(given)
 
 

@@ -1,0 +1,1 @@
+"""The sections of `benchmarks.gpu`, each a module with ``jobs``, and the processes that they run in."""

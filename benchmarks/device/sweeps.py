@@ -1,0 +1,66 @@
+"""What was chosen without a device: tokens in a chunk, and the blocks and warps of the row kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from benchmarks.device.jobs import Job, Row
+from benchmarks.device.kernels import RowInputs
+from benchmarks.device.losses import Case, queued
+from benchmarks.device.timing import ON_GPU, Shape, milliseconds, peak_mib
+from chunked_ce.cli.implementations import FILTERED, FORWARD
+from chunked_ce.rows.statistics import Logits
+
+__all__ = ["jobs"]
+
+_CHUNKS = (1024, 2048, 2816, 4096, 8192, 16384) if ON_GPU else (16, 48)
+_BLOCKS = (1024, 2048, 4096, 8192, 16384)
+_WARPS = (4, 8, 16, 32)
+_PER_THREAD = (4, 64)  # logits in flight: fewer do not hide the latency of memory, more do not fit into registers
+
+
+def jobs(shapes: tuple[Shape, ...]) -> list[Job]:
+    rows = Shape(min(4096, shapes[0].tokens), 1, 128256 if ON_GPU else shapes[0].vocab)
+    return [
+        *(Job("chunks", _chunks, (shape,)) for shape in shapes[:2]),
+        Job("row kernels", _blocks, (rows, rows._replace(vocab=50257)) if ON_GPU else (rows,)),
+    ]
+
+
+def _chunks(shape: Shape) -> Iterator[Row]:
+    inputs = Case(shape).inputs()
+    for name in (FORWARD, FILTERED):
+        for tokens in (tokens for tokens in _CHUNKS if tokens <= shape.tokens):
+            step = lambda name=name, tokens=tokens: queued(name, inputs, tokens)  # noqa: E731
+            ms = milliseconds(step, 3)
+            row = {"what": name, "chunk": tokens, "ms": ms, "operations": shape.floor}
+            yield row | {"peak_mib": peak_mib(step)}
+
+
+def _blocks(shape: Shape) -> Iterator[Row]:
+    """Statistics and gradients with other blocks than `triton_rows` chooses."""
+    rows = RowInputs.random(shape.tokens, shape.vocab)
+    if not hasattr(rows.kernels, "_block_of"):
+        yield {"what": "blocks", "skipped": "these row kernels have no blocks"}
+        return
+    chosen = rows.kernels._block_of
+    for block in _BLOCKS:
+        for warps in _WARPS:
+            if not _PER_THREAD[0] <= block // (32 * warps) <= _PER_THREAD[1]:
+                continue
+            rows.kernels._block_of = lambda *_, block=block, warps=warps: (block, warps)
+            try:
+                yield from _both(rows, {"block": block, "warps": warps})
+            finally:
+                rows.kernels._block_of = chosen
+
+
+def _both(rows: RowInputs, row: Row) -> Iterator[Row]:
+    try:
+        known = rows.statistics()
+        ms = milliseconds(rows.statistics)
+        yield {"what": "statistics", "ms": ms, "bytes": rows.bytes} | row
+        ms = milliseconds(lambda: rows.write_gradients(known, Logits()))
+        yield {"what": "gradients", "ms": ms, "bytes": 2 * rows.bytes} | row
+    except (RuntimeError, ValueError) as error:  # a block that takes too many registers
+        yield row | {"what": "blocks", "error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
