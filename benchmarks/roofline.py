@@ -44,12 +44,13 @@ Phases = dict[str, float]  # seconds by name
 
 def chunk_tokens(shape: Shape, device_type: str = "cuda") -> int:
     """Tokens in a chunk, gradients computed in the forward."""
-    return min(shape.tokens, _plan(shape, device_type).tokens)
-
-
-def _plan(shape: Shape, device_type: str) -> Plan:
     n, d, v = shape
-    return Plan.by_tokens(n, n, v, d, Settings(torch.bfloat16), head_dtype=torch.bfloat16)
+    head = torch.bfloat16
+    return min(n, Plan.by_tokens(n, n, v, d, _settings(device_type), head_dtype=head).tokens)
+
+
+def _settings(device_type: str = "cuda") -> Settings:
+    return Settings(torch.bfloat16, device_type=device_type)
 
 
 def _product(card: Card, rows: int, columns: int, inner: int, passes_of_sum: int = 0) -> float:
@@ -93,7 +94,7 @@ def backward_way(card: Card, shape: Shape) -> Phases:
     """Statistics first; then logits again, one block of the vocabulary at a time, for all tokens."""
     n, d, v = shape
     phases: Phases = {"host": _HOST}
-    blocks = _parts(v, Plan.by_vocabulary(n, v, Settings(torch.bfloat16), torch.bfloat16).entries)
+    blocks = _parts(v, Plan.by_vocabulary(n, v, _settings(), torch.bfloat16).entries)
     for at, e in enumerate(blocks):
         sums = 0 if len(blocks) == 1 else 1 if at == 0 else 2
         _added(phases, logits=2 * _product(card, n, e, d), dX=_product(card, n, d, e, sums), dW=_product(card, e, d, n))

@@ -71,7 +71,7 @@ class Processes:
                 start = time.monotonic()
                 for kind, content in messages:
                     if kind == "item":
-                        at = content
+                        at, process.log_start = content
                     elif kind != "done":
                         yield _labelled(rest[max(0, at)], {"error": content} if kind == "ended" else content)
             process.end()
@@ -92,7 +92,8 @@ def _labelled(item: object, row: Row) -> Row:
 class _Process:
     def __init__(self, context: multiprocessing.context.BaseContext, log: Path) -> None:
         self._pipe, child_end = context.Pipe()
-        self._log, self._start = log, log.stat().st_size if log.exists() else 0
+        self._log = log
+        self.log_start = log.stat().st_size if log.exists() else 0  # of what it writes about its current item
         self._process = context.Process(target=_serve, args=(child_end, str(log)), daemon=True)
         self._process.start()
         child_end.close()
@@ -126,7 +127,9 @@ class _Process:
     def _reason(self) -> str:
         code = self._process.exitcode
         how = f"ended by signal {-code}" if code is not None and code < 0 else f"ended with exit code {code}"
-        lines = self._log.read_text(errors="replace")[self._start :].strip().splitlines() if self._log.exists() else []
+        lines = (
+            self._log.read_text(errors="replace")[self.log_start :].strip().splitlines() if self._log.exists() else []
+        )
         return f"{how} {lines[-1] if lines else ''}".strip()
 
 
@@ -142,7 +145,7 @@ def _serve(pipe: Connection, log: str) -> None:
     except (EOFError, OSError):  # not needed any more
         return
     for place, item in enumerate(job.items):
-        pipe.send(("item", place))
+        pipe.send(("item", (place, os.path.getsize(log))))
         try:
             for row in job.work(item, *job.arguments):
                 pipe.send(("row", row))
