@@ -48,6 +48,8 @@ def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the Triton kernels cannot run on products in ``dtype``; None if they can."""
     if dtype not in _DTYPES:
         return f"it has no {dtype}"
+    if device.type == "cuda" and torch.version.hip:
+        return "its kernels are written for NVIDIA's devices, and this is ROCm"
     if device.type != "cuda" and not (INTERPRETED and device.type == "cpu"):
         return f"it runs on CUDA devices (on a CPU in its interpreter: TRITON_INTERPRET=1), not on {device.type!r}"
     return _import_error()

@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from chunked_ce import devices
 from chunked_ce.rows import torch_rows
 from chunked_ce.rows import triton_kernels as kernels
 from chunked_ce.rows.columns import ColumnSums
@@ -38,6 +39,8 @@ __all__ = [
 ]
 
 _BLOCK = 4096  # logits of a row that a program holds at a time: 16 in each of 256 threads
+_ACCESS = 16  # bytes that a thread reads or writes at a time
+_FUSED = {"enable_fp_fusion": True}  # multiplications and additions, whatever Triton's default
 _ROWS, _COLUMNS = 32, 128  # the tile of a block of columns that a program holds
 
 
@@ -143,11 +146,14 @@ def logit_gradients(
         _contiguous(known.squares if slopes.squares is not None else None),
         *map(_contiguous, (slopes.log_sum, slopes.target, slopes.weighted, slopes.mean, slopes.squares)),
     )
+    width = vocab_size if _width(products) != _width(out) else _width(out)
     with torch.cuda.device_of(products):
         if columns is None:
             block, warps = _block_of(vocab_size)
             blocks = triton.cdiv(vocab_size, block)
-            kernels.gradients_kernel[(n * blocks,)](*tensors, vocab_size, blocks, *logits, BLOCK=block, num_warps=warps)
+            kernels.gradients_kernel[(n * blocks,)](
+                *tensors, vocab_size, width, blocks, *_scalars(logits), BLOCK=block, num_warps=warps, **_FUSED
+            )
         else:
             kernels.gradients_and_columns_kernel[(triton.cdiv(vocab_size, _COLUMNS),)](
                 *tensors,
@@ -155,10 +161,12 @@ def logit_gradients(
                 columns.total,
                 n,
                 vocab_size,
-                *logits,
+                width,
+                *_scalars(logits),
                 ROWS=_ROWS,
                 BLOCK=_COLUMNS,
                 num_warps=4,
+                **_FUSED,
             )
 
 
@@ -207,12 +215,15 @@ def _part(
             part,
             *part.stride(),
             vocab_size,
-            *logits,
+            _width(products),
+            *_scalars(logits),
             start,
             WHOLE=whole,
             **at,
+            GROUP=_ACCESS // products.itemsize,
             BLOCK=block,
             num_warps=warps,
+            **_FUSED,
         )
     return part
 
@@ -221,6 +232,23 @@ def _block_of(vocab_size: int) -> tuple[int, int]:
     """The number of logits that a program holds at a time, and its number of warps."""
     block = min(_BLOCK, max(128, triton.next_power_of_2(vocab_size)))
     return block, max(1, block // 512)
+
+
+def _scalars(logits: Logits) -> tuple[float | None, float | None, float | None]:
+    """The scale, the softcap and its inverse as the kernels take them: a scale of 1 is None, and costs nothing."""
+    scale, softcap = logits
+    return None if scale == 1.0 else scale, softcap, None if softcap is None else 1.0 / softcap
+
+
+def _width(rows: Tensor) -> int:
+    """How many entries of each of the rows (n, V) may be accessed: V, and the padding of `logits_scratch`."""
+    n, vocab_size = rows.shape
+    padded = devices.padded_row(vocab_size)
+    stride, step = rows.stride()
+    if step != 1 or stride % devices.ROW_MULTIPLE or padded > stride:
+        return vocab_size
+    last = rows.storage_offset() + (n - 1) * stride + padded
+    return padded if last * rows.itemsize <= rows.untyped_storage().nbytes() else vocab_size
 
 
 def _contiguous(values: Tensor | None) -> Tensor | None:

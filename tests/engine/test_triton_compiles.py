@@ -9,6 +9,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
+from chunked_ce import devices  # noqa: E402
 from chunked_ce.rows import triton_rows  # noqa: E402
 from chunked_ce.rows.backend import INTERPRETED  # noqa: E402
 from chunked_ce.rows.columns import ColumnSums  # noqa: E402
@@ -174,6 +175,53 @@ def test_chunks_share_a_program():
             find(torch.bfloat16, n=n)
             differentiate(torch.bfloat16, n=n, rows=slice(first, first + n))
     assert len(programs) == 8 and len(programs.distinct()) == 2
+
+
+def padded(vocab):
+    """Rows as the library's own: they begin at multiples of 16 elements."""
+    return torch.zeros(3, devices.padded_row(vocab), dtype=torch.bfloat16)[:, :vocab]
+
+
+def launch_each(logits, vocab=65536):
+    """Statistics, gradients, and gradients with column sums."""
+    with launches() as programs:
+        find(torch.bfloat16, logits, vocab=vocab, products=padded(vocab))
+        differentiate(torch.bfloat16, logits, vocab=vocab, products=padded(vocab))
+        columns = ColumnSums(vocab, torch.float32, torch.device("cpu"))
+        differentiate(torch.bfloat16, logits, vocab=vocab, products=padded(vocab), columns=columns)
+    return [program.asm["ptx"] for program in programs]
+
+
+def test_vocabularies_of_any_size():
+    """Padded rows of a vocabulary that is no multiple of 16 are accessed 16 bytes at a time."""
+    statistics, *gradients = launch_each(Logits(), vocab=50257)
+    assert len(re.findall(r"ld\.global[\w.:]*\.b16", statistics)) == 1  # the target's logit
+    for text in (statistics, *gradients):
+        assert re.search(r"ld\.global[\w.:]*\.v4\.b32", text)
+    for text in gradients:
+        assert re.search(r"st\.global[\w.:]*\.v4\.b32", text)
+        assert not re.search(r"(ld|st)\.global[\w.:]*\.b16", text)
+
+
+@pytest.mark.parametrize(("softcap", "each"), [(None, 1), (30.0, 3)])
+def test_few_slow_instructions(softcap, each):
+    """A logit costs an exponential, with a softcap two and a reciprocal, and no division.
+
+    The statistics have two loops, and some instructions are a row's or a group's.
+    """
+    copies = {"statistics": 2 * 16, "gradients": 16, "columns": 32}  # logits per thread
+    for logits in (Logits(1.0, softcap), Logits(0.7, softcap)):
+        for (kernel, per_thread), text in zip(copies.items(), launch_each(logits), strict=True):
+            slow = len(re.findall(r"\b(ex2|lg2|rcp|tanh|sqrt|rsqrt|sin|cos)\.", text))
+            assert each * per_thread <= slow <= (each + 0.3) * per_thread, kernel
+            assert not re.search(r"\bdiv\.[\w.]*f32", text), kernel
+
+
+def test_a_scale_of_1_is_no_multiplication():
+    for without, scaled in zip(launch_each(Logits()), launch_each(Logits(0.7)), strict=True):
+        fewer = len(re.findall(r"\bmul\.f32", scaled)) - len(re.findall(r"\bmul\.f32", without))
+        fused = len(re.findall(r"\bfma\.rn\.f32", scaled)) - len(re.findall(r"\bfma\.rn\.f32", without))
+        assert fewer + fused >= 16
 
 
 def test_offsets_are_64_bit():
