@@ -117,7 +117,10 @@ def logit_gradients(
     *,
     per_row: PerRow = NOTHING,
 ) -> None:
-    """Write the gradients of the products to ``out``, from known statistics; 0 in rows whose slopes are all 0."""
+    """Write the gradients of the products to ``out``, from known statistics; 0 in rows whose slopes are all 0.
+
+    Where the rows of both are padded, what lies behind the vocabulary in those of ``out`` is overwritten.
+    """
     n, vocab_size = products.shape
     if products.numel() == 0:
         return
@@ -146,7 +149,7 @@ def logit_gradients(
         _contiguous(known.squares if slopes.squares is not None else None),
         *map(_contiguous, (slopes.log_sum, slopes.target, slopes.weighted, slopes.mean, slopes.squares)),
     )
-    width = vocab_size if _width(products) != _width(out) else _width(out)
+    width = min(_width(products), _width(out))
     with torch.cuda.device_of(products):
         if columns is None:
             block, warps = _block_of(vocab_size)
