@@ -7,6 +7,7 @@ from torch import Tensor
 
 from chunked_ce import devices
 from chunked_ce.devices import PROJECTED_ROWS
+from chunked_ce.engine.scratch import with_padding
 
 __all__ = ["add_product_", "project", "wide_product"]
 
@@ -30,11 +31,26 @@ def project(
         block = slice(start, start + step)
         if bias is None:
             torch.mm(hidden, weight[block].t(), out=out[:, block])
-        else:
+        elif not _project_densely(hidden, weight, bias, out):
             torch.addmm(bias[block], hidden, weight[block].t(), out=out[:, block])
         if low_rank is not None:
             out[:, block].addmm_(low_rank[0], low_rank[1][block].t())
     return out
+
+
+def _project_densely(hidden: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> bool:
+    """Write the product with the padding of ``out``, if that of head and bias can be read; whether it was done.
+
+    cuBLAS adds a bias within the product if ``out`` is dense. Elsewhere it is written to ``out``, and read again.
+    """
+    if not devices.is_accelerator(out.device.type) or out.is_contiguous():
+        return False
+    padded = with_padding(out, 1), with_padding(weight), with_padding(bias)
+    if any(part is None for part in padded):
+        return False
+    into, rows, added = padded
+    torch.addmm(added, hidden, rows.t(), out=into)
+    return True
 
 
 def _wide_projection(

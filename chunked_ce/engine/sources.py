@@ -14,7 +14,7 @@ from chunked_ce.engine.call import Call
 from chunked_ce.engine.counted_tokens import CountedTokens, check_range, columns_of
 from chunked_ce.engine.depth_rows import DepthRows
 from chunked_ce.engine.products import project
-from chunked_ce.engine.scratch import logits_scratch
+from chunked_ce.engine.scratch import cast_with_room, logits_scratch
 from chunked_ce.engine.teacher import TeacherSource
 from chunked_ce.parallel.collectives import Collectives, Pending
 from chunked_ce.plan import Plan, tokens_per_chunk
@@ -243,9 +243,11 @@ class HeadSource(Source):
 
     def _head(self, entries: slice) -> Head:
         """The rows ``entries`` of the head."""
-        bias = None if self.bias is None else self.bias[entries].to(self.logits_dtype)
         adapter = None if self.adapter_weight is None else self.adapter_weight[entries].to(self.dtype)
-        return Head(self.weight[entries].to(self.dtype), bias, adapter)
+        if self.bias is None:
+            return Head(self.weight[entries].to(self.dtype), None, adapter)
+        weight, bias = self.weight[entries], self.bias[entries]
+        return Head(cast_with_room(weight, self.dtype), cast_with_room(bias, self.logits_dtype), adapter)
 
     def _room(self, rows: slice) -> tuple[int, int]:
         return self._largest_chunk(), self.plan.in_flight
