@@ -25,6 +25,7 @@ from chunked_ce.arguments import (
     number,
     plain_integer,
 )
+from chunked_ce.devices import captures, moved
 from chunked_ce.engine.accumulation import has_own_dispatch, main_grad_mismatch
 from chunked_ce.engine.released_parameters import is_released, where_it_is_whole
 from chunked_ce.objectives.base import Objective
@@ -42,6 +43,7 @@ __all__ = [
     "check_call",
     "check_class_weight",
     "check_ids",
+    "check_ignored",
     "check_keywords",
     "check_layer",
     "check_num_tokens",
@@ -86,6 +88,7 @@ def check_call(
     check_num_tokens(keywords.get("num_tokens"), work_dtype(dtype))
     options = check_options(options, keywords["reduction"])
     check_backend(options, tensors[name].device, dtype)
+    check_ignored(options, tensors[name].device)
     check_accumulation(options, tensors.get("linear_weight"), vocab, transformed=transformed)
     return options
 
@@ -148,8 +151,13 @@ def check_tensors(
                 "reduction='none' and weight the losses"
             )
     for name, tensor in tensors.items():
-        if tensor is not None and tensor.device != input.device:
+        if tensor is None or tensor.device == input.device:
+            continue
+        if name not in ("target", "target ids"):
             raise ValueError(f"{name} must be on {input_name}'s device {input.device}, was on {tensor.device}")
+        if tensor.device.type != "cpu":
+            allowed = f"{input_name}'s device {input.device} or the CPU"
+            raise ValueError(f"target must be on {allowed}, was on {tensor.device}")
 
 
 def _check_no_probabilities(target: object) -> None:
@@ -216,7 +224,7 @@ def check_temperatures(temperature: Tensor | None, target: Tensor, ignore_index:
     """Check that the temperatures of tokens that count are finite and > 0."""
     if temperature is None:
         return
-    counted = target.detach() != ignore_index
+    counted = moved(target.detach() != ignore_index, temperature.device)
     allowed = "temperature must be finite and > 0 for each token that counts"
     check_values(temperature, lambda values: ((values > 0) & (values < math.inf)) | ~counted, allowed)
 
@@ -411,6 +419,12 @@ def check_backend(options: ChunkOptions, device: torch.device, dtype: torch.dtyp
     reason = why_not_triton(device, dtype)
     if reason is not None:
         raise ValueError(f"options.backend='triton' cannot run here: {reason}; use 'auto' or 'torch'")
+
+
+def check_ignored(options: ChunkOptions, device: torch.device) -> None:
+    """Check that ignored tokens can be dropped, if they are to be: a graph replays the shapes of its capture."""
+    if options.ignored == "drop" and captures(device):
+        raise ValueError("options.ignored must be 'auto' or 'mask' while a CUDA graph is captured, was 'drop'")
 
 
 def compute_dtype_of(input: Tensor) -> torch.dtype:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from chunked_ce.arguments import ADAPTER, described, is_number, number
+from chunked_ce.devices import moved
 from chunked_ce.parallel.vocab import VocabShard
 
 __all__ = [
@@ -116,7 +117,7 @@ def joined_depths(
     """The arguments of a call, by name, with the small tensors per token of all depths joined, (N, ...) each, and the
     hidden states as lists; and the shapes of the depths' tokens."""
     shapes = [tensors["target"].shape for tensors in depths]
-    joined = dict(depths[0])
+    joined, device = dict(depths[0]), depths[0]["input"].device
     for name in ("input", ADAPTER[0]):
         if name in joined:
             joined[name] = [tensors[name] for tensors in depths]
@@ -124,7 +125,7 @@ def joined_depths(
         if joined.get(name) is not None:
             joined[name] = torch.cat(
                 [
-                    tensors[name].reshape(shape.numel(), *tensors[name].shape[len(shape) :])
+                    moved(tensors[name].reshape(shape.numel(), *tensors[name].shape[len(shape) :]), device)
                     for tensors, shape in zip(depths, shapes, strict=True)
                 ]
             )

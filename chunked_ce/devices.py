@@ -1,17 +1,28 @@
 """How the work differs by device and dtype."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
+
+from chunked_ce.tracing import is_recorded
 
 __all__ = [
     "PROJECTED_ROWS",
     "ROW_MULTIPLE",
     "adds_in_product",
-    "drops_ignored",
+    "captures",
     "is_accelerator",
+    "moved",
     "padded_row",
     "product_rows",
+    "read",
+    "reads_at_once",
     "rounds_products",
     "rounds_within",
+    "start_reading",
     "unrounded",
     "widened_rows",
 ]
@@ -75,6 +86,39 @@ def rounds_within(device_type: str, dtype: torch.dtype) -> bool:
     return device_type == "cpu" and dtype.itemsize >= 4
 
 
-def drops_ignored(device: torch.device) -> bool:
-    """Whether ignored tokens are dropped: the host counts the others without waiting for the device."""
+def reads_at_once(device: torch.device) -> bool:
+    """Whether the host reads values on ``device`` without waiting: they are in its own memory."""
     return device.type == "cpu"
+
+
+def captures(device: torch.device) -> bool:
+    """Whether a CUDA graph is captured on ``device``: the host must not wait, nor decide by values."""
+    return device.type == "cuda" and not is_recorded() and torch.cuda.is_current_stream_capturing()
+
+
+def read(values: Tensor) -> Tensor:
+    """``values`` on the host, which waits for all work that the device was given before."""
+    return values.cpu()
+
+
+def start_reading(values: Tensor) -> Callable[[], Tensor] | None:
+    """Start to copy ``values`` of a CUDA device to the host; the function that is returned waits for the copy, not for
+    later work, and returns it. None for other devices."""
+    if values.device.type != "cuda":
+        return None
+    with torch.cuda.device_of(values):
+        copy, event = values.to("cpu", non_blocking=True), torch.cuda.Event()
+        event.record()
+
+    def finish() -> Tensor:
+        event.synchronize()
+        return copy
+
+    return finish
+
+
+def moved(values: Tensor, device: torch.device) -> Tensor:
+    """``values`` on ``device``; the host does not wait, which takes pinned memory on the way to a CUDA device."""
+    if values.device.type == "cpu" and device.type == "cuda" and not is_recorded():
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)

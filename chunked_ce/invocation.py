@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from chunked_ce import devices
 from chunked_ce.arguments import ADAPTER, plain_integer
 from chunked_ce.checks import check_call, compute_dtype_of, described_objective
 from chunked_ce.depths import (
@@ -21,6 +22,7 @@ from chunked_ce.depths import (
 )
 from chunked_ce.engine import dispatch
 from chunked_ce.engine.call import Call
+from chunked_ce.engine.ignored_tokens import with_ignored
 from chunked_ce.engine.loss_stats import LossStats
 from chunked_ce.engine.specification import TEMPERATURE, Specification
 from chunked_ce.invariance import check_invariance
@@ -47,6 +49,7 @@ class Arguments(NamedTuple):
     flags: dict[str, bool]
     teacher: Teacher | None = None
     shapes: list[torch.Size] | None = None  # of each depth's tokens, once these are joined
+    targets: list[Tensor] | None = None  # of each depth, once these are joined
 
     @classmethod
     def of(
@@ -93,7 +96,7 @@ class Arguments(NamedTuple):
         if not self.has_depths:
             return self
         tensors, shapes = joined_depths(depths_of(self.tensors, per_token), per_token)
-        return self._replace(tensors=tensors, shapes=shapes)
+        return self._replace(tensors=tensors, shapes=shapes, targets=list(self.tensors["target"]))
 
     @property
     def vocab_size(self) -> int:
@@ -165,7 +168,8 @@ def agreed_on(
         (checked, *_) = for_each_depth(depths, check_depth)
         if len(depths) > 1:
             check_widths(depths, per_token)
-        check_teacher(arguments.teacher, objective, depths[0]["target"], arguments.vocab_size, vocab)
+        shape, device = depths[0]["target"].shape, arguments.input.device
+        check_teacher(arguments.teacher, objective, shape, device, arguments.vocab_size, vocab)
         check_invariance(checked, depths[0], vocab, arguments.teacher, transformed)
         dispatch.is_transformed(vocab)
         return checked, objective
@@ -212,13 +216,14 @@ def call_of(
         classes = classes if vocab is None else vocab.whole_vocabulary(classes)
     kind = "head" if arguments.is_head else "logits"
     specification = Specification(kind, names, logits, settings, shard, parts, needed, objective)
-    flat = target.reshape(-1).long()
+    flat = devices.moved(target.reshape(-1).long(), input.device)
     call = Call(source, classes, flat, plain_integer(keywords["ignore_index"]), specification)
     if arguments.teacher is not None:
         call = call.with_teacher(*of_this_rank(arguments.teacher, vocab, of_teacher, objective.teacher_share))
-    if temperature is None:
-        return call
-    return call.with_per_token({TEMPERATURE: temperature.reshape(-1).to(work_dtype(settings.compute_dtype))})
+    if temperature is not None:
+        call = call.with_per_token({TEMPERATURE: temperature.reshape(-1).to(work_dtype(settings.compute_dtype))})
+    targets = arguments.targets or [target]
+    return with_ignored(call, options.ignored, targets, transformed=dispatch.is_transformed(None))
 
 
 def _head(tensors: dict[str, Any], vocab: VocabShard | None) -> tuple[tuple[str, ...], list[Tensor]]:
@@ -251,6 +256,7 @@ def _logits(arguments: Arguments) -> tuple[Logits, Tensor | None, Logits]:
     if softcap is None and teacher.softcap is None:
         return Logits(float(scale) / float(number)), temperature, Logits(float(teacher.logit_scale) / float(number))
     if temperature is None and number != 1.0:
-        temperature = torch.full_like(arguments.tensors["target"], float(number), dtype=torch.float64)
+        shape, device = arguments.tensors["target"].shape, arguments.input.device
+        temperature = torch.full(shape, float(number), dtype=torch.float64, device=device)
     caps = [None if cap is None else float(cap) for cap in (softcap, teacher.softcap)]
     return Logits(float(scale), caps[0]), temperature, Logits(float(teacher.logit_scale), caps[1])

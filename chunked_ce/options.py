@@ -13,7 +13,11 @@ __all__ = ["ChunkOptions"]
 
 _LOGITS_DTYPES = (torch.float32,)
 _ACCUMULATE_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-_NAMES = {"gradients": ("auto", "forward", "backward"), "backend": ("auto", "torch", "triton")}
+_NAMES = {
+    "gradients": ("auto", "forward", "backward"),
+    "ignored": ("auto", "drop", "mask"),
+    "backend": ("auto", "torch", "triton"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +54,13 @@ class ChunkOptions:
     factors give logits in fp32, whose log-probabilities have errors of about 1e-6 instead of 5e-3, and which have the
     range of fp32. The gradients of the logits stay in the products' dtype. fp32 and fp64 products are as they were. On
     a CPU, which has no such product, the factors are cast to fp32, block by block: it takes as long as in fp32."""
+
+    ignored: Literal["auto", "drop", "mask"] = "auto"
+    """What becomes of ignored tokens; they contribute exactly 0 either way. ``"drop"`` leaves them out before the first
+    product, so that time and memory follow the tokens that count. On an accelerator the host then waits once per loss,
+    to learn which tokens count, unless it knows: targets on the host, or counted by `TokenMean.over` before.
+    ``"mask"`` keeps them in the products and waits for nothing. ``"auto"`` drops them, except on an accelerator while a
+    CUDA graph is captured or a compiler records, or where logits exist already and no product is saved."""
 
     gradient_filter: float | Literal["auto"] | None = None
     """Vocabulary entries, other than targets, whose probability is at most this at every token of a chunk enter the

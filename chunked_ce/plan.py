@@ -88,6 +88,7 @@ class Settings(NamedTuple):
     asked_logits_dtype: torch.dtype | None = None  # of logits, where that is wider than the products' dtype
     invariant: bool = False
     device_type: str = "cpu"  # where the products run
+    ignored: str = "drop"  # or "mask" ignored tokens; "none": the host knows that there is none
 
     @classmethod
     def of(cls, options: ChunkOptions, compute_dtype: torch.dtype, device_type: str) -> Settings:
@@ -296,7 +297,7 @@ def predict_memory(
     Args:
         num_tokens, vocab_size, hidden_size: N, V and D.
         dtype: of the input; ``head_dtype`` of the head and ``compute_dtype`` of the products (autocast) if they differ.
-        num_counted: tokens that are not ignored; all by default.
+        num_counted: tokens that are not ignored; all by default, and none fewer with ``ignored="mask"``.
         train_input, train_head: whether they need a gradient.
         options: ``gradients="auto"`` means gradients in the forward, as for sums and means. ``accumulate_into`` means a
             step that adds to an existing sum, the head's ``grad`` or an fp32 ``main_grad``, which is an input.
@@ -330,7 +331,9 @@ def predict_memory(
         settings = settings._replace(teacher_dtype=teacher_dtype or dtype)
     logits_dtype = settings.logits_dtype
     widens = logits_dtype != compute_dtype  # the logits: their gradients take memory of their own
-    counted = num_tokens if num_counted is None else num_counted
+    masked = options.ignored == "mask"
+    counted = num_tokens if num_counted is None or masked else num_counted
+    copies_hidden = masked or counted < num_tokens or dtype != compute_dtype
     sharded = ranks > 1
     vocab_size = math.ceil(vocab_size / ranks)
     wide, work = settings.wide_dtype, work_dtype(compute_dtype)
@@ -419,7 +422,7 @@ def predict_memory(
     copies = {}
     if head_dtype != compute_dtype:
         copies["head_copy"] = entries * hidden_size * compute_dtype.itemsize
-    if counted < num_tokens or dtype != compute_dtype:
+    if copies_hidden:
         copies["hidden_copy"] = tokens * hidden_size * compute_dtype.itemsize
     forward |= copies
     if settings.invariant:
@@ -481,7 +484,7 @@ def predict_memory(
     backward["products"] = max(products, widened(counted, entries))
     if sharded:
         backward["collectives"] = train_input * num_tokens * hidden_size * wide.itemsize
-    if counted < num_tokens or dtype != compute_dtype:
+    if copies_hidden:
         backward["hidden_copy"] = counted * hidden_size * compute_dtype.itemsize
     if head_dtype != compute_dtype:
         backward["head_copy"] = entries * hidden_size * compute_dtype.itemsize

@@ -27,7 +27,8 @@ _PER_TOKEN = ("hidden", "logits", "probabilities")
 def check_teacher(
     teacher: Teacher | None,
     objective: Objective | None,
-    target: Tensor,  # (...)
+    shape: torch.Size,  # of the tokens
+    device: torch.device,
     entries: int,  # of the vocabulary, on this rank
     vocab: VocabShard | None,
 ) -> None:
@@ -44,11 +45,11 @@ def check_teacher(
         raise TypeError(f"teacher is given, but {type(objective).__name__} has none: use Divergence")
     tensors = teacher.tensors
     for name, tensor in tensors.items():
-        _check_local(name, tensor, target)
+        _check_local(name, tensor, device)
     for name in _PER_TOKEN:
-        if name in tensors and tuple(tensors[name].shape[:-1]) != tuple(target.shape):
-            shape = f"(*{tuple(target.shape)}, {'D' if name == 'hidden' else 'V'}), the tokens of target"
-            raise ValueError(f"teacher.{name} must have shape {shape}, had {tuple(tensors[name].shape)}")
+        if name in tensors and tuple(tensors[name].shape[:-1]) != tuple(shape):
+            allowed = f"(*{tuple(shape)}, {'D' if name == 'hidden' else 'V'}), the tokens of target"
+            raise ValueError(f"teacher.{name} must have shape {allowed}, had {tuple(tensors[name].shape)}")
     words = tensors.get("words")
     total = entries if vocab is None else vocab.total
     if words is not None and tuple(words.shape) != (total,):
@@ -70,14 +71,14 @@ def check_teacher(
         )
 
 
-def _check_local(name: str, tensor: Tensor, target: Tensor) -> None:
+def _check_local(name: str, tensor: Tensor, device: torch.device) -> None:
     if is_dtensor(tensor):
         raise ValueError(
             f"teacher.{name} must be a plain tensor, was a DTensor with placements {tuple(tensor.placements)}: give "
             "full_tensor(), or with vocab= this rank's entries, to_local()"
         )
-    if tensor.device != target.device:
-        raise ValueError(f"teacher.{name} must be on target's device {target.device}, was on {tensor.device}")
+    if tensor.device != device:
+        raise ValueError(f"teacher.{name} must be on the student's device {device}, was on {tensor.device}")
 
 
 def _vocabulary(tensors: dict[str, Tensor]) -> int:

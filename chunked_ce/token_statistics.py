@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from chunked_ce.arguments import INDICES, described, is_dense, is_integer
+from chunked_ce.devices import moved
 from chunked_ce.engine import dispatch
 from chunked_ce.engine.call import Call
 from chunked_ce.rows.statistics import EXP_IS_ZERO, RowStatistics, names_of
@@ -172,7 +173,7 @@ def statistics_over(
 ) -> TokenStatistics:
     """The statistics of a call, over the whole vocabulary or over each token's support."""
     if ids is not None:
-        ids = ids.reshape(-1, ids.shape[-1]).long()  # (N, K)
+        ids = moved(ids.reshape(-1, ids.shape[-1]).long(), call.target.device)  # (N, K)
         counted = (ids != call.ignore_index).any(-1)
         # An id out of range is reported by its place among the ids, not as a target.
         inside = call.target.clamp(0, call.vocab_size - 1).where(counted, call.ignore_index)

@@ -68,6 +68,7 @@ class Case:
     decades: float  # over which the weights are spread
     num_tokens: float | None
     accumulate: float | None  # size of the gradient that the head's is added to
+    masks: bool  # ignored tokens, rather than dropping them
 
 
 def draw(number: int) -> Case:
@@ -108,6 +109,7 @@ def draw(number: int) -> Case:
         r.choice((1.0, 1.0, 5.0)),
         num_tokens,
         some(0.3, 1.0, 1e3, otherwise=None) if way == "backward" else None,
+        r.random() < 0.3,
     )
 
 
@@ -203,7 +205,7 @@ def ours(case: Case, given: dict[str, Tensor | None]) -> list[Tensor | None]:
         softcap=case.softcap,
         logit_scale=case.logit_scale,
         num_tokens=case.num_tokens,
-        options=ChunkOptions(**size, **way),
+        options=ChunkOptions(**size, **way, ignored="mask" if case.masks else "drop"),
     )
     return [value, *differentiated(case, value, given, leaves)]
 

@@ -221,6 +221,7 @@ OPTIONS = {
         (None, torch.float32),
         wrongs(*OBJECTS, torch.bfloat16, torch.float16, torch.float64, torch.int32, "float32", *FLOAT8),
     ),
+    "ignored": one_of("auto", "drop", "mask"),
     "gradient_filter": Argument(
         (None, "auto", 0, 0.25, np.float32(0.5)), wrongs(*NOT_NUMBERS, *NOT_FINITE, 1, 1.0, -0.1, -1)
     ),

@@ -397,12 +397,13 @@ def test_defaults_of_the_options():
     assert (options.chunk_size, options.gradients, options.backend) == ("auto", "auto", "auto")
     assert options.accumulate_dtype == torch.float32
     assert options.gradient_filter is None
+    assert options.ignored == "auto"
 
 
 def test_positions_of_the_options():
     """The contract's order."""
-    options = ChunkOptions("auto", None, "auto", torch.float32, torch.float32, None, "torch")
-    assert options == ChunkOptions(logits_dtype=torch.float32, backend="torch")
+    options = ChunkOptions("auto", None, "auto", torch.float32, torch.float32, "mask", None, "torch")
+    assert options == ChunkOptions(logits_dtype=torch.float32, ignored="mask", backend="torch")
 
 
 # --- targets out of range ---

@@ -67,7 +67,7 @@ def predicted(
         vocab_size,
         hidden_size,
         dtype=dtype,
-        num_counted=num_tokens - round(ignored * num_tokens) if device == "cpu" else None,
+        num_counted=num_tokens - round(ignored * num_tokens),
         options=ChunkOptions(chunk_size=chunk or "auto", **CHUNKED[implementation]),
         device_type=device,
     )

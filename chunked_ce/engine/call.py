@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from chunked_ce.engine.counted_tokens import Places
 from chunked_ce.engine.specification import TEMPERATURE, Specification, TeacherSpecification
 from chunked_ce.parallel.collectives import Collectives
 from chunked_ce.plan import Plan
@@ -21,7 +22,7 @@ class Call(NamedTuple):
     target: Tensor  # (N,), of all ranks if the input is a sequence shard
     ignore_index: int
     specification: Specification
-    extra: Sequence[Tensor] = ()  # constant: the tensors per token, (N, ...) each, and then those of the teacher
+    extra: Sequence[Tensor] = ()  # constant: the tensors per token, (N, ...) each, those of the teacher, and places
 
     def named(self, part: str) -> list[Tensor]:
         """The tensors of the source that are called ``part``.
@@ -52,17 +53,31 @@ class Call(NamedTuple):
         specification = self.specification
         if specification.teacher is None:
             return {}
-        return dict(zip(specification.teacher.parts, self.extra[len(specification.per_token) :], strict=True))
+        return dict(zip(specification.teacher.parts, self._after_per_token, strict=False))
+
+    @property
+    def places(self) -> Places | None:
+        """Where the tokens that count are, in the order of the targets, if that is known before the tokens are cut."""
+        return Places(*self.extra[-2:]) if self.specification.has_places else None
+
+    @property
+    def _after_per_token(self) -> Sequence[Tensor]:
+        return self.extra[len(self.specification.per_token) :]
 
     def with_per_token(self, tensors: dict[str, Tensor], **changes: Any) -> Call:
         """The call with these ``tensors`` per token instead, and a specification with ``changes``."""
         specification = self.specification._replace(per_token=tuple(tensors), **changes)
-        return self._replace(specification=specification, extra=[*tensors.values(), *self.teacher.values()])
+        return self._replace(specification=specification, extra=[*tensors.values(), *self._after_per_token])
 
     def with_teacher(self, specification: TeacherSpecification, tensors: Sequence[Tensor]) -> Call:
         """The call with a teacher: its ``tensors`` in the order of the parts in ``specification``."""
         extra = [*self.extra, *tensors]
         return self._replace(specification=self.specification._replace(teacher=specification), extra=extra)
+
+    def with_places(self, places: Places) -> Call:
+        """The call with the ``places`` of its counted tokens, after all other constant tensors."""
+        specification = self.specification._replace(has_places=True)
+        return self._replace(specification=specification, extra=[*self.extra, *places])
 
     def for_statistics(self) -> Call:
         """The call of the statistics that its objective reads."""

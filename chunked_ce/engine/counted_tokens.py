@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +11,23 @@ from torch import Tensor
 from chunked_ce import devices
 from chunked_ce.rows.statistics import RowStatistics, along
 
-__all__ = ["CountedTokens", "check_range", "columns_of"]
+__all__ = ["CountedTokens", "Places", "check_range", "columns_of"]
+
+
+class Places(NamedTuple):
+    """Where the n counted tokens are among all, in ascending order: what the device needs, and the host."""
+
+    on_device: Tensor  # (n,)
+    on_host: Tensor  # (n,)
+
+    @classmethod
+    def of(cls, counted: Tensor, device: torch.device) -> Places | None:
+        """The places on ``device`` of the tokens that are ``counted`` (N,), on the host; None if all are."""
+        return None if counted.all() else cls.at(counted.nonzero().squeeze(-1), device)
+
+    @classmethod
+    def at(cls, on_host: Tensor, device: torch.device) -> Places:
+        return cls(devices.moved(on_host, device), on_host)
 
 
 def columns_of(target: Tensor, start: int, size: int, counted: Tensor | None = None) -> Tensor:
@@ -24,7 +41,7 @@ def check_range(name: str, ids: Tensor, ignore_index: int, vocab_size: int) -> N
     """Raise ``IndexError`` unless each id (N, ...) is in [0, vocab_size) or ``ignore_index``; on an accelerator a
     device-side assertion fails instead."""
     out_of_range = ((ids < 0) | (ids >= vocab_size)) & (ids != ignore_index)
-    if not devices.drops_ignored(ids.device):
+    if not devices.reads_at_once(ids.device):
         torch._assert_async(out_of_range.any().logical_not(), f"a {name} is neither in [0, V) nor ignore_index")
     elif out_of_range.any():
         position = out_of_range.nonzero()[0]
@@ -39,23 +56,24 @@ def check_range(name: str, ids: Tensor, ignore_index: int, vocab_size: int) -> N
 class CountedTokens:
     """Selects the rows of counted tokens from per-token tensors, and writes results back to their places.
 
-    On the CPU ignored tokens are dropped, so that they cost nothing. On an accelerator the host would have to wait for
-    their number: there they are kept, with hidden states and ``target`` 0, and `mask` zeroes their coefficients.
+    ``ignored`` tokens are dropped ("drop"), so that they cost nothing, or kept ("mask"), with hidden states and
+    ``target`` 0, and `mask` zeroes their coefficients; "none": all count. To drop them the host reads ``target``, and
+    waits for an accelerator, unless it has the ``places`` of the others.
 
     Raises ``IndexError`` for a target outside [0, vocab_size) that is not ignored; on an accelerator a device-side
     assertion fails instead.
     """
 
-    def __init__(self, target: Tensor, ignore_index: int, vocab_size: int) -> None:
+    def __init__(
+        self, target: Tensor, ignore_index: int, vocab_size: int, ignored: str, places: Places | None = None
+    ) -> None:
         self.num_tokens = len(target)  # N, including ignored ones
-        counted = target != ignore_index  # (N,)
         check_range("target", target, ignore_index, vocab_size)
-        self._index: Tensor | None = None
-        self._mask: Tensor | None = None
-        if not devices.drops_ignored(target.device):
-            self._mask = counted
-        elif not counted.all():
-            self._index = counted.nonzero().squeeze(-1)
+        if ignored == "drop" and places is None:
+            places = Places.of(devices.read(target != ignore_index), target.device)
+        self._places = places
+        self._index = None if places is None else places.on_device
+        self._mask = target != ignore_index if ignored == "mask" else None  # (N,)
         self.target = self.select(target)  # (n,)
 
     def __len__(self) -> int:
@@ -79,9 +97,9 @@ class CountedTokens:
 
     def num_before(self, positions: list[int]) -> list[int]:
         """How many tokens are kept before each of the ascending ``positions`` among all tokens."""
-        if self._index is None:
+        if self._places is None:
             return positions
-        return torch.searchsorted(self._index, torch.tensor(positions, device=self._index.device)).tolist()
+        return torch.searchsorted(self._places.on_host, torch.tensor(positions)).tolist()
 
     def places(self, rows: slice, start: int) -> slice | Tensor:
         """Where the counted tokens ``rows`` are among all tokens from ``start`` on."""

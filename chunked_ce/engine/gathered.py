@@ -33,7 +33,7 @@ _DEVICE_ELEMENTS = 2**24  # on an accelerator a kernel must be worth its launch
 
 def ids_of(call: Call) -> Tensor:
     """The ids (N, M) at which a call wants logits: those of all its tensors per token, -1 for an id that is none."""
-    ids = torch.cat(list(call.extra), -1)
+    ids = torch.cat(list(call.per_token.values()), -1)
     return ids.where(ids != call.ignore_index, -1)
 
 

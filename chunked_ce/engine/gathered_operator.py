@@ -42,8 +42,9 @@ def _logits(
 
 @_logits.register_fake
 def _(source, ids, target, ignore_index, specification):
-    num_ids = sum([part.shape[1] for part in ids])
-    dtype = work_dtype(decoded(specification).settings.compute_dtype)
+    call = _call(source, ids, target, ignore_index, specification)
+    num_ids = sum([part.shape[1] for part in call.per_token.values()])
+    dtype = work_dtype(call.specification.settings.compute_dtype)
     return source[0].new_empty((target.shape[0], num_ids), dtype=dtype)
 
 

@@ -17,7 +17,6 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from chunked_ce import devices
 from chunked_ce.engine import gathered, sweep
 from chunked_ce.engine.call import Call
 from chunked_ce.engine.ranks import HIDDEN_GRADIENT, STATISTICS
@@ -65,7 +64,7 @@ def gathered_logits(call: Call) -> Tensor:
 
     def steps() -> Iterator[_Step]:
         yield from _Chunks(call).steps()
-        num_ids = sum(ids.shape[1] for ids in call.extra)
+        num_ids = sum(ids.shape[1] for ids in call.per_token.values())
         shape, dtype = (len(call.target), num_ids), work_dtype(call.specification.settings.compute_dtype)
         yield _Step("all_reduce_", gathered.GATHERED, shape, dtype)
 
@@ -101,18 +100,23 @@ class _Chunks:
         self._reduced = sum(call.chunk_widths(needed=True))  # columns of the gradients of hidden states
         target, num_tokens = call.target, len(call.target)
         if not call.is_head:
-            (counted,) = _num_moved(target, call.ignore_index, [num_tokens])
-            self._rows = [counted]
+            self._rows = self._num_moved(target, [num_tokens])
             return
         size = call.plan_by_tokens(num_tokens, sums_head=call.sums_head).tokens
         if call.is_sequence:
             windows = target.view(self._ranks, -1).split(max(1, size // self._ranks), dim=1)
             target = torch.cat([window.flatten() for window in windows])
             self._tokens = [window.numel() for window in windows if window.numel()]
-            self._rows = _num_moved(target, call.ignore_index, self._tokens)
+            self._rows = self._num_moved(target, self._tokens)
         else:
-            (counted,) = _num_moved(target, call.ignore_index, [num_tokens])
+            (counted,) = self._num_moved(target, [num_tokens])
             self._rows = self._tokens = [min(size, counted - at) for at in range(0, counted, size)]
+
+    def _num_moved(self, target: Tensor, sizes: list[int]) -> list[int]:
+        """How many of each chunk's tokens have statistics: those that count, or all where none is dropped."""
+        if self._call.specification.settings.ignored != "drop":
+            return sizes
+        return [int((chunk != self._call.ignore_index).sum()) for chunk in target.split(sizes)]
 
     def steps(self, *, combines: bool = False, reduces: bool = False) -> Iterator[_Step]:
         """The collectives in order: hidden states are gathered a chunk ahead, and their gradients, if needed, are
@@ -152,13 +156,6 @@ class _Chunks:
         kind = "reduce_scatter" if self._call.is_sequence else "all_reduce_"
         shape = self._tokens[at], self._reduced
         return _Step(kind, HIDDEN_GRADIENT, shape, self._call.reduce_dtype())
-
-
-def _num_moved(target: Tensor, ignore_index: int, sizes: list[int]) -> list[int]:
-    """How many of each chunk's tokens have statistics: those that count, or all where none is dropped."""
-    if not devices.drops_ignored(target.device):
-        return sizes
-    return [int((chunk != ignore_index).sum()) for chunk in target.split(sizes)]
 
 
 def _together(steps: Callable[[], Iterator[_Step]], call: Call, work: Callable[..., _Result], *arguments) -> _Result:

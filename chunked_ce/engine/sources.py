@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from chunked_ce.engine.call import Call
-from chunked_ce.engine.counted_tokens import CountedTokens, check_range, columns_of
+from chunked_ce.engine.counted_tokens import CountedTokens, Places, check_range, columns_of
 from chunked_ce.engine.depth_rows import DepthRows
 from chunked_ce.engine.products import project
 from chunked_ce.engine.scratch import cast_with_room, logits_scratch
@@ -19,6 +19,7 @@ from chunked_ce.engine.teacher import TeacherSource
 from chunked_ce.parallel.collectives import Collectives, Pending
 from chunked_ce.plan import Plan, tokens_per_chunk
 from chunked_ce.rows.statistics import PerRow, RowStatistics
+from chunked_ce.rows.torch_rows import rows_in_flight
 
 __all__ = ["HIDDEN", "Block", "Chunk", "DepthsSource", "HeadSource", "LogitsSource", "SequenceSource", "Source"]
 
@@ -89,7 +90,8 @@ class Source:
 
     def __init__(self, call: Call) -> None:
         self.call = call
-        self.tokens = CountedTokens(self.in_chunk_order(call.target), call.ignore_index, call.vocab_size)
+        target, ignored = self.in_chunk_order(call.target), call.specification.settings.ignored
+        self.tokens = CountedTokens(target, call.ignore_index, call.vocab_size, ignored, self._places())
         self.class_weight = call.local_class_weight()  # (V_r,)
         self.column = self.tokens.target  # (n,) -1 where it is in another shard
         if call.specification.shard is not None:
@@ -112,7 +114,11 @@ class Source:
         if self.teacher is not None:
             first = start - self.call.start
             teacher = self.teacher.rows(rows, slice(first, first + size), *self._room(rows))
-        return PerRow(temperature, ids, teacher)
+        return PerRow(temperature, ids, teacher, self.tokens.kept_mask(rows))
+
+    def _places(self) -> Places | None:
+        """Where the counted tokens are in the order of the chunks, if the call says so."""
+        return self.call.places
 
     def _room(self, rows: slice) -> tuple[int, int]:
         """The most tokens of a block, and the blocks that exist at a time."""
@@ -160,6 +166,8 @@ class LogitsSource(Source):
         row_kernels = self.call.specification.row_kernels(logits.device)
         entries, size = slice(0, self.call.rows), row_kernels.rows_in_flight(self.call.rows, logits.device.type)
         settings = self.call.specification.settings
+        if not self.tokens.all_kept:  # their rows are copied
+            size = min(size, rows_in_flight(self.call.rows, logits.device.type))
         if settings.teacher_dtype is not None:  # a teacher's head is worth larger products
             size = tokens_per_chunk(len(self.tokens), self.call.rows, 1, settings)
         for rows in self.tokens.blocks(size):
@@ -290,14 +298,24 @@ class SequenceSource(HeadSource):
     """Hidden states sharded by tokens over the ranks of the vocabulary, gathered chunk by chunk."""
 
     def __init__(self, call: Call) -> None:
-        self._collectives = Collectives(call.specification.shard.group_name)
-        self._order: Tensor | None = None  # (N,) tokens in the order of the chunks
+        self.call, self._collectives = call, Collectives(call.specification.shard.group_name)
         plan = call.plan_by_tokens(len(call.target), sums_head=call.sums_head)
         self._share = max(1, plan.tokens // self._collectives.size)  # tokens of each rank in a chunk
-        places = torch.arange(len(call.target), device=call.target.device).view(self._collectives.size, -1)
-        self._order = torch.cat([part.flatten() for part in places.split(self._share, dim=1)])
+        self._order = self._order_on(call.target.device)
         super().__init__(call)
         self.plan = plan
+
+    def _order_on(self, device: torch.device) -> Tensor:
+        places = torch.arange(len(self.call.target), device=device).view(self._collectives.size, -1)
+        return torch.cat([part.flatten() for part in places.split(self._share, dim=1)])
+
+    def _places(self) -> Places | None:
+        if self.call.places is None:
+            return None
+        counted = torch.zeros(len(self.call.target), dtype=torch.bool)
+        counted[self.call.places.on_host] = True
+        in_order = counted[self._order_on(counted.device)]
+        return Places.of(in_order, self.call.target.device)
 
     def in_chunk_order(self, values: Tensor) -> Tensor:
         return values[self._order]

@@ -49,6 +49,7 @@ class Specification(NamedTuple):
     ids: str | None = None  # which of them holds the ids that the statistic ``at_ids`` reads
     slopes: tuple[str, ...] = ()  # the statistics for which slopes are given
     teacher: TeacherSpecification | None = None
+    has_places: bool = False  # whether those of the tokens that count are given
 
     def row_kernels(self, device: torch.device) -> ModuleType:
         return row_kernels(self.settings.backend, device, self.settings.logits_dtype, self.names)

@@ -96,6 +96,6 @@ def teacher_logits(
     dtype: torch.dtype,
 ) -> Tensor:
     """The teacher's logits (N, V) in plain torch, uniform where ignored."""
-    tokens = CountedTokens(torch.zeros_like(call.target), -1, 1)
+    tokens = CountedTokens(torch.zeros_like(call.target), -1, 1, "none")
     rows = TeacherSource(call, tokens, None).rows(slice(0, len(call.target)), slice(0, call.rows), len(call.target))
     return rows._replace(counted=counted).plain_logits(temperature, dtype)

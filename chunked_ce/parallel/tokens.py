@@ -33,6 +33,7 @@ from chunked_ce.arguments import (
     is_integer,
     number,
 )
+from chunked_ce.known_tokens import remember
 from chunked_ce.tracing import check_values
 
 __all__ = ["TokenMean", "count_tokens", "sequence_weights"]
@@ -70,7 +71,7 @@ def count_tokens(
     targets = _check_targets(targets)
     _check_group(group)
     ignore_index = integer("ignore_index", ignore_index)
-    return _sum_over_ranks(_add_up(((target != ignore_index).sum() for target in targets), torch.int64), group)
+    return _sum_over_ranks(_add_up((_counted(target, ignore_index).sum() for target in targets), torch.int64), group)
 
 
 def sequence_weights(target: Tensor, *, ignore_index: int = -100) -> Tensor:
@@ -166,7 +167,8 @@ class TokenMean:
             num_tokens = count_tokens(targets, ignore_index=ignore_index, group=group)
         else:
             targets, weights = _check_weights(targets, weights)
-            counted = (target != integer("ignore_index", ignore_index) for target in targets)
+            ignore_index = integer("ignore_index", ignore_index)
+            counted = (_counted(target, ignore_index) for target in targets)
             pairs = zip(weights, counted, strict=True)
             sums = (weight.double().where(counts, 0).sum() for weight, counts in pairs)
             num_tokens = _sum_over_ranks(_add_up(sums, torch.float64), group)
@@ -202,6 +204,13 @@ class TokenMean:
         counts = num_tokens > 0
         scale = factor / torch.where(counts, num_tokens, 1.0)
         return torch.where(counts, loss_sum * scale, 0.0)
+
+
+def _counted(target: Tensor, ignore_index: int) -> Tensor:
+    """Which tokens count, as a loss of the same ``target`` will ask as well."""
+    counted = target != ignore_index
+    remember(target, ignore_index, counted)
+    return counted
 
 
 def _add_up(terms: Iterable[Tensor], dtype: torch.dtype) -> Tensor:

@@ -32,11 +32,12 @@ class PerRow(NamedTuple):
     temperature: Tensor | None = None  # (n,) which divides the logits
     ids: Tensor | None = None  # (n, K) columns, -1 for an id that is in no column
     teacher: TeacherRows | None = None
+    counted: Tensor | None = None  # (n,) False for ignored tokens, where these are kept: their gradients are 0
 
     def at(self, rows: slice) -> PerRow:
-        *tensors, teacher = self
-        tensors = [None if part is None else part[rows] for part in tensors]
-        return PerRow(*tensors, None if teacher is None else teacher.at(rows))
+        teacher = None if self.teacher is None else self.teacher.at(rows)
+        tensors = [None if part is None else part[rows] for part in self._replace(teacher=None)]
+        return PerRow(*tensors)._replace(teacher=teacher)
 
     @property
     def num_ids(self) -> int:

@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from chunked_ce import devices
 from chunked_ce.rows.columns import ColumnSums
 from chunked_ce.rows.statistics import (
     EXP_IS_ZERO,
@@ -205,16 +204,13 @@ def logit_gradients(
     """Write the gradients of the products to ``out``, from known statistics.
 
     The target's probability comes from the statistics: recomputed products may differ from the first ones in the last
-    bit, which is large compared with ``1 - p`` of a confident token. Where ignored tokens are kept, rows whose slopes
-    are all 0 get gradients of 0, whatever their logits hold.
+    bit, which is large compared with ``1 - p`` of a confident token. Rows that ``per_row`` does not count get gradients
+    of 0, whatever their logits hold.
     """
     if products.shape[1] == 0:
         return
     overwrite = out is products
-    dead = None  # (n,)
-    if not devices.drops_ignored(products.device):
-        zero = [slope == 0 for slope in slopes if slope is not None]
-        dead = functools.reduce(torch.logical_and, [each.all(-1) if each.dim() > 1 else each for each in zero])
+    dead = None if per_row.counted is None else per_row.counted.logical_not()  # (n,)
     keeps = _keeps_logits(logits, slopes.named())
     slope_names = slopes.named()
     asked = [name for name in slope_names if STATISTICS[name].keeps_gap]

@@ -5,6 +5,7 @@ import collections
 import pytest
 import torch
 
+from chunked_ce import devices
 from chunked_ce.engine import in_step
 from chunked_ce.parallel.collectives import Collectives
 from tests.distributed.launch import run
@@ -45,8 +46,12 @@ FUNCTIONS = ("forward", "backward", "logprobs", "logits", "mixture", "mixture-ba
 SCENES = [Scene(function, at, "") for function in FUNCTIONS for at in ("complete", "partial", "sequence")]
 
 
-def test_steps_are_the_collectives_of_a_call(monkeypatch):
+@pytest.mark.parametrize("ignored", ["auto", "mask", "as on an accelerator"])
+def test_steps_are_the_collectives_of_a_call(ignored, monkeypatch):
     """Those that a rank goes through once it has failed are those that the others issue, in their order."""
+    if ignored == "as on an accelerator":
+        monkeypatch.setattr(devices, "reads_at_once", lambda device: False)
+        ignored = "auto"
     found, expected = (collections.defaultdict(list) for _ in range(2))
     start, together, any_failed = Collectives._start, in_step._together, Collectives.any_failed
     ends = collections.Counter()
@@ -67,7 +72,7 @@ def test_steps_are_the_collectives_of_a_call(monkeypatch):
     def calls(rank: int, world_size: int) -> None:
         for scene in SCENES:
             before = ends[rank]
-            Call.of(scene, rank).run()
+            Call.of(scene._replace(ignored=ignored), rank).run()
             reduces = scene.input_grad == "sequence" or (
                 scene.input_grad == "complete" and scene.function not in ("forward", "mixture")
             )

@@ -7,7 +7,15 @@ from typing import NamedTuple
 
 import torch
 
-from chunked_ce import Teacher, VocabShard, cross_entropy, linear_cross_entropy, linear_divergence, linear_logprobs
+from chunked_ce import (
+    ChunkOptions,
+    Teacher,
+    VocabShard,
+    cross_entropy,
+    linear_cross_entropy,
+    linear_divergence,
+    linear_logprobs,
+)
 from chunked_ce.engine import sources, sweep
 from chunked_ce.engine.gradient_products import ChunkProducts
 from chunked_ce.rows import torch_rows as rows
@@ -37,6 +45,7 @@ class Scene(NamedTuple):
     input_grad: str
     place: str
     time: int = 0  # how often it is gone through before
+    ignored: str = "auto"
 
     def __str__(self):
         return "-".join(map(str, self))
@@ -86,17 +95,21 @@ class Call(NamedTuple):
         return cls(scene, vocab, leaves[:1] if scene.function == "logits" else leaves, case.target)
 
     def run(self) -> list[torch.Tensor]:
+        ignored = {"ignored": self.scene.ignored}
         if self.scene.function == "logits":
-            value = cross_entropy(*self.leaves, self.target, vocab=self.vocab)
+            options = ChunkOptions(**ignored)
+            value = cross_entropy(*self.leaves, self.target, vocab=self.vocab, options=options)
         elif self.scene.function == "logprobs":
-            value = linear_logprobs(*self.leaves, self.target, vocab=self.vocab, options=chunks(CHUNK)).sum()
+            options = chunks(CHUNK, **ignored)
+            value = linear_logprobs(*self.leaves, self.target, vocab=self.vocab, options=options).sum()
         elif self.scene.function.startswith("mixture"):
-            options = chunks(CHUNK, "backward" if self.scene.function == "mixture-backward" else "forward")
+            way = "backward" if self.scene.function == "mixture-backward" else "forward"
+            options = chunks(CHUNK, way, **ignored)
             teacher = Teacher(*teacher_tensors(TOKENS, VOCAB))
             keywords = {"target": self.target, "beta": 0.4, "vocab": self.vocab, "options": options}
             value = linear_divergence(*self.leaves, teacher, **keywords)
         else:
-            options = chunks(CHUNK, self.scene.function)
+            options = chunks(CHUNK, self.scene.function, **ignored)
             value = linear_cross_entropy(*self.leaves, self.target, vocab=self.vocab, options=options)
         return [value.detach(), *torch.autograd.grad(value, self.leaves)]
 

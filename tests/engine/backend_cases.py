@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from chunked_ce import ChunkOptions, VocabShard, cross_entropy, devices, linear_loss
+from chunked_ce import ChunkOptions, VocabShard, cross_entropy, linear_loss
 from chunked_ce.rows import triton_rows
 from tests.cases import (
     REDUCTIONS_AND_WAYS,
@@ -40,11 +40,9 @@ TERMS = (
 )
 
 
-@pytest.fixture(params=["dropped", "kept"])
-def ignored(request, monkeypatch):
-    """Ignored tokens as on a CPU, and as on an accelerator."""
-    if request.param == "kept":
-        monkeypatch.setattr(devices, "drops_ignored", lambda device: False)
+@pytest.fixture(params=["drop", "mask"])
+def ignored(request):
+    """What becomes of ignored tokens."""
     return request.param
 
 
@@ -67,14 +65,14 @@ def launches(monkeypatch):
 @pytest.mark.parametrize(("reduction", "way"), REDUCTIONS_AND_WAYS)
 def test_linear_cross_entropy(reduction, way, terms, ignored):
     case = problem(13, 5, 11, bias=True)
-    check_loss(case, reduction=reduction, options=chunks(4, way, backend="triton"), **terms)
+    check_loss(case, reduction=reduction, options=chunks(4, way, backend="triton", ignored=ignored), **terms)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("way", WAYS)
 def test_objectives_that_a_user_writes(name, way, ignored):
     case = problem(13, 5, 11, bias=True)
-    options = chunks(4, way, backend="triton")
+    options = chunks(4, way, backend="triton", ignored=ignored)
     arguments = OBJECTIVES[name], case.hidden, case.head, case.target
     value = linear_loss(*arguments, linear_bias=case.bias, options=options, **per_token(name, 13))
     want, expected_gradients = expected(name, case)
@@ -84,7 +82,7 @@ def test_objectives_that_a_user_writes(name, way, ignored):
 
 
 def test_linear_logprobs(ignored):
-    check_logprobs(problem(13, 5, 11), options=chunks(4, backend="triton"), entropy=True, softcap=3.0)
+    check_logprobs(problem(13, 5, 11), options=chunks(4, backend="triton", ignored=ignored), entropy=True, softcap=3.0)
 
 
 @pytest.mark.parametrize("terms", TERMS, ids=lambda terms: "-".join(terms) or "plain")
@@ -93,7 +91,9 @@ def test_cross_entropy(reduction, terms, ignored):
     logits = (3 * torch.randn(13, 11)).requires_grad_()
     target = torch.randint(11, (13,))
     target[3] = -100
-    check_cross_entropy(logits, target, reduction=reduction, options=ChunkOptions(backend="triton"), **terms)
+    check_cross_entropy(
+        logits, target, reduction=reduction, options=ChunkOptions(backend="triton", ignored=ignored), **terms
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -113,7 +113,7 @@ def test_narrow_dtypes(way, dtype):
 def test_wide_logits(way, dtype, softcap, ignored):
     """The kernels read fp32 products and write narrow gradients to other memory."""
     case = problem(24, 16, 300, dtype=dtype, spread=3.0)
-    options = chunks(10, way, backend="triton", logits_dtype=torch.float32)
+    options = chunks(10, way, backend="triton", ignored=ignored, logits_dtype=torch.float32)
     value = case.loss(options=options, softcap=softcap)
     exact = case.rows(softcap=softcap)
     assert abs(value.item() - exact.reduce("mean")[0]) <= 2e-6 * abs(exact.reduce("mean")[0])
@@ -141,11 +141,11 @@ def test_gradient_filter(way, ignored):
     """The column sums of the kernel choose as those of the torch kernels do."""
     case = problem(24, 16, 300, spread=6.0)
     found, expected = (
-        gradients(case.loss(options=chunks(10, way, backend=backend, gradient_filter=1e-3)), case)
+        gradients(case.loss(options=chunks(10, way, backend=backend, ignored=ignored, gradient_filter=1e-3)), case)
         for backend in ("triton", "torch")
     )
     torch.testing.assert_close(found, expected)
-    exact = gradients(case.loss(options=chunks(10, way, backend="triton")), case)
+    exact = gradients(case.loss(options=chunks(10, way, backend="triton", ignored=ignored)), case)
     assert not torch.allclose(found[1], exact[1], rtol=1e-6, atol=0)
 
 
@@ -157,15 +157,15 @@ def test_garbage_in_ignored_tokens(garbage, ignored):
     assert lost.any()
     for way in WAYS:
         clean = case.fresh()
-        expected = gradients(clean.loss(options=chunks(4, way, backend="triton")), clean)
+        expected = gradients(clean.loss(options=chunks(4, way, backend="triton", ignored=ignored)), clean)
         dirty = case.fresh()
         with torch.no_grad():
             dirty.hidden[lost] = garbage
-        assert_equal(gradients(dirty.loss(options=chunks(4, way, backend="triton")), dirty), expected)
+        assert_equal(gradients(dirty.loss(options=chunks(4, way, backend="triton", ignored=ignored)), dirty), expected)
     logits = torch.randn(13, 11)
     logits[lost] = garbage
     logits.requires_grad_()
-    value = cross_entropy(logits, case.target, options=ChunkOptions(backend="triton"))
+    value = cross_entropy(logits, case.target, options=ChunkOptions(backend="triton", ignored=ignored))
     (gradient,) = torch.autograd.grad(value, logits)
     assert value.isfinite() and gradient.isfinite().all() and gradient[lost].count_nonzero() == 0
 
@@ -186,7 +186,9 @@ def test_shard_of_one_rank(way, ignored):
             vocab = VocabShard(dist.group.WORLD, 0, 11, 11)
             terms = {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 3.0}
             case = problem(13, 5, 11)
-            value, stats = case.loss(options=chunks(4, way, backend="triton"), vocab=vocab, return_stats=True, **terms)
+            value, stats = case.loss(
+                options=chunks(4, way, backend="triton", ignored=ignored), vocab=vocab, return_stats=True, **terms
+            )
             reference = case.rows(**terms)
             assert_close(value, *reference.reduce("mean"), torch.float32)
             assert stats.num_correct == (reference.hit & reference.counted).sum()

@@ -424,7 +424,7 @@ def test_shards(dtype, logits):
                 assert_no_worse(ours, twin, right, name)
 
 
-def test_rows_without_slopes_are_not_read(monkeypatch):
+def test_rows_without_slopes_are_not_read():
     """What an ignored token's logits hold reaches no gradient."""
     products = products_of(3, 4200, torch.float32)
     products[1] = torch.nan
@@ -432,16 +432,17 @@ def test_rows_without_slopes_are_not_read(monkeypatch):
     for values in slopes.named().values():
         values[1] = 0.0
     known = torch_rows.statistics(products, targets_of(3, 4200), weights_of(4200), Logits(), ALL, overwrite=False)
-    monkeypatch.setattr(devices, "drops_ignored", lambda device: False)
+    per_row = PerRow(counted=torch.tensor([True, False, True], device=DEVICE))
     for kernels in (triton_rows, torch_rows):
         out = torch.full_like(products, torch.nan)
-        kernels.logit_gradients(products, targets_of(3, 4200), weights_of(4200), Logits(), slopes, known, out)
+        arguments = products, targets_of(3, 4200), weights_of(4200), Logits(), slopes, known, out
+        kernels.logit_gradients(*arguments, per_row=per_row)
         assert out[1].count_nonzero() == 0 and not out.isnan().any()
     found = []
     for kernels in (triton_rows, torch_rows):
         columns, out = ColumnSums(4200, torch.float32, DEVICE), torch.full_like(products, torch.nan)
         arguments = (products, targets_of(3, 4200), weights_of(4200), Logits(), slopes, known, out, columns)
-        kernels.logit_gradients(*arguments)
+        kernels.logit_gradients(*arguments, per_row=per_row)
         assert columns.largest.isfinite().all() and columns.total.isfinite().all()
         found.append(out)
     torch.testing.assert_close(*found)

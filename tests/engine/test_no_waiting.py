@@ -1,7 +1,9 @@
-"""On an accelerator the host never waits for a number: checked without one, on tensors that hold no data.
+"""On an accelerator the host never waits for a number, once it knows which tokens count: checked without one.
 
-Tensors on the meta device take the ways of an accelerator, and raise where a value, a boolean or a shape that depends
-on data is asked of them. Copies between host and device raise on top. `test_cuda.py` asks a real device.
+Tensors on the meta device, which hold no data, take the ways of an accelerator, and raise where a value, a boolean or a
+shape that depends on data is asked of them. Copies between host and device raise on top. The targets are on the host,
+or the call has the places of the tokens that count, or masks the others; `test_ignored_tokens.py` shows the one wait
+where they are not. `test_cuda.py` asks a real device.
 """
 
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from chunked_ce import cross_entropy, devices, linear_cross_entropy, linear_logprobs
 from chunked_ce.engine import operators, sweep
 from chunked_ce.engine.call import Call
+from chunked_ce.engine.counted_tokens import Places
 from chunked_ce.engine.specification import Specification
 from chunked_ce.objectives import CrossEntropy
 from chunked_ce.plan import Settings
@@ -22,6 +25,7 @@ from tests.cases import REDUCTIONS_AND_WAYS, chunks
 N, D, V = 24, 8, 40
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("torch", "triton")
+ODD = torch.arange(1, N, 2)  # the tokens that are ignored
 
 
 class Transfers(TorchDispatchMode):
@@ -44,11 +48,12 @@ def on_meta(monkeypatch):
         yield
 
 
-def tensors(dtype, *, trained=False):
+def tensors(dtype, *, trained=False, device="meta"):
     def new(*shape):
         return torch.empty(*shape, dtype=dtype, device="meta", requires_grad=trained)
 
-    return new(N, D), new(V, D), new(V), torch.zeros(N, dtype=torch.int64, device="meta")
+    target = torch.zeros(N, dtype=torch.int64).index_fill_(0, ODD, -100)
+    return new(N, D), new(V, D), new(V), target.to(device, non_blocking=True)
 
 
 def test_what_is_noticed():
@@ -65,10 +70,11 @@ def test_what_is_noticed():
             wait()
 
 
+@pytest.mark.parametrize("targets", ["meta", "cpu"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("reduction", "way"), REDUCTIONS_AND_WAYS)
-def test_linear_cross_entropy(reduction, way, dtype):
-    hidden, head, bias, target = tensors(dtype, trained=True)
+def test_linear_cross_entropy(reduction, way, dtype, targets):
+    hidden, head, bias, target = tensors(dtype, trained=True, device=targets)
     weights = {"weight": torch.empty(V, device="meta"), "token_weight": torch.empty(N, device="meta")}
     maths = {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 3.0, "logit_scale": 0.5, "reduction": reduction}
     for number in (None, 7, torch.ones((), device="meta")):
@@ -87,8 +93,9 @@ def test_linear_cross_entropy(reduction, way, dtype):
     assert [x.grad.device.type for x in (hidden, head, bias)] == ["meta"] * 3
 
 
-def test_cross_entropy_and_logprobs():
-    hidden, head, _, target = tensors(torch.bfloat16, trained=True)
+@pytest.mark.parametrize("targets", ["meta", "cpu"])
+def test_cross_entropy_and_logprobs(targets):
+    hidden, head, _, target = tensors(torch.bfloat16, trained=True, device=targets)
     scores = torch.empty(N, V, device="meta", requires_grad=True)
     cross_entropy(scores, target, label_smoothing=0.1, num_tokens=7).backward()
     torch.stack(linear_logprobs(hidden, head, target, return_entropy=True)).sum().backward()
@@ -117,26 +124,31 @@ def launches(monkeypatch):
     return seen
 
 
+@pytest.mark.parametrize("ignored", ["drop", "mask", "none"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_chunk_loops(dtype, backend, launches):
+def test_the_chunk_loops(dtype, backend, ignored, launches):
     """What the operators run: operators themselves are opaque to fake tensors."""
     hidden, weight, bias, target = tensors(dtype)
-    names, settings = names_of(("weighted", "mean", "correct")), Settings(dtype, chunk_size=5, backend=backend)
+    names = names_of(("weighted", "mean", "correct"))
+    settings = Settings(dtype, chunk_size=5, backend=backend, ignored=ignored)
     parts = "hidden", "weight", "bias"
     whole = Specification("head", names, Logits(0.5, 3.0), settings, parts=parts, needed=(True,) * 3)
     forward = whole._replace(objective=CrossEntropy(0.1, 0.1))
     call = Call((hidden, weight, bias), torch.empty(V, device="meta"), target, -100, forward)
+    places = Places.at(torch.arange(0, N, 2), target.device)
     coefficient = torch.empty(N, dtype=torch.float64, device="meta")
-    loss, grads, _, _ = sweep.loss_and_gradients(call.with_per_token({"_coefficient": coefficient}))
+    call = call.with_per_token({"_coefficient": coefficient})
+    call = call.with_places(places) if ignored == "drop" else call
+    loss, grads, _, _ = sweep.loss_and_gradients(call)
     assert loss.shape == () and [g.dtype for g in grads] == [torch.float32] * 3
-    call = call._replace(specification=whole)
+    call = call.with_per_token({}, objective=None)
     known = sweep.statistics(call)
     slopes = RowStatistics(None, *(torch.empty(N, device="meta") for _ in range(4)))
     grads = sweep.gradients(call, known, slopes)
     assert all(grad.device.type == "meta" for grad in grads)
     scores = torch.empty(N, V, dtype=dtype, device="meta")
-    call = call._replace(tensors=(scores,), specification=whole._replace(source="logits", needed=()))
+    call = call._replace(tensors=(scores,)).with_per_token({}, source="logits", needed=())
     known = sweep.statistics(call)
     assert sweep.gradients(call, known, slopes)[0].shape == scores.shape
     assert (set(launches) >= {"statistics_kernel", "gradients_kernel"}) == (backend == "triton")

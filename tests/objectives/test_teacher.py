@@ -427,7 +427,7 @@ def test_teachers_that_do_not_fit():
         (Teacher(probabilities=logits[:, :9]), "teacher.probabilities must have the student's vocabulary, 23"),
         (Teacher(logits=logits, words=torch.arange(9)), "teacher.words must have shape (23,), the student's vocab"),
         (Teacher(logits=logits, words=torch.arange(23) + 1), "teacher.words must be in [0, 23), the teacher's vocab"),
-        (Teacher(logits=logits.to("meta")), "teacher.logits must be on target's device cpu, was on meta"),
+        (Teacher(logits=logits.to("meta")), "teacher.logits must be on the student's device cpu, was on meta"),
     ]:
         with pytest.raises((ValueError, TypeError), match=re.escape(message)):
             linear_divergence(case.hidden, case.head, teacher, target=case.target)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from chunked_ce import ChunkOptions, VocabShard, devices, linear_loss, linear_statistics, logits_loss
+from chunked_ce import ChunkOptions, VocabShard, linear_loss, linear_statistics, logits_loss
 from chunked_ce.objectives import CrossEntropy, Objective, Tokens, TopKDivergence
 from chunked_ce.rows.statistics import RowStatistics
 from tests.cases import REDUCTIONS_AND_WAYS, WAYS, array, chunks, full_loss, gradients, problem
@@ -357,15 +357,14 @@ def test_one_graph_for_all_token_counts(way):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_masked_tokens(way, monkeypatch):
-    """On an accelerator ignored tokens stay, whatever their teacher holds."""
-    monkeypatch.setattr(devices, "drops_ignored", lambda device: False)
+def test_masked_tokens(way):
+    """Masked tokens stay, whatever their teacher holds."""
     case, named = problem(9, 4, 7), teacher(9, 7, 3)
     ignored = case.target == IGNORED
     assert ignored.any()
-    value = ours(case, "bucket", named, options=chunks(4, way))
+    value = ours(case, "bucket", named, options=chunks(4, way, ignored="mask"))
     named["teacher_logprobs"] = named["teacher_logprobs"].masked_fill(ignored.unsqueeze(-1), torch.inf)
-    again = ours(case, "bucket", named, options=chunks(4, way))
+    again = ours(case, "bucket", named, options=chunks(4, way, ignored="mask"))
     assert torch.equal(value, again)
     torch.testing.assert_close(gradients(value, case), gradients(again, case), rtol=0, atol=0)
 
