@@ -153,7 +153,7 @@ def check_tensors(
     for name, tensor in tensors.items():
         if tensor is None or tensor.device == input.device:
             continue
-        if name not in ("target", "target ids"):
+        if name not in ("target", "target ids") or captures(input.device):
             raise ValueError(f"{name} must be on {input_name}'s device {input.device}, was on {tensor.device}")
         if tensor.device.type != "cpu":
             allowed = f"{input_name}'s device {input.device} or the CPU"

@@ -13,6 +13,7 @@ from chunked_ce.depths import check_one_depth
 from chunked_ce.engine import dispatch
 from chunked_ce.engine.loss_stats import LossStats
 from chunked_ce.invocation import Arguments, agreed_on, call_of, loss_of
+from chunked_ce.known_tokens import remember
 from chunked_ce.objectives import CrossEntropy, Divergence, Objective, Teacher
 from chunked_ce.options import ChunkOptions
 from chunked_ce.parallel.vocab import VocabShard
@@ -83,7 +84,8 @@ def linear_cross_entropy(
         input: hidden states (..., D), floating point; one unbatched token (D,) too.
         linear_weight: the head (V, D). Its dtype may differ from the input's; products run in the autocast dtype if
             autocast is on, else in the input's dtype.
-        target: class indices (...), int32 or int64.
+        target: class indices (...), int32 or int64; on a CPU, the host need not wait for an accelerator to learn which
+            tokens count (see ``options.ignored``).
         linear_bias: (V,).
         weight: class weights (V,), constant.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``. The mean divides by the sum of ``token_weight * w[y]`` over the
@@ -422,7 +424,9 @@ def _every_token(input: Tensor, vocab: VocabShard | None) -> Tensor:
     shape = input.shape[:-1]
     if isinstance(vocab, VocabShard) and vocab.input_grad == "sequence":
         shape = (vocab.size * shape.numel(),)
-    return torch.zeros(shape, dtype=torch.int64, device=input.device)
+    target = torch.zeros(shape, dtype=torch.int64, device=input.device)
+    remember(target, -100, None)
+    return target
 
 
 def linear_statistics(

@@ -1,14 +1,17 @@
 """Which tokens of a target count, where the host is about to know without waiting for later work.
 
 `TokenMean.over` reads the targets of a window before the first loss: it leaves here, for each target, what the device
-copies to the host in the meantime, and a loss that is given the very same tensor finds it.
+copies to the host in the meantime, and a loss that is given the very same tensor finds it. So do functions that make
+targets of which none is ignored.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -27,13 +30,17 @@ class _Known(NamedTuple):
 _KNOWN = WeakTensorKeyDictionary()
 
 
-def remember(target: Tensor, ignore_index: int, counted: Tensor) -> None:
-    """Start to read which tokens of ``target`` are ``counted``, unless that needs no waiting or is not possible."""
+def remember(target: Tensor, ignore_index: int, counted: Tensor | None) -> None:
+    """Start to read which tokens of ``target`` are ``counted``, None for all, unless that takes no waiting or cannot be
+    done."""
     if devices.reads_at_once(target.device) or not runs_at_once(target) or target.is_inference():
         return
     if devices.captures(target.device):
         return
-    finish = devices.start_reading(counted)
+    if counted is None:
+        finish = functools.partial(torch.ones, target.shape, dtype=torch.bool)
+    else:
+        finish = devices.start_reading(counted)
     if finish is not None:
         _KNOWN[target] = _Known(finish, ignore_index, target._version)
 

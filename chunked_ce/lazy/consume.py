@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import _reduction
 
 from chunked_ce.functional import cross_entropy, linear_cross_entropy, linear_logprobs
+from chunked_ce.known_tokens import remember
 from chunked_ce.lazy import values
 from chunked_ce.lazy.follow import follows
 from chunked_ce.lazy.logits import Lazy, LazyLogits, LazyLogProbs
@@ -247,6 +248,7 @@ def _sum(lazy: Lazy, dim: Any = None, keepdim: bool = False, *, dtype: torch.dty
 
     def total(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         target = torch.zeros(hidden.shape[:-1], dtype=torch.long, device=hidden.device)
+        remember(target, -100, None)
         # With a label smoothing of 1 the loss is the mean of -log p over the vocabulary.
         keywords = _maths(lazy, bias) | {"reduction": "none", "label_smoothing": 1.0, "options": lazy.head.options}
         return linear_cross_entropy(hidden, weight, target, **keywords) * (-lazy._factor * lazy.shape[dim])

@@ -48,7 +48,8 @@ def count_tokens(
     """The number of targets on all ranks that are not `ignore_index`: the T of a token-weighted mean.
 
     One all-reduce over `group`, no host synchronisation. Every rank of the group calls it, even one without
-    tokens.
+    tokens. On a GPU, a loss that is then given one of the same tensors as its target need not wait for the
+    device to learn which of its tokens are ignored; so after `TokenMean.over`.
 
     Args:
         targets: int32 or int64 of any shape, or several such tensors (the micro-batches of a window). Tensors

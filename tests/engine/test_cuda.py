@@ -1,11 +1,13 @@
 """On a CUDA device: the kernels' own tests, accuracy, no synchronisation, CUDA graphs, compilation, determinism."""
 
 import contextlib
+import dataclasses
+import warnings
 
 import pytest
 import torch
 
-from chunked_ce import ChunkOptions, cross_entropy, linear_cross_entropy, linear_logprobs
+from chunked_ce import ChunkOptions, TokenMean, cross_entropy, linear_cross_entropy, linear_logprobs
 from chunked_ce import devices as products
 from chunked_ce.rows import backend as kernels
 from tests.cases import (
@@ -100,24 +102,55 @@ def test_a_sum_in_the_product():
     assert (total == 3 * 24 * (1 + 2**-7)).all()
 
 
+@pytest.mark.parametrize("known", ["masked", "on the host", "counted by a mean", "none is ignored"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("reduction", "way"), REDUCTIONS_AND_WAYS)
-def test_no_waiting(reduction, way, backend):
-    """peers 13: a step, every option in, never waits for the device."""
+def test_no_waiting(reduction, way, backend, known):
+    """peers 13: a step, every option in, never waits for the device, if the host knows the ignored tokens."""
     case, terms = on_gpu(problem(24, 6, 11, bias=True)), everything(11, 24)
     number = torch.tensor(7.0, device="cuda")
+    if known == "on the host":
+        case = dataclasses.replace(case, target=case.target.cpu())
+    if known == "none is ignored":
+        case = dataclasses.replace(case, target=case.target.clamp(min=0))
+    ignored = {"backend": backend, "ignored": "mask" if known == "masked" else "auto"}
 
     def step():
+        if known in ("counted by a mean", "none is ignored"):
+            TokenMean.over(case.target)
         value, _ = case.loss(
-            reduction=reduction, options=chunks(5, way, backend=backend), num_tokens=number, return_stats=True, **terms
+            reduction=reduction, options=chunks(5, way, **ignored), num_tokens=number, return_stats=True, **terms
         )
         value.sum().backward()
-        case.loss(reduction=reduction, options=chunks(5, way, backend=backend), num_tokens=7).sum().backward()
-        linear_logprobs(case.hidden, case.head, case.target, options=ChunkOptions(backend=backend)).sum().backward()
+        case.loss(reduction=reduction, options=chunks(5, way, **ignored), num_tokens=7).sum().backward()
+        linear_logprobs(case.hidden, case.head, case.target, options=ChunkOptions(**ignored)).sum().backward()
 
     step()  # compiles the kernels
     with no_waiting():
         step()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_one_wait(way):
+    """Where nobody knows which tokens count, the host waits once, in the forward."""
+    case = on_gpu(problem(24, 6, 11))
+
+    def waits(function):
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                result = function()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        return result, sum("synchroniz" in str(each.message) for each in seen)
+
+    gradients(case.loss(options=chunks(5, way)), case)  # compiles the kernels
+    value, forward = waits(lambda: case.loss(options=chunks(5, way)))
+    found, backward = waits(lambda: gradients(value, case))
+    assert (forward, backward) == (1, 0)
+    masked = case.loss(options=chunks(5, way, ignored="mask"))
+    torch.testing.assert_close((value, *found), (masked, *gradients(masked, case)))
 
 
 def test_no_waiting_of_existing_logits():
@@ -151,7 +184,7 @@ def test_cuda_graph(way):
         for name in ("hidden", "head", "target"):
             getattr(case, name).copy_(getattr(other, name))
     graph.replay()
-    value = other.loss(options=chunks(5, way))
+    value = other.loss(options=chunks(5, way, ignored="mask"))
     assert_equal(captured, [value, *gradients(value, other)])
 
 

@@ -199,6 +199,14 @@ def test_counted_by_a_mean(device):
     assert device.since() == (0, ["drop"])
 
 
+def test_none_to_ignore(device):
+    """Without a target, as in distillation, every token counts."""
+    case = problem(N, D, V, ignored=0.0)
+    teacher, _ = teacher_of("logits", *teacher_tensors(N, V))
+    gradients(linear_divergence(case.hidden, case.head, teacher), case)
+    assert device.since() == (0, ["none"])
+
+
 def test_counted_otherwise(device):
     """What was counted serves the very same target, unchanged, with the same ``ignore_index``."""
     case = problem(N, D, V)
@@ -245,6 +253,8 @@ def test_while_a_graph_is_captured(device, monkeypatch):
     TokenMean.over(case.target)
     assert device.since() == (0, ["mask"])
     monkeypatch.setattr("chunked_ce.checks.captures", lambda device: True)
+    with pytest.raises(ValueError, match=r"target must be on input's device meta, was on cpu"):
+        linear_cross_entropy(case.hidden.to("meta"), case.head.to("meta"), case.target)
     with pytest.raises(ValueError, match=r"options\.ignored must be 'auto' or 'mask' while a CUDA graph is captured"):
         case.loss(options=ChunkOptions(ignored="drop"))
 
