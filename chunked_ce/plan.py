@@ -45,6 +45,7 @@ __all__ = [
     "INVARIANT_ENTRIES",
     "INVARIANT_TOKENS",
     "KEPT_SHARE",
+    "ROOM_SHARE",
     "Budget",
     "MemoryPrediction",
     "Plan",
@@ -57,6 +58,7 @@ __all__ = [
 ]
 
 KEPT_SHARE = 0.08  # share of the vocabulary that the gradient filter keeps in a chunk of a trained model
+ROOM_SHARE = 0.125  # share that an accelerator makes room for before it knows how many columns a chunk keeps
 GROUPS = 4  # rank of the tail that replaces a filtered chunk's dropped columns
 # Of a group and a block of batch-invariant statistics. With D=768 and V=50257 those of 512 tokens took 1.5 times as
 # long as ordinary ones in groups of 64 tokens, 1.17 times in groups of 128 and 1.03 times in groups of 256; those of a

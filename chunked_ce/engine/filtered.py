@@ -21,15 +21,15 @@ from chunked_ce.rows import torch_filter
 from chunked_ce.rows.columns import ColumnSums
 from chunked_ce.rows.statistics import STATISTICS, RowStatistics, work_dtype
 
-__all__ = ["Filter", "FilteredChunk", "can_filter"]
+__all__ = ["MOST_DROPPED_OF_A_TOKEN", "MOST_KEPT", "Filter", "FilteredChunk", "can_filter", "groups_of"]
 
 # The products are dense if more than this share of the columns is kept: the gathers would cost more than they save.
-_MOST_KEPT = 0.4
+MOST_KEPT = 0.4
 # They are also dense if more than this share of the probability would be dropped, in all or for one token: the tail's
 # error is proportional to it. An untrained model would drop all of it. Models with 131,072 vocabulary entries, trained
 # on 0.1 to 0.6 million tokens, dropped 3 to 6 %, and at most 17 to 42 % for one token.
 _MOST_DROPPED = 0.1
-_MOST_DROPPED_OF_A_TOKEN = 0.5
+MOST_DROPPED_OF_A_TOKEN = 0.5
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -44,6 +44,8 @@ class FilteredChunk(NamedTuple):
 
 class Filter:
     """The filtered chunks of one loss."""
+
+    holds_head = False  # whether the gradient of the weight is formed here, and not in a tensor of zeros
 
     def __init__(
         self,
@@ -80,11 +82,11 @@ class Filter:
         index = kept.nonzero().squeeze(1)
         tail = columns.total.masked_fill(kept, 0)
         # Written so that a tail that is not finite is dense too, and shows in the gradients.
-        if len(index) > _MOST_KEPT * len(kept) or not tail.sum() <= self._most_dropped * size.sum():
+        if len(index) > MOST_KEPT * len(kept) or not tail.sum() <= self._most_dropped * size.sum():
             return dense
-        group, right = _groups(tail, kept)
+        group, right = groups_of(tail, kept)
         picked, left = torch_filter.compact(gradients, index, group, GROUPS, len(index))
-        if not (left.abs().sum(1) <= _MOST_DROPPED_OF_A_TOKEN * size).all():
+        if not (left.abs().sum(1) <= MOST_DROPPED_OF_A_TOKEN * size).all():
             return dense
         if smoothing is not None:
             left, right = torch.cat([left, smoothing[0]], 1), torch.cat([right, smoothing[1]], 1)
@@ -135,6 +137,14 @@ class Filter:
             part = kept.gradients.sum(0, dtype=bias.dtype)
             bias.index_add_(0, kept.index, part) if kept.index is not None else bias.add_(part)
 
+    def add_dense(self, gradients: Tensor, x: Tensor) -> None:
+        """Nothing: the gradient of the weight takes the product of a dense chunk itself."""
+
+    @property
+    def sums(self) -> list[Tensor]:
+        """Sums that are proportional to the scale of the logits' gradients: none, as tails are stored without it."""
+        return []
+
     def finish(self, weight: Tensor | None, bias: Tensor | None) -> None:
         """Add the tails of all chunks to the gradients of weight and bias."""
         if not self._rights:
@@ -153,7 +163,7 @@ def _in_two(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return first, (values - first).to(dtype)
 
 
-def _groups(
+def groups_of(
     total: Tensor,  # (V,) the sums of the dropped columns, 0 where kept
     kept: Tensor,  # (V,)
 ) -> tuple[Tensor, Tensor]:

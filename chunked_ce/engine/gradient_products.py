@@ -216,13 +216,15 @@ class ChunkProducts:
                 return call.reduce_dtype()
             return unrounded(tensor.dtype) if keeps_unrounded else tensor.dtype
 
-        written = ()
+        written, apart = (), filter is not None and filter.holds_head
         if len(source.tokens) > 0:
             written = HIDDEN_PARTS * source.tokens.all_kept + ("weight",) * (settings.gradient_filter is None)
-        self.total = HeadGradients.empty(call, dtype_of, written, skipped=("weight",) if fits else ())
+        self.total = HeadGradients.empty(call, dtype_of, written, skipped=("weight",) if fits or apart else ())
         (main, *_) = self.total.pairs
         self._first = filter is None and main.weight is not None
-        if weight_sum is not None and main.weight is None:
+        if apart:
+            filter.total = weight_sum if fits and weight_sum.is_contiguous() else None
+        elif weight_sum is not None and main.weight is None:
             main.weight = weight_sum
         self._source, self._ranks, self._filter = source, ranks, filter
         self._reduces_chunks, self._weight_sum = reduces_chunks, weight_sum
@@ -244,7 +246,8 @@ class ChunkProducts:
             return
         if self._scale is not None:
             ratio = (scale / self._scale).float()
-            for total in self.total.sums[self._first :]:  # the weight's has no value before its first product
+            sums = self.total.sums[self._first :]  # the weight's has no value before its first product
+            for total in [*sums, *(self._filter.sums if self._filter is not None else ())]:
                 if total is not None:
                     self._row_kernels.scale_into(total, ratio, total)
         self._scale = scale
@@ -323,6 +326,8 @@ class ChunkProducts:
     ) -> None:
         """Add the chunk's share of the gradients of weight, adapter and bias."""
         (main, *adapter), bias = self.total.pairs, self.total.bias
+        if kept is None and self._filter is not None:
+            self._filter.add_dense(block.gradients, chunk.x)
         if kept is not None:
             self._filter.add_head_gradients(main.weight, bias, chunk.x, kept, self._scale)
             return
@@ -342,13 +347,15 @@ class ChunkProducts:
 
     def finish(self) -> list[Tensor | None]:
         """The gradients in the dtypes of their sums, in the order of the source's tensors; None for the weight's if it
-        is in ``weight_sum``."""
+        is in ``weight_sum``, and `HeadTerms` for it where the filter holds it."""
         (main, *_), bias = self.total.pairs, self.total.bias
         if self._scale is not None:
             self.set_scale(torch.ones_like(self._scale))
         if self._filter is not None:
             self._filter.finish(main.weight, bias)
-        if self._weight_sum is not None:
+        if self._filter is not None and self._filter.holds_head:
+            main.weight = self._filter.head_gradient(self._weight_sum)
+        elif self._weight_sum is not None:
             if main.weight is not self._weight_sum:
                 self._weight_sum += main.weight
             main.weight = None

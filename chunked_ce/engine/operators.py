@@ -16,6 +16,7 @@ from chunked_ce.engine import in_step, plain, sweep
 from chunked_ce.engine.accumulation import destination, leaf_to_keep
 from chunked_ce.engine.call import Call
 from chunked_ce.engine.counted_tokens import columns_of
+from chunked_ce.engine.device_filter import HeadTerms
 from chunked_ce.engine.device_memory import with_smaller_chunks
 from chunked_ce.engine.filtered import can_filter
 from chunked_ce.engine.gradient_products import TargetGradients
@@ -220,6 +221,22 @@ def _run_loss(
     ignore_index: int,
     specification: str,
 ) -> list[Tensor]:
+    """The loss, the gradients of the source, those of the targets' logits, and the statistics of every row."""
+    return _loss_and_terms(source, extra, class_weight, target, ignore_index, specification, keeps_terms=False)[0]
+
+
+def _loss_and_terms(
+    source: Sequence[Tensor],
+    extra: Sequence[Tensor],
+    class_weight: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    specification: str,
+    *,
+    keeps_terms: bool,
+) -> tuple[list[Tensor], HeadTerms | None]:
+    """The outputs of `_run_loss`. With ``keeps_terms``, the gradient of the weight may be returned apart, as the terms
+    of a sum, and is empty among the outputs."""
     call = _call(source, extra, class_weight, target, ignore_index, specification)
     with _no_autocast(target.device):
         if call.specification.shard is None:
@@ -231,11 +248,13 @@ def _run_loss(
         else:
             outputs = in_step.loss_and_gradients(call)
     loss, grads, targets, rows = outputs
-    at = call.specification.parts.index("weight")
+    terms, at = None, call.specification.parts.index("weight")
+    if keeps_terms and isinstance(grads[at], HeadTerms):
+        terms, grads[at] = grads[at], None
     if grads[at] is not None:  # smaller chunks may have another sum dtype than planned
         grads[at] = grads[at].to(_head_sum_dtype(call))
     targets = loss.new_empty(0, dtype=torch.float32) if targets is None else targets
-    return [loss, *_filled(grads, source), targets, *rows.named().values()]
+    return [loss, *_filled(grads, source), targets, *rows.named().values()], terms
 
 
 _loss = torch.library.custom_op("chunked_ce::loss", _run_loss, mutates_args=())
@@ -265,13 +284,14 @@ def _head_sum_dtype(call: Call) -> torch.dtype:
     return call.plan_by_tokens(len(call.target), sums_head=call.sums_head).head_sum
 
 
-def _save_loss(ctx, inputs, output):
+def _save_loss(ctx, inputs, output, terms: HeadTerms | None = None):
     source, extra, class_weight, target, ctx.ignore_index, text = inputs
     ctx.specification = decoded(text)
     ctx.sizes = len(source), len(extra)
     ctx.head_shapes = [tensor.shape for tensor in source]
     _, *grads = output[: len(source) + 2]  # and those of the targets' logits
-    ctx.save_for_backward(*source, *_saved_extra(ctx, extra), class_weight, target, *grads)
+    ctx.filter_kernels, *terms = (None,) if terms is None else terms
+    ctx.save_for_backward(*source, *_saved_extra(ctx, extra), class_weight, target, *grads, *terms)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -284,7 +304,8 @@ def _backward_of_loss(ctx, upstream):
     saved = iter(ctx.saved_tensors)
     source, extra = ([next(saved) for _ in range(size)] for size in ctx.sizes)
     extra = _restored_extra(ctx, extra)
-    class_weight, target, *totals, targets = saved
+    class_weight, target, *totals = saved
+    totals, (targets, *of_head) = totals[:num_tensors], totals[num_tensors:]
     specification, needed = ctx.specification, _needed(ctx)
     read = [tensor if need else None for tensor, need in zip(source, needed, strict=True)]
     check_head_still_there(specification.parts, read, ctx.head_shapes, is_read=False)
@@ -294,12 +315,14 @@ def _backward_of_loss(ctx, upstream):
     if any(need and not had for need, had in zip(needed, specification.needed, strict=True)):
         return _unprepared_gradients(call, grad, needed), *none
     rows, at = None, specification.parts.index("weight")
-    if needed[at] and targets.numel() > 0:
+    if needed[at] and targets.numel() > 0 and not of_head:
         column = columns_of(target, call.start, call.rows, targets != 0)
         terms = TargetGradients(column, targets)
         (hidden,) = call.named("hidden")
         entries, rows = terms.summed_rows(totals[at], hidden, specification.settings.compute_dtype)
     backend = specification.settings.backend
+    if of_head and needed[at]:
+        totals[at] = HeadTerms(ctx.filter_kernels, *of_head)
     grads = [
         _rescaled(total, grad, tensor.dtype, backend) if need else None
         for total, tensor, need in zip(totals, source, needed, strict=True)
@@ -326,8 +349,8 @@ _loss.register_autograd(_backward_of_loss, setup_context=_save_loss)
 class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, arguments, *source):
-        output = _run_loss(source, *arguments)
-        _save_loss(ctx, (source, *arguments), output)
+        output, terms = _loss_and_terms(source, *arguments, keeps_terms=True)
+        _save_loss(ctx, (source, *arguments), output, terms)
         return tuple(output)
 
     @staticmethod
@@ -336,12 +359,14 @@ class _Loss(torch.autograd.Function):
 
 
 def _rescaled(
-    total: Tensor,
+    total: Tensor | HeadTerms,
     factor: Tensor,  # ()
     dtype: torch.dtype,
     backend: str,
 ) -> Tensor:
     """``factor * total`` in ``dtype``, in the memory of ``total`` unless the graph is kept."""
+    if isinstance(total, HeadTerms):
+        return total.finished(dtype, factor)
     if type(total) is not Tensor or is_recorded():
         return (total * factor).to(dtype)  # traced by a compiler, which places memory itself
     last = not torch._C._autograd._get_current_graph_task_keep_graph()

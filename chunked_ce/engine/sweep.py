@@ -13,6 +13,7 @@ same order.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from chunked_ce.engine import invariant
 from chunked_ce.engine.call import Call
+from chunked_ce.engine.device_filter import DeviceFilter, filter_kernels
 from chunked_ce.engine.filtered import Filter, can_filter
 from chunked_ce.engine.gradient_products import ChunkProducts, LogitGradients, VocabularyProducts
 from chunked_ce.engine.ranks import OneRank, ranks_of
@@ -177,7 +179,18 @@ def _filter(source: HeadSource, slopes: Iterable[str]) -> Filter | None:
     if not can_filter(call.specification, slopes):
         return None
     share = call.rows / max(1, call.vocab_size)
-    return Filter(source.head.weight, source.class_weight, call.specification.settings.gradient_filter, share)
+    arguments = source.head.weight, source.class_weight, call.specification.settings.gradient_filter, share
+    kernels = filter_kernels(call.specification, source.hidden.device)
+    if kernels is None:
+        return Filter(*arguments)
+    needs = call.specification.needs
+    return DeviceFilter(
+        *arguments,
+        kernels=kernels,
+        num_chunks=math.ceil(len(source.tokens) / source.plan.tokens),
+        needs_hidden=needs("hidden"),
+        head_sum=source.plan.head_sum if needs("weight") else None,
+    )
 
 
 def _destination(
