@@ -102,18 +102,8 @@ class DeviceFilter(Filter):
         """The factors of the products. None means all columns and no tail, as for an untrained model."""
         if gradients.numel() == 0:
             return None
-        vocab_size, size = len(self._weight), slopes.log_sum.abs()
-        kept = torch.empty(vocab_size + 1, dtype=torch.bool, device=target.device)
-        torch.gt(columns.largest, self._eps * size.amax(), out=kept[:-1])
-        kept.index_fill_(0, target.where(target >= 0, vocab_size), True)  # the last one takes what is in no column
-        kept = kept[:-1]
-        mass = columns.total.masked_fill(kept, 0)
-        group, right = groups_of(mass, kept)
-        last = kept.cumsum(0, dtype=torch.int32)
-        place, count = torch.where(kept, last - 1, -1 - group.int()), last[-1]
-        # Written so that a tail that is not finite is dense too, and shows in the gradients.
-        few = (count <= MOST_KEPT * vocab_size) & (mass.sum() <= self._most_dropped * size.sum())
-        skip = few.logical_not().int()
+        size = slopes.log_sum.abs()
+        place, num_kept, skip, right = self._choose(columns, target, size)
         smoothing = None if slopes.weighted is None else self._smoothing(slopes.weighted)
         if smoothing is not None:
             right = torch.cat([right, smoothing[1]], 1)
@@ -121,14 +111,14 @@ class DeviceFilter(Filter):
         def compact() -> tuple[Tensor, Tensor]:
             picked, left = self._kernels.compact_at(gradients, place, skip, GROUPS, self._room)
             whole = left if smoothing is None else torch.cat([left, smoothing[0]], 1)
-            self._kernels.tail_columns_(picked, whole, count, self._scale)
+            self._kernels.tail_columns_(picked, whole, num_kept, self._scale)
             return picked, whole
 
         picked, left = compact()
-        ends = (left[:, :GROUPS].norm(p=1, dim=1) <= MOST_DROPPED_OF_A_TOKEN * size).all()
-        numbers = HostNumbers(torch.stack([count, skip, ends.int()]))
+        is_even = (left[:, :GROUPS].norm(p=1, dim=1) <= MOST_DROPPED_OF_A_TOKEN * size).all()
+        numbers = HostNumbers(torch.stack([num_kept, skip, is_even.int()]))
         tail = None
-        if self._needs_hidden:
+        if self._needs_hidden:  # a dense chunk needs that of the smoothing
             tail = self._kernels.summed_tail(right, self._weight, skip if smoothing is None else skip * 0)
         count, skipped, is_even = numbers.wait()
         if skipped or not is_even:
@@ -142,6 +132,27 @@ class DeviceFilter(Filter):
         if self._num_chunks > 1:
             self._room = max(self._room, padded(math.ceil(_MORE * width)))
         return CompactChunk(picked[:, :width], place, count, left, right, tail)
+
+    def _choose(
+        self,
+        columns: ColumnSums,
+        target: Tensor,  # (C,)
+        size: Tensor,  # (C,)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The place (V,) of each column, the number () of kept ones, whether to skip them, () not 0, and the tail's
+        columns (V, g), without a wait."""
+        vocab_size = len(self._weight)
+        kept = torch.empty(vocab_size + 1, dtype=torch.bool, device=target.device)
+        torch.gt(columns.largest, self._eps * size.amax(), out=kept[:-1])
+        kept.index_fill_(0, target.where(target >= 0, vocab_size), True)  # the last one takes what is in no column
+        kept = kept[:-1]
+        mass = columns.total.masked_fill(kept, 0)
+        group, right = groups_of(mass, kept)
+        last = kept.cumsum(0, dtype=torch.int32)
+        num_kept = last[-1]
+        # Written so that a tail that is not finite is dense too, and shows in the gradients.
+        few = (num_kept <= MOST_KEPT * vocab_size) & (mass.sum() <= self._most_dropped * size.sum())
+        return torch.where(kept, last - 1, -1 - group.int()), num_kept, few.logical_not().int(), right
 
     def hidden_gradient(self, kept: CompactChunk) -> Tensor:
         """The gradient of a chunk's hidden states, (C, D), in fp32 where the device forms it so."""

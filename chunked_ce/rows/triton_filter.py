@@ -14,7 +14,7 @@ from chunked_ce.rows.torch_filter import PADDED
 
 __all__ = ["compact_at", "finished", "head_rows", "summed_tail", "tail_columns_"]
 
-_ROWS, _COLUMNS = 16, 256  # the tile of a chunk's gradients that a program holds
+_ROWS, _COLUMNS = 32, 128  # the tile of a chunk's gradients that a program holds: 11 instructions per element
 _ENTRIES, _ELEMENTS = 32, 128  # the tile of the head or of its gradient
 _PROGRAMS = 1024  # at least, where there is as much work
 _FACTORS = 16  # rows and columns of the least matrix product
@@ -30,9 +30,8 @@ def compact_at(
     """`chunked_ce.rows.torch_filter.compact_at`; with ``skip``, nothing is read and the results hold anything."""
     n, vocab_size = gradients.shape
     kept = gradients.new_empty(n, width)
-    programs, blocks = triton.cdiv(n, _ROWS), triton.cdiv(vocab_size, _COLUMNS)
-    per_split = _COLUMNS * triton.cdiv(blocks, min(blocks, triton.cdiv(_PROGRAMS, programs)))
-    splits = triton.cdiv(vocab_size, per_split)
+    programs = triton.cdiv(n, _ROWS)
+    splits, blocks = _splits(programs, triton.cdiv(vocab_size, _COLUMNS))
     left = torch.empty(splits, n, num_groups, dtype=torch.float32, device=gradients.device)
     with torch.cuda.device_of(gradients):
         kernels.compact_kernel[(programs, splits)](
@@ -46,7 +45,7 @@ def compact_at(
             n,
             vocab_size,
             width,
-            per_split,
+            blocks,
             NUM_GROUPS=num_groups,
             GROUPS=_FACTORS,
             ROWS=_ROWS,
@@ -88,9 +87,8 @@ def summed_tail(
 ) -> Tensor:
     """`chunked_ce.rows.torch_filter.summed_tail`; with ``skip``, nothing is read and the result holds anything."""
     (vocab_size, hidden_size), num_tails = weight.shape, right.shape[1]
-    programs, blocks = triton.cdiv(hidden_size, _ELEMENTS), triton.cdiv(vocab_size, _ENTRIES)
-    per_split = _ENTRIES * triton.cdiv(blocks, min(blocks, triton.cdiv(_PROGRAMS, programs)))
-    splits, factors = triton.cdiv(vocab_size, per_split), max(_FACTORS, triton.next_power_of_2(2 * num_tails))
+    programs, factors = triton.cdiv(hidden_size, _ELEMENTS), max(_FACTORS, triton.next_power_of_2(2 * num_tails))
+    splits, blocks = _splits(programs, triton.cdiv(vocab_size, _ENTRIES))
     rows = torch.empty(splits, factors, hidden_size, dtype=torch.float32, device=weight.device)
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     with torch.cuda.device_of(weight):
@@ -103,7 +101,7 @@ def summed_tail(
             vocab_size,
             hidden_size,
             2.0 ** (vocab_size.bit_length() // 2),  # 1 / V is in the range of fp16
-            per_split,
+            blocks,
             NUM_TAILS=num_tails,
             FACTORS=factors,
             ENTRIES=_ENTRIES,
@@ -178,3 +176,9 @@ def finished(
             num_warps=4,
         )
     return out
+
+
+def _splits(programs: int, blocks: int) -> tuple[int, int]:
+    """Into how many parts ``blocks`` are split so that ``programs`` for each part are enough, and a part's blocks."""
+    blocks_per_split = triton.cdiv(blocks, min(blocks, triton.cdiv(_PROGRAMS, programs)))
+    return triton.cdiv(blocks, blocks_per_split), blocks_per_split

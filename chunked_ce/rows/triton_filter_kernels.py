@@ -10,8 +10,8 @@ _NOWHERE = tl.constexpr(-(2**31))  # the place of a column beyond the vocabulary
 
 
 @triton.jit(
-    do_not_specialize=["num_rows", "width", "per_split"],
-    do_not_specialize_on_alignment=["gradients", "skip"],
+    do_not_specialize=["num_rows", "width", "blocks"],
+    do_not_specialize_on_alignment=["skip"],
 )
 def compact_kernel(
     gradients,  # (C, V)
@@ -24,7 +24,7 @@ def compact_kernel(
     num_rows,
     vocab_size,
     width,
-    per_split,  # columns
+    blocks,  # of columns in a split
     NUM_GROUPS: tl.constexpr,
     GROUPS: tl.constexpr,  # at least NUM_GROUPS, and as many as a matrix product takes
     ROWS: tl.constexpr,
@@ -39,15 +39,16 @@ def compact_kernel(
     group = tl.arange(0, GROUPS)
     from_rows = gradients + rows[:, None] * row_stride
     to_rows = kept + rows[:, None] * kept_stride
-    end = tl.minimum((split + 1) * per_split, vocab_size)
+    start = split * blocks * BLOCK
+    end = tl.minimum(start + blocks * BLOCK, vocab_size)
     sums = tl.zeros((ROWS, GROUPS), tl.float32)
-    for first in range(split * per_split, end, BLOCK):
+    for first in range(start, end, BLOCK):
         columns = first + tl.arange(0, BLOCK)
         to = tl.load(place + columns, mask=columns < end, other=_NOWHERE)
         mask = row_mask[:, None] & (columns < end)[None, :]
         values = tl.load(from_rows + columns[None, :], mask=mask, other=0.0)
         tl.store(to_rows + to[None, :], values, mask=mask & ((to >= 0) & (to < width))[None, :])
-        members = (to[:, None] == -1 - group[None, :]).to(values.dtype)
+        members = tl.where(to[:, None] == -1 - group[None, :], 1.0, 0.0).to(values.dtype)
         sums = tl.dot(values, members, sums, input_precision="ieee")
     to_left = left + (split.to(tl.int64) * num_rows + rows)[:, None] * NUM_GROUPS + group[None, :]
     tl.store(to_left, sums, mask=row_mask[:, None] & (group < NUM_GROUPS)[None, :])
@@ -89,7 +90,7 @@ def tail_columns_kernel(
     tl.store(kept + rows[:, None] * kept_stride + (known + columns)[None, :], values, mask=mask)
 
 
-@triton.jit(do_not_specialize=["per_split"], do_not_specialize_on_alignment=["skip"])
+@triton.jit(do_not_specialize=["blocks"], do_not_specialize_on_alignment=["skip"])
 def tail_rows_kernel(
     right,  # (V, k) fp32
     weight,  # (V, D)
@@ -99,7 +100,7 @@ def tail_rows_kernel(
     vocab_size,
     hidden_size,
     scale,
-    per_split,  # entries of the vocabulary
+    blocks,  # of entries in a split
     NUM_TAILS: tl.constexpr,
     FACTORS: tl.constexpr,  # 2 k at least, and as many as a matrix product takes
     ENTRIES: tl.constexpr,
@@ -112,10 +113,11 @@ def tail_rows_kernel(
     columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < hidden_size
     factor = tl.arange(0, FACTORS)
-    end = tl.minimum((split + 1) * per_split, vocab_size)
+    start = split * blocks * ENTRIES
+    end = tl.minimum(start + blocks * ENTRIES, vocab_size)
     sums = tl.zeros((FACTORS, BLOCK), tl.float32)
-    for start in range(split * per_split, end, ENTRIES):
-        entries = (start + tl.arange(0, ENTRIES)).to(tl.int64)
+    for first_entry in range(start, end, ENTRIES):
+        entries = (first_entry + tl.arange(0, ENTRIES)).to(tl.int64)
         is_entry = entries < end
         from_right = right + entries[None, :] * NUM_TAILS + (factor % NUM_TAILS)[:, None]
         is_factor = (factor < 2 * NUM_TAILS)[:, None] & is_entry[None, :]
@@ -207,8 +209,10 @@ def finish_kernel(
         of_column = tl.load(left + tail * hidden_size + columns, mask=inside, other=0.0)
         sums += of_entry[:, None] * of_column[None, :]
     if parts is not None:
-        for chunk in range(0, num_chunks):
-            row = tl.load(places + chunk.to(tl.int64) * vocab_size + entries, mask=is_entry, other=-1).to(tl.int64)
+        of_chunk = places + entries
+        for _ in range(0, num_chunks):
+            row = tl.load(of_chunk, mask=is_entry, other=-1).to(tl.int64)
+            of_chunk += vocab_size
             from_parts = parts + row[:, None] * hidden_size + columns[None, :]
             sums += tl.load(from_parts, mask=mask & (row >= 0)[:, None], other=0.0)
     if total is not None:

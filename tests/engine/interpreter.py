@@ -1,4 +1,5 @@
-"""Triton's interpreter truncates fp32 to bf16, where devices round to nearest: here it rounds too."""
+"""Triton's interpreter truncates fp32 to bf16, where devices round to nearest: here it rounds too. It also multiplies
+the bits of bf16 matrices as integers: here their values."""
 
 import torch
 
@@ -13,10 +14,22 @@ def round_as_devices_do():
     from triton.runtime import interpreter
 
     convert = interpreter._convert_float
+    builder = interpreter.InterpreterBuilder
+    multiply = builder.create_dot
 
     def rounding(values, source, target, mode):
         if source == tl.float32 and target == tl.bfloat16:
             return torch.tensor(values).bfloat16().view(torch.uint16).numpy()
         return convert(values, source, target, mode)
 
+    def widened(factor):
+        if factor.dtype.scalar != tl.bfloat16:
+            return factor
+        values = torch.tensor(factor.data).view(torch.bfloat16).float().numpy()
+        return interpreter.TensorHandle(values, tl.float32)
+
+    def create_dot(self, left, right, total, *precision):
+        return multiply(self, widened(left), widened(right), total, *precision)
+
     interpreter._convert_float = rounding
+    builder.create_dot = create_dot

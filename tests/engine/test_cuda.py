@@ -29,6 +29,7 @@ pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or kernels.INTERPRETED, reason="needs a CUDA device, and Triton not interpreted"
 )
 if torch.cuda.is_available() and not kernels.INTERPRETED and kernels.triton_runs(torch.device("cuda"), torch.float32):
+    from tests.engine.filter_cases import *  # noqa: F403
     from tests.engine.kernel_cases import *  # noqa: F403  every kernel against its torch twin
 
 LOW = (torch.bfloat16, torch.float16)

@@ -1,4 +1,4 @@
-"""The gradient filter as an accelerator computes it, with the torch twins of its kernels: the tests of the other way."""
+"""The gradient filter as an accelerator computes it, with the torch twins of its kernels, in the tests of the CPU's."""
 
 import pytest
 

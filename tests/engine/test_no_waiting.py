@@ -16,6 +16,7 @@ from chunked_ce import cross_entropy, devices, linear_cross_entropy, linear_logp
 from chunked_ce.engine import operators, sweep
 from chunked_ce.engine.call import Call
 from chunked_ce.engine.counted_tokens import Places
+from chunked_ce.engine.host_numbers import HostNumbers
 from chunked_ce.engine.specification import Specification
 from chunked_ce.objectives import CrossEntropy
 from chunked_ce.plan import Settings
@@ -106,7 +107,7 @@ def test_cross_entropy_and_logprobs(targets):
 def launches(monkeypatch):
     """Kernels that are launched but do nothing, and sums in the product."""
     pytest.importorskip("triton")
-    from chunked_ce.rows import backend, triton_rows
+    from chunked_ce.rows import backend, triton_filter, triton_rows
 
     seen = []
 
@@ -117,8 +118,9 @@ def launches(monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, **keywords: seen.append(self.name)
 
-    names = [name for name in vars(triton_rows.kernels) if name.endswith("_kernel")]
-    monkeypatch.setattr(triton_rows, "kernels", SimpleNamespace(**{name: Kernel(name) for name in names}))
+    for module in (triton_rows, triton_filter):
+        names = [name for name in vars(module.kernels) if name.endswith("_kernel")]
+        monkeypatch.setattr(module, "kernels", SimpleNamespace(**{name: Kernel(name) for name in names}))
     monkeypatch.setattr(backend, "why_not_triton", lambda device, dtype: None)
     monkeypatch.setattr(devices, "adds_in_product", lambda device_type, total, factor: total != factor)
     return seen
@@ -152,6 +154,45 @@ def test_the_chunk_loops(dtype, backend, ignored, launches):
     known = sweep.statistics(call)
     assert sweep.gradients(call, known, slopes)[0].shape == scores.shape
     assert (set(launches) >= {"statistics_kernel", "gradients_kernel"}) == (backend == "triton")
+
+
+ROWS = ["statistics_kernel", "gradients_and_columns_kernel"]
+CHOSEN = ["compact_kernel", "tail_columns_kernel", "tail_rows_kernel", "wait"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("numbers", "after"),
+    [((3, 0, 1), ["head_rows_kernel"]), ((0, 1, 1), []), ((3, 0, 0), [])],
+    ids=["filtered", "dense", "dense for one token"],
+)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_gradient_filter_waits_once_per_chunk(smoothing, numbers, after, dtype, launches, monkeypatch):
+    """The one wait is for a chunk's numbers, while the device multiplies the head by the tail: what comes before it is
+    launched without them."""
+
+    def wait(self):
+        launches.append("wait")
+        return list(numbers)
+
+    monkeypatch.setattr(HostNumbers, "wait", wait)
+    settings = Settings(dtype, chunk_size=5, backend="triton", gradient_filter=1e-3)
+    names = names_of(("weighted",) if smoothing else ())
+    whole = Specification("head", names, Logits(), settings, parts=("hidden", "weight", "bias"), needed=(True,) * 3)
+    hidden, weight, bias, target = tensors(dtype)
+    call = Call((hidden, weight, bias), None, target, -100, whole._replace(objective=CrossEntropy(smoothing)))
+    coefficient = torch.empty(N, dtype=torch.float64, device="meta")
+    _, (_, head, _), _, _ = sweep.loss_and_gradients(call.with_per_token({"_coefficient": coefficient}))
+    scaled = ["scale_kernel"] * launches.count("scale_kernel")
+    of_sums = "scale_kernel", "finish_kernel"  # of fp16, and of more rows than half of so small a vocabulary
+    found = [name for name in launches if name not in of_sums]
+    chunk = ROWS + CHOSEN + after
+    assert found == chunk * 5
+    assert (dtype == torch.float16) == bool(scaled)
+    launches.clear()
+    gradient = operators._rescaled(head, torch.ones((), device="meta"), dtype, "triton")
+    assert (gradient.shape, gradient.dtype) == ((V, D), dtype)
+    assert launches == (["finish_kernel"] if after or smoothing else ["scale_kernel"])
 
 
 def test_saved_gradients(launches):

@@ -26,7 +26,9 @@ def interpreted(file):
     return result.stdout
 
 
-@pytest.mark.parametrize(("file", "least"), [("kernel_cases.py", 45), ("backend_cases.py", 60)])
+@pytest.mark.parametrize(
+    ("file", "least"), [("kernel_cases.py", 45), ("backend_cases.py", 60), ("filter_cases.py", 75)]
+)
 def test_in_the_interpreter(file, least):
     said = interpreted(os.path.join(os.path.dirname(__file__), file))
     passed = re.search(r"(\d+) passed", said)
