@@ -66,7 +66,7 @@ class ChunkOptions:
     """Vocabulary entries, other than targets, whose probability is at most this at every token of a chunk enter the
     gradients as a few averages; None is exact. The threshold of ``"auto"`` (see `filter_threshold`) keeps the error
     measured on trained language models below the rounding of the products' dtype, which is no guarantee. On an
-    accelerator the host waits for the device several times per chunk."""
+    accelerator the host waits for two numbers once per chunk, while the device is at work on the chunk."""
 
     backend: Literal["auto", "torch", "triton"] = "auto"
     """Which row kernels run: ``"auto"`` takes Triton's on CUDA devices (fp32, bf16 and fp16, if it is installed), else

@@ -318,8 +318,9 @@ def predict_memory(
     to ``hidden_grad``, if that is another tensor), ``head_copy`` and ``hidden_copy`` in the products' dtype, and
     ``statistics`` of the tokens. With several ranks, two chunks' ``logits``, and ``collectives``: the tensors gathered
     and reduced, without the backend's own buffers. With a gradient filter, ``kept`` columns, their rows of the head and
-    of its gradient, and ``tails`` for all chunks. ``packed`` is a block of the head as the matrix library of a CPU
-    rearranges it. Other memory of that library and of the C allocator is left out: 1 to 8 MiB on two cores.
+    of its gradient, and ``tails`` for all chunks; on an accelerator ``head_sum`` is then the kept rows of all chunks.
+    ``packed`` is a block of the head as the matrix library of a CPU rearranges it. Other memory of that library and of
+    the C allocator is left out: 1 to 8 MiB on two cores.
 
     >>> law = predict_memory(4096, 131072, 256, dtype=torch.float32)
     >>> law.forward["logits"] // 2**20, law.forward["head_sum"] // 2**20
@@ -430,15 +431,25 @@ def predict_memory(
     if settings.invariant:
         forward = common | _fixed_terms(vocab_size, hidden_size, settings, head_dtype)
 
+    chunks = math.ceil(counted / max(1, chunk))
+    kept = math.ceil(kept_share * vocab_size)
+
     def filter_terms(total: torch.dtype) -> dict[str, int]:
-        kept = math.ceil(kept_share * vocab_size)
-        rows = kept * hidden_size * max(compute_dtype.itemsize, train_head * total.itemsize)
         columns = vocab_size * (4 + 4 * GROUPS) * work.itemsize  # of the current chunk, including indices of 8 bytes
-        chunks = math.ceil(counted / max(1, chunk))
-        return {
-            "kept": chunk * kept * compute_dtype.itemsize + rows,
-            "tails": columns + train_head * 2 * chunks * vocab_size * GROUPS * work.itemsize,
-        }
+        tails = train_head * 2 * chunks * vocab_size * GROUPS * work.itemsize
+        if in_registers:  # room for more columns than are kept, and the place of each column in 4 bytes
+            room = max(kept, math.ceil(ROOM_SHARE * vocab_size))
+            rows = kept * hidden_size * compute_dtype.itemsize
+            tails += train_head * 2 * chunks * vocab_size * 4
+        else:
+            room, rows = kept, kept * hidden_size * max(compute_dtype.itemsize, train_head * total.itemsize)
+        return {"kept": chunk * room * compute_dtype.itemsize + rows, "tails": columns + tails}
+
+    def kept_rows(total: torch.dtype) -> int:
+        """The kept rows of the head's gradient, which an accelerator keeps instead of a sum over chunks while they are
+        few, in bytes."""
+        rows, most = chunks * kept, vocab_size // 2
+        return hidden_size * (min(rows, most) * work.itemsize + (rows > most) * vocab_size * total.itemsize)
 
     hidden_elements = (train_input * hidden_size + adapter_rank) * num_tokens
     gradients = {"hidden_grad": hidden_elements * dtype.itemsize}
@@ -448,13 +459,15 @@ def predict_memory(
             "hidden_grad": hidden_elements * hidden_total.itemsize,
             "head_sum": head_elements * total_dtype.itemsize,
         }
+        converted = total_dtype != head_dtype
+        if filtered and in_registers and train_head:
+            sums["head_sum"], converted = kept_rows(total_dtype), True
         forward |= sums
         if filtered:
             forward |= filter_terms(total_dtype)
         else:
             products = products_of(0, product(vocab_size, chunk, total_dtype, counted > chunk), chunk)
             forward["products"] = max(products, widened(chunk, vocab_size))
-        converted = total_dtype != head_dtype
         backward = sums | common | {"head_grad": converted * head_elements * head_dtype.itemsize}
         if hidden_total != dtype:
             backward |= gradients | {"hidden_sum": sums["hidden_grad"]}
@@ -468,7 +481,10 @@ def predict_memory(
         total_dtype = total_dtype if sums else into
         backward = rows_and_logits(chunk, vocab_size, keeps=True) | common | gradients | filter_terms(total_dtype)
         backward["head_sum"] = sums * head_elements * total_dtype.itemsize
-        backward["head_grad"] = (sums and not added and total_dtype != head_dtype) * head_elements * head_dtype.itemsize
+        converted = total_dtype != head_dtype
+        if in_registers and train_head:
+            backward["head_sum"], sums, converted = kept_rows(plan.head_sum), True, True
+        backward["head_grad"] = (sums and not added and converted) * head_elements * head_dtype.itemsize
         widens_sum = sums and added and device_type == "cpu"  # a copy of the existing sum, to add in a wider dtype
         backward["products"] = max(widens_sum * head_elements * total_dtype.itemsize, widened(chunk, vocab_size))
         backward |= copies

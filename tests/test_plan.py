@@ -120,3 +120,27 @@ def test_a_budget_is_halved_only_where_memory_is_short():
 def test_the_device_leaves_a_cpu_alone():
     assert plan.tokens_per_chunk(8192, 256000, 2304, Settings(BF16)) == 131
     assert Plan.by_vocabulary(8192, 256000, Settings(BF16), BF16).entries == 4064
+
+
+def test_a_filter_on_an_accelerator_keeps_no_sum_of_the_head():
+    """It keeps the kept rows of all chunks, as long as they are few."""
+    pytest.importorskip("triton")
+    options = ChunkOptions(gradient_filter="auto")
+    n, d, v = 16384, 2048, 248320
+
+    def law(tokens, **options_):
+        return predict_memory(tokens, v, d, dtype=torch.bfloat16, device_type="cuda", options=options, **options_)
+
+    chunks = 4
+    for share in (0.05, 0.08):
+        found = law(n, kept_share=share)
+        assert found.forward["head_sum"] == found.backward["head_sum"]
+        assert found.backward["head_sum"] == pytest.approx(chunks * share * v * d * 4, rel=1e-4)
+        assert found.backward["head_grad"] == v * d * 2
+    assert law(n, kept_share=0.3).backward["head_sum"] == (v // 2 + v) * d * 4
+    assert law(n, train_head=False).backward["head_sum"] == 0
+    way = ChunkOptions(gradient_filter="auto", gradients="backward")
+    of_backward = predict_memory(n, v, d, dtype=torch.bfloat16, device_type="cuda", options=way, kept_share=0.05)
+    assert of_backward.backward["head_sum"] == pytest.approx(chunks * 0.05 * v * d * 4, rel=1e-4)
+    exact = predict_memory(n, v, d, dtype=torch.bfloat16, device_type="cuda")
+    assert law(n).peak < exact.peak
