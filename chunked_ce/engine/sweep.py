@@ -24,6 +24,7 @@ from torch import Tensor
 from chunked_ce.engine import invariant
 from chunked_ce.engine.call import Call
 from chunked_ce.engine.device_filter import DeviceFilter, filter_kernels
+from chunked_ce.engine.exponential_products import ExponentialProducts, exponential_kernels
 from chunked_ce.engine.filtered import Filter, can_filter
 from chunked_ce.engine.gradient_products import ChunkProducts, LogitGradients, VocabularyProducts
 from chunked_ce.engine.ranks import OneRank, ranks_of
@@ -79,7 +80,11 @@ def loss_and_gradients(call: Call) -> tuple[Tensor, list[Tensor | None], Tensor 
     ranks, row_kernels = ranks_of(source), specification.row_kernels(call.target.device)
     totals = ForwardTotals(source, source.plan.head_sum)
     filter = _filter(source, specification.objective.statistics)
-    products = ChunkProducts(source, ranks, filter, keeps_unrounded=True)
+    one_pass = exponential_kernels(source)
+    if one_pass is None:
+        products = ChunkProducts(source, ranks, filter, keeps_unrounded=True)
+    else:
+        products = ExponentialProducts(source, ranks, one_pass)
     # On one rank a block is read once for statistics and gradients, unless the statistics first decide a scale.
     fused = specification.shard is None and not specification.scales_chunks
 
@@ -90,6 +95,10 @@ def loss_and_gradients(call: Call) -> tuple[Tensor, list[Tensor | None], Tensor 
 
     def finish(chunk: Chunk, pending: Any) -> None:
         (block,) = chunk.blocks
+        if one_pass is not None:
+            totals.add(chunk.rows, products.exponentiate_(block, functools.partial(totals.slopes, chunk.rows)))
+            products.add(chunk, block, None, None, None)
+            return
         arguments = block.products, block.column, block.class_weight, specification.logits
         columns, targets = products.column_sums(), products.targets_of(block)
         outputs = {"columns": columns} | ({} if targets is None else {"apart": targets.gradient})

@@ -19,10 +19,12 @@ __all__ = [
     "Shards",
     "Statistic",
     "along",
+    "at_target",
     "weight_sum",
     "work_dtype",
 ]
 
+_LOG_HALF = -0.6931
 EXP_IS_ZERO = -1000.0  # its exp is 0 in fp32 and fp64, and 0 times it is 0, not NaN as for -inf
 
 
@@ -227,3 +229,10 @@ def work_dtype(dtype: torch.dtype) -> torch.dtype:
 def along(factor: Tensor, values: Tensor) -> Tensor:
     """A factor (n,) in the number of dimensions of ``values`` (n, ...)."""
     return factor if values.dim() <= 1 else factor.view(-1, *(1,) * (values.dim() - 1))
+
+
+def at_target(logprob: Tensor, factor: Tensor, slope: Tensor) -> Tensor:
+    """The gradients (n,) of the targets' logits, p * ``factor`` + ``slope``: for a confident token, expm1(log p) is
+    p - 1 without cancellation."""
+    confident = torch.expm1(logprob) * factor + (factor + slope)
+    return confident.where(logprob > _LOG_HALF, logprob.exp() * factor + slope)

@@ -53,6 +53,7 @@ from chunked_ce.rows.statistic import (
     Shards,
     Statistic,
     along,
+    at_target,
     weight_sum,
     work_dtype,
 )
@@ -66,6 +67,7 @@ __all__ = [
     "RowStatistics",
     "Statistic",
     "along",
+    "at_target",
     "columns_of",
     "empty_part",
     "joined",

@@ -22,6 +22,7 @@ from chunked_ce.rows.statistics import (
     PerRow,
     Row,
     RowStatistics,
+    at_target,
     columns_of,
     empty_part,
     joined,
@@ -47,7 +48,6 @@ __all__ = [
 _CACHED_ELEMENTS = 2**19  # fp32 numbers in flight: about the second-level caches of two cores
 _SCALED_ROWS = 4096  # rows of a gradient scaled at a time: little scratch, yet more than a cache holds
 _DEVICE_ELEMENTS = 2**24  # on an accelerator a kernel must be worth its launch
-_LOG_HALF = -0.6931
 _IN_FACTOR = tuple(name for name in STATISTICS if STATISTICS[name].in_factor)
 _ADDED = tuple(name for name in STATISTICS if STATISTICS[name].adds)
 _OF_TEACHER = tuple(name for name in STATISTICS if STATISTICS[name].of_teacher and STATISTICS[name].in_factor)
@@ -363,8 +363,8 @@ def _gradients_(
     if columns is not None:
         part = gradients if logits.softcap is None else gradients * _chain(few, logits)
         columns.add(part if dead is None else part.masked_fill(dead, 0), slopes.log_sum)
-    at_target = _at_target(few).unsqueeze(-1)
-    gradients.scatter_(-1, column, at_target.where(target.unsqueeze(-1) >= 0, gradients.gather(-1, column)))
+    of_target = _at_target(few).unsqueeze(-1)
+    gradients.scatter_(-1, column, of_target.where(target.unsqueeze(-1) >= 0, gradients.gather(-1, column)))
     for name in _OF_TEACHER:
         slope = _slope(few, name)
         if slope is not None:
@@ -415,9 +415,7 @@ def _at_target(few: Few) -> Tensor:
             values = rows.target.unsqueeze(-1).clone()
             values = values if STATISTICS[name].keeps_relative else values.exp_()
             factor = factor + STATISTICS[name].softmax_factor(slope.unsqueeze(-1), values, rows).squeeze(-1)
-    # For a confident token, expm1(log p) is p - 1 without cancellation.
-    confident = torch.expm1(logprob) * factor + (factor + slopes.target)
-    return confident.where(logprob > _LOG_HALF, logprob.exp() * factor + slopes.target)
+    return at_target(logprob, factor, slopes.target)
 
 
 def _chain(few: Few, logits: Logits) -> Tensor:

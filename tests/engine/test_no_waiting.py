@@ -109,7 +109,11 @@ def launches(monkeypatch):
     pytest.importorskip("triton")
     from chunked_ce.rows import backend, triton_filter, triton_rows
 
-    seen = []
+    class Launches(list):
+        def kernel(self, name):
+            return Kernel(name)
+
+    seen = Launches()
 
     class Kernel:
         def __init__(self, name):
@@ -193,6 +197,26 @@ def test_the_gradient_filter_waits_once_per_chunk(smoothing, numbers, after, dty
     gradient = operators._rescaled(head, torch.ones((), device="meta"), dtype, "triton")
     assert (gradient.shape, gradient.dtype) == ((V, D), dtype)
     assert launches == (["finish_kernel"] if after or smoothing else ["scale_kernel"])
+
+
+def test_one_pass(launches, monkeypatch):
+    """The one-pass way of a single chunk in bf16 and of several, with a bias: it launches its own kernels."""
+    from chunked_ce.rows import triton_exponentials
+
+    names = "exponentials_kernel", "targets_kernel", "columns_kernel"
+    for name in names:
+        monkeypatch.setattr(triton_exponentials, name, launches.kernel(name))
+    hidden, weight, bias, target = tensors(torch.bfloat16)
+    coefficient = torch.empty(N, dtype=torch.float64, device="meta")
+    for size in (N, 5):
+        settings = Settings(torch.bfloat16, chunk_size=size, backend="triton")
+        needed = {"parts": ("hidden", "weight", "bias"), "needed": (True,) * 3, "objective": CrossEntropy()}
+        whole = Specification("head", names_of(()), Logits(0.5), settings, **needed)
+        call = Call((hidden, weight, bias), None, target, -100, whole)
+        launches.clear()
+        _, grads, _, _ = sweep.loss_and_gradients(call.with_per_token({"_coefficient": coefficient}))
+        assert grads[1].dtype == (torch.bfloat16 if size == N else torch.float32)
+        assert launches == list(names) * -(-N // size)
 
 
 def test_saved_gradients(launches):

@@ -27,7 +27,8 @@ def interpreted(file):
 
 
 @pytest.mark.parametrize(
-    ("file", "least"), [("kernel_cases.py", 45), ("backend_cases.py", 60), ("filter_cases.py", 75)]
+    ("file", "least"),
+    [("kernel_cases.py", 45), ("backend_cases.py", 60), ("filter_cases.py", 75), ("exponential_cases.py", 30)],
 )
 def test_in_the_interpreter(file, least):
     said = interpreted(os.path.join(os.path.dirname(__file__), file))
