@@ -83,6 +83,9 @@ def _losses(shape: Shape, names: Sequence[str], compares: bool) -> Iterator[Row]
     names = [name for name, reason in reasons.items() if not reason]
     if not names:
         return
+    if any(LOSSES[name].compiles for name in names):
+        torch.compiler.reset()  # or a second shape would be compiled for all shapes
+        loss_of.cache_clear()
     whole = Case(shape).inputs()
     exact = reference(whole) if compares else None
     for case in (Case(shape), Case(shape, halved=True)):

@@ -16,15 +16,13 @@ __all__ = ["jobs"]
 _CHUNKS = (1024, 2048, 2816, 4096, 8192, 16384) if ON_GPU else (16, 48)
 _BLOCKS = (1024, 2048, 4096, 8192, 16384)
 _WARPS = (4, 8, 16, 32)
-_PER_THREAD = (4, 64)  # logits in flight: fewer do not hide the latency of memory, more do not fit into registers
+_PER_THREAD = (8, 32)  # logits in flight: fewer do not hide the latency of memory, more do not fit into registers
 
 
 def jobs(shapes: tuple[Shape, ...]) -> list[Job]:
-    rows = Shape(min(4096, shapes[0].tokens), 1, 128256 if ON_GPU else shapes[0].vocab)
-    return [
-        *(Job("chunks", _chunks, (shape,)) for shape in shapes[:2]),
-        Job("row kernels", _blocks, (rows, rows._replace(vocab=50257)) if ON_GPU else (rows,)),
-    ]
+    rows = [Shape(4096, 1, vocab) for vocab in (128256, 50257)] if ON_GPU else shapes[:1]
+    chunks = [Job("chunks", _chunks, (shape,)) for shape in shapes[:2]]
+    return [*chunks, *(Job("row kernels", _blocks, (shape,)) for shape in rows)]
 
 
 def _chunks(shape: Shape) -> Iterator[Row]:

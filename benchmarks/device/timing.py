@@ -64,5 +64,8 @@ def _once(work: Callable[[], object]) -> float:
 
 
 def peak_mib(work: Callable[[], object]) -> float | None:
-    """MiB in torch's allocator at the peak of ``work()``, above those before; None on a CPU."""
-    return round(memory.peak_of(work, DEVICE) / 2**20, 1) if ON_GPU else None
+    """Run ``work()``: MiB in torch's allocator at its peak, above those before; None on a CPU."""
+    if not ON_GPU:
+        work()
+        return None
+    return round(memory.peak_of(work, DEVICE) / 2**20, 1)
