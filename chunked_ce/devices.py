@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -101,11 +102,13 @@ def read(values: Tensor) -> Tensor:
     return values.cpu()
 
 
-def start_reading(values: Tensor) -> Callable[[], Tensor] | None:
-    """Start to copy ``values`` of a CUDA device to the host; the function that is returned waits for the copy, not for
-    later work, and returns it. None for other devices."""
+def start_reading(values: Tensor) -> Callable[[], Tensor]:
+    """Start to copy ``values`` to the host; the function that is returned waits for the copy and returns it.
+
+    A CUDA device goes on with work that it is given after this call; others have done it when the copy is there.
+    """
     if values.device.type != "cuda":
-        return None
+        return functools.partial(read, values)
     with torch.cuda.device_of(values):
         copy, event = values.to("cpu", non_blocking=True), torch.cuda.Event()
         event.record()

@@ -41,8 +41,7 @@ def remember(target: Tensor, ignore_index: int, counted: Tensor | None) -> None:
         finish = functools.partial(torch.ones, target.shape, dtype=torch.bool)
     else:
         finish = devices.start_reading(counted)
-    if finish is not None:
-        _KNOWN[target] = _Known(finish, ignore_index, target._version)
+    _KNOWN[target] = _Known(finish, ignore_index, target._version)
 
 
 def counted_on_host(target: Tensor, ignore_index: int) -> Tensor | None:

@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from chunked_ce import devices
 from chunked_ce.engine.filtered import MOST_DROPPED_OF_A_TOKEN, MOST_KEPT, Filter, groups_of
-from chunked_ce.engine.host_numbers import HostNumbers
 from chunked_ce.engine.products import add_product_, wide_product
 from chunked_ce.engine.scratch import scratch
 from chunked_ce.engine.specification import Specification
@@ -116,11 +116,11 @@ class DeviceFilter(Filter):
 
         picked, left = compact()
         is_even = (left[:, :GROUPS].norm(p=1, dim=1) <= MOST_DROPPED_OF_A_TOKEN * size).all()
-        numbers = HostNumbers(torch.stack([num_kept, skip, is_even.int()]))
+        numbers = devices.start_reading(torch.stack([num_kept, skip, is_even.int()]))
         tail = None
         if self._needs_hidden:  # a dense chunk needs that of the smoothing
             tail = self._kernels.summed_tail(right, self._weight, skip if smoothing is None else skip * 0)
-        count, skipped, is_even = numbers.wait()
+        count, skipped, is_even = numbers().tolist()
         if skipped or not is_even:
             if smoothing is None:
                 return None

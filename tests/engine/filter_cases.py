@@ -24,7 +24,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Rows, columns and the share that is kept: none, all, one row and column, tiles that none of the sizes divides.
 SHAPES = ((1, 1, 0.0), (1, 1, 1.0), (3, 70, 0.0), (5, 300, 1.0), (17, 257, 0.1), (33, 1030, 0.3))
 GROUPS = 4
-ON = torch.zeros((), dtype=torch.int32, device=DEVICE)
+
+
+def flag(value):
+    """Not 0 if a chunk's results are skipped, (), on the device."""
+    return torch.full((), value, dtype=torch.int32, device=DEVICE)
 
 
 def generator(seed=0):
@@ -49,8 +53,8 @@ def test_compact(n, vocab, share, dtype):
     whole = normal(n, vocab + 5, dtype=dtype)  # rows that begin anywhere
     place, count = places_of(vocab, share)
     for values, width in itertools.product((whole[:, :vocab], whole[:, :vocab].contiguous()), (PADDED, padded(count))):
-        kept, left = triton_filter.compact_at(values, place, ON, GROUPS, width)
-        expected, sums = torch_filter.compact_at(values.float(), place, ON, GROUPS, width)
+        kept, left = triton_filter.compact_at(values, place, flag(0), GROUPS, width)
+        expected, sums = torch_filter.compact_at(values.float(), place, flag(0), GROUPS, width)
         known = min(count, width)
         assert torch.equal(kept[:, :known].float(), expected[:, :known])
         torch.testing.assert_close(left, sums, rtol=1e-5, atol=1e-5)
@@ -61,7 +65,7 @@ def test_compact_splits_columns_among_programs(monkeypatch):
     found = []
     for programs in (1, 1024):
         monkeypatch.setattr(triton_filter, "_PROGRAMS", programs)
-        kept, left = triton_filter.compact_at(values, place, ON, GROUPS, padded(count))
+        kept, left = triton_filter.compact_at(values, place, flag(0), GROUPS, padded(count))
         found.append((kept[:, :count], left))
     assert torch.equal(found[0][0], found[1][0])
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-5, atol=1e-5)
@@ -76,7 +80,7 @@ def test_a_chunk_that_is_skipped_is_neither_read_nor_written(monkeypatch):
         return memory.view(shape) if shape == (3, 192) else make(self, *shape, **keywords)
 
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-    kept, _ = triton_filter.compact_at(normal(3, 300), place, ON + 1, GROUPS, 192)
+    kept, _ = triton_filter.compact_at(normal(3, 300), place, flag(1), GROUPS, 192)
     assert kept.shape == (3, 192) and (memory == 7).all()
 
 
@@ -101,8 +105,8 @@ def test_summed_tail(vocab, hidden, dtype):
         right = normal(vocab, num_tails).abs()
         right /= right.sum(0)
         weight = normal(vocab, hidden, dtype=dtype)
-        got = triton_filter.summed_tail(right, weight, ON)
-        expected = torch_filter.summed_tail(right.double(), weight.double(), ON)
+        got = triton_filter.summed_tail(right, weight, flag(0))
+        expected = torch_filter.summed_tail(right.double(), weight.double(), flag(0))
         assert got.shape == expected.shape and got.dtype == torch.float32
         # In two parts, the tail's shares are as good as in fp32; products of them are exact.
         assert (got - expected).abs().max() <= 2.0**-15 * expected.abs().max()

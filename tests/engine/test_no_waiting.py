@@ -16,7 +16,6 @@ from chunked_ce import cross_entropy, devices, linear_cross_entropy, linear_logp
 from chunked_ce.engine import operators, sweep
 from chunked_ce.engine.call import Call
 from chunked_ce.engine.counted_tokens import Places
-from chunked_ce.engine.host_numbers import HostNumbers
 from chunked_ce.engine.specification import Specification
 from chunked_ce.objectives import CrossEntropy
 from chunked_ce.plan import Settings
@@ -175,12 +174,12 @@ def test_the_gradient_filter_waits_once_per_chunk(smoothing, numbers, after, dty
     """The one wait is for a chunk's numbers, while the device multiplies the head by the tail: what comes before it is
     launched without them."""
 
-    def wait(self):
+    def wait():
         launches.append("wait")
-        return list(numbers)
+        return torch.tensor(numbers)
 
-    monkeypatch.setattr(HostNumbers, "wait", wait)
-    settings = Settings(dtype, chunk_size=5, backend="triton", gradient_filter=1e-3)
+    monkeypatch.setattr(devices, "start_reading", lambda values: wait)
+    settings = Settings(dtype, chunk_size=5, backend="triton", gradient_filter=1e-3, ignored="mask")
     names = names_of(("weighted",) if smoothing else ())
     whole = Specification("head", names, Logits(), settings, parts=("hidden", "weight", "bias"), needed=(True,) * 3)
     hidden, weight, bias, target = tensors(dtype)
@@ -209,7 +208,7 @@ def test_one_pass(launches, monkeypatch):
     hidden, weight, bias, target = tensors(torch.bfloat16)
     coefficient = torch.empty(N, dtype=torch.float64, device="meta")
     for size in (N, 5):
-        settings = Settings(torch.bfloat16, chunk_size=size, backend="triton")
+        settings = Settings(torch.bfloat16, chunk_size=size, backend="triton", ignored="mask")
         needed = {"parts": ("hidden", "weight", "bias"), "needed": (True,) * 3, "objective": CrossEntropy()}
         whole = Specification("head", names_of(()), Logits(0.5), settings, **needed)
         call = Call((hidden, weight, bias), None, target, -100, whole)
