@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch._dynamo  # first: it keeps the functions of torch that it finds, which a test below replaces
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from chunked_ce import cross_entropy, devices, linear_cross_entropy, linear_logprobs
