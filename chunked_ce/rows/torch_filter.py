@@ -41,11 +41,22 @@ def compact(
     The sums of fp64 gradients are in fp64.
     """
     kept = gradients.new_empty(len(gradients), width)
-    torch.gather(gradients, 1, index.expand(len(gradients), -1), out=kept[:, : len(index)])
+    # Unlike `gather`, it copies no index, and unlike `index_select` it takes both cores to single columns.
+    torch.ops.aten.index.Tensor_out(gradients, [None, index], out=kept[:, : len(index)])
     kept[:, len(index) :] = 0
-    members = group.unsqueeze(1) == torch.arange(num_groups, device=group.device)  # (V, g)
-    left = gradients @ members.to(gradients.dtype)
+    members = group == torch.arange(num_groups, device=group.device).unsqueeze(1)  # (g, V)
+    left = _times(gradients, members.to(gradients.dtype))
     return kept, left.to(work_dtype(left.dtype))
+
+
+def _times(
+    gradients: Tensor,  # (C, V)
+    members: Tensor,  # (g, V)
+) -> Tensor:
+    """``gradients @ members.T``, (C, g): a CPU reads bf16 factors twice as fast for the transposed product."""
+    if gradients.dtype == torch.bfloat16:
+        return (members @ gradients.t()).t()
+    return gradients @ members.t()
 
 
 def tail_rows(
