@@ -167,6 +167,7 @@ def tensor(
     optional: bool = True,
     free: int | None = None,
     constant: bool = False,  # refused where a gradient is wanted
+    devices: tuple[str, ...] = ("meta",),  # on which the others are not
 ) -> Argument:
     scalars = (0.5, 3, True, "x", [1.0] * N, {}, np.ones(shape), object(), int)
     dtype = dtypes[0] if torch.float32 not in dtypes else torch.float32
@@ -175,7 +176,8 @@ def tensor(
         values.append(None)
     if constant:
         values.append(torch.ones(shape, requires_grad=True))
-    misfits = [*other_shapes(shape, dtype, free), torch.ones(shape, dtype=dtype, device="meta")]
+    elsewhere = [torch.ones(shape, dtype=dtype, device=device) for device in devices]
+    misfits = [*other_shapes(shape, dtype, free), *elsewhere]
     right = (*(torch.ones(shape).to(dtype) for dtype in dtypes), *((None,) if optional else ()))
     return Argument(right, wrongs(*values) + wrongs(*misfits, blamed=blamed), optional)
 
@@ -318,7 +320,8 @@ def _calls() -> dict[str, Call]:
         "cross_entropy": Call(
             cross_entropy,
             {
-                "logits": tensor((N, V), FLOATS, blamed=("logits", "target"), free=1, optional=False),
+                # A target may be on the CPU wherever the logits are.
+                "logits": tensor((N, V), FLOATS, blamed=("logits", "target"), free=1, optional=False, devices=()),
                 **_tensors("logits"),
                 **LOSS,
                 "num_tokens": COUNT,
