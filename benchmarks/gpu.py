@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.device import behaviour, ceilings, correctness, kernels, losses, profile, sweeps
+from benchmarks.device import behaviour, ceilings, correctness, filter_kernels, kernels, losses, profile, sweeps
 from benchmarks.device.jobs import Job, Processes, Row
 from benchmarks.device.timing import ON_GPU, SHAPES, TINY, Shape
 from benchmarks.device.verdict import Rates, claims, markdown, skipped
@@ -56,7 +56,7 @@ SECTIONS: dict[str, Callable[[tuple[Shape, ...]], list[Job]]] = {
     "ceilings": ceilings.jobs,
     "behaviour": behaviour.jobs,
     "correctness": correctness.jobs,
-    "kernels": kernels.jobs,
+    "kernels": lambda shapes: [*kernels.jobs(shapes), *filter_kernels.jobs(shapes)],
     "products": kernels.product_jobs,
     "losses": losses.jobs,
     "peers": losses.peer_jobs,

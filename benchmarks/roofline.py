@@ -1,7 +1,7 @@
 """What to expect of a GPU: operations and bytes of each phase of a loss, and the times that they take at least.
 
-A model, not a measurement: nothing here has run on a GPU. Its rates are those of `CARDS`, or of ``--burst`` and
-``--copy``; chunks come from `chunked_ce.plan`, bytes from what the row kernels read and write (docs/kernels.md).
+A model, not a measurement: nothing here has run on a GPU. Chunks come from `chunked_ce.plan`, bytes from what the
+kernels read and write (docs/kernels.md).
 
     python -m benchmarks.roofline
     python -m benchmarks.roofline --shape 8192 4096 128256 --burst 790 --copy 3.0
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from benchmarks.device.timing import SHAPES, Shape
 from benchmarks.report import print_table
 from chunked_ce.plan import KEPT_SHARE, Plan, Settings
 
-__all__ = ["CARDS", "Card", "Phases", "backward_way", "chunk_tokens", "filtered", "forward_way"]
+__all__ = ["CARDS", "WAYS", "Card", "chunk_tokens"]
 
 
 class Card(NamedTuple):
@@ -39,25 +40,16 @@ _EXPOSED = 0.45  # of reading and writing an fp32 sum within a product: the rest
 _HOST = 150e-6  # seconds per call in which the device waits for the host
 _BF16, _FP32 = 2, 4  # bytes
 
-Phases = dict[str, float]  # seconds by name
-
 
 def chunk_tokens(shape: Shape, device_type: str = "cuda") -> int:
     """Tokens in a chunk, gradients computed in the forward."""
     n, d, v = shape
-    head = torch.bfloat16
-    return min(n, Plan.by_tokens(n, n, v, d, _settings(device_type), head_dtype=head).tokens)
-
-
-def _settings(device_type: str = "cuda") -> Settings:
-    return Settings(torch.bfloat16, device_type=device_type)
+    settings = Settings(torch.bfloat16, device_type=device_type)
+    return min(n, Plan.by_tokens(n, n, v, d, settings, head_dtype=torch.bfloat16).tokens)
 
 
 def _product(card: Card, rows: int, columns: int, inner: int, passes_of_sum: int = 0) -> float:
-    """Seconds of a product (rows, columns): whole waves of tiles, split in ``inner`` where there are few.
-
-    ``passes_of_sum``: how often an fp32 sum of that size is read or written.
-    """
+    """Seconds, in whole waves of tiles; ``passes_of_sum``: how often an fp32 sum of that size is read or written."""
     tiles = math.ceil(rows * columns / _TILE)
     waves = [split * tiles / card.multiprocessors for split in (1, 2, 3, 4) if split == 1 or inner >= 4096 * split]
     full = max(wave / math.ceil(wave) for wave in waves)
@@ -71,55 +63,56 @@ def _pass(card: Card, numbers: float, bytes_each: float) -> float:
     return numbers * bytes_each / (card.copy * _PASSES)
 
 
-def _added(phases: Phases, **seconds: float) -> None:
-    for name, value in seconds.items():
-        phases[name] = phases.get(name, 0.0) + value
+def _parts(total: int, most: int) -> list[int]:
+    return [min(most, total - start) for start in range(0, total, most)]
 
 
-def forward_way(card: Card, shape: Shape) -> Phases:
-    """Gradients in the forward, chunk by chunk; several chunks add to an fp32 sum, which is rounded at the end."""
+def forward_way(card: Card, shape: Shape) -> Counter:
+    """Gradients in the forward, chunk by chunk, from exponentials that one pass writes over the logits.
+
+    Several chunks add to an fp32 sum, which is rounded at the end; a single chunk adds to a narrow one of zeros. Where
+    that costs more than the pass saves, statistics and gradients take two.
+    """
     n, d, v = shape
     sizes = _parts(n, chunk_tokens(shape))
-    phases: Phases = {"host": _HOST}
+    several = len(sizes) > 1
+    phases = Counter(host=_HOST)
+    one_pass = several or n > 2 * d
     for at, c in enumerate(sizes):
-        sums = 0 if len(sizes) == 1 else 1 if at == 0 else 2
-        _added(phases, logits=_product(card, c, v, d), dX=_product(card, c, d, v), dW=_product(card, v, d, c, sums))
-        _added(phases, statistics=_pass(card, c * v, _BF16), gradients=_pass(card, c * v, 2 * _BF16))
-    if len(sizes) > 1:
+        sums = 0 if not several else 1 if at == 0 else 2
+        phases.update(logits=_product(card, c, v, d), dX=_product(card, c, d, v), dW=_product(card, v, d, c, sums))
+        phases.update(passes=_pass(card, c * v, (2 if one_pass else 3) * _BF16))
+    if several:
         phases["rounding"] = _pass(card, v * d, _FP32 + _BF16)
+    elif one_pass:
+        phases["zeros"] = _pass(card, v * d, 2 * _BF16)
     return phases
 
 
-def backward_way(card: Card, shape: Shape) -> Phases:
+def backward_way(card: Card, shape: Shape) -> Counter:
     """Statistics first; then logits again, one block of the vocabulary at a time, for all tokens."""
     n, d, v = shape
-    phases: Phases = {"host": _HOST}
-    blocks = _parts(v, Plan.by_vocabulary(n, v, _settings(), torch.bfloat16).entries)
+    phases = Counter(host=_HOST)
+    blocks = _parts(v, Plan.by_vocabulary(n, v, Settings(torch.bfloat16, device_type="cuda"), torch.bfloat16).entries)
     for at, e in enumerate(blocks):
         sums = 0 if len(blocks) == 1 else 1 if at == 0 else 2
-        _added(phases, logits=2 * _product(card, n, e, d), dX=_product(card, n, d, e, sums), dW=_product(card, e, d, n))
-        _added(phases, statistics=_pass(card, n * e, _BF16), gradients=_pass(card, n * e, 2 * _BF16))
+        phases.update(logits=2 * _product(card, n, e, d), dX=_product(card, n, d, e, sums), dW=_product(card, e, d, n))
+        phases.update(passes=_pass(card, n * e, 3 * _BF16))
     return phases
 
 
-def filtered(card: Card, shape: Shape, kept_share: float = KEPT_SHARE) -> Phases:
+def filtered(card: Card, shape: Shape, kept_share: float = KEPT_SHARE) -> Counter:
     """Products for gradients over the kept columns only, which one more pass over the logits gathers."""
     n, d, v = shape
     kept = math.ceil(kept_share * v)
-    phases: Phases = {"host": _HOST}
-    for c in _parts(n, chunk_tokens(shape)):
-        _added(phases, logits=_product(card, c, v, d), dX=_product(card, c, d, kept), dW=_product(card, kept, d, c, 2))
-        _added(phases, statistics=_pass(card, c * v, _BF16), gradients=_pass(card, c * v, 2 * _BF16))
-        _added(
-            phases, compaction=_pass(card, c * v, _BF16) + _pass(card, c * kept, _BF16), tail=_pass(card, v * d, _BF16)
-        )
-    phases["zeros"] = _pass(card, v * d, _FP32)
-    phases["rounding"] = _pass(card, v * d, _FP32 + _BF16)
+    phases = Counter(host=_HOST)
+    sizes = _parts(n, chunk_tokens(shape))
+    for c in sizes:
+        phases.update(logits=_product(card, c, v, d), dX=_product(card, c, d, kept), dW=_product(card, kept, d, c, 1))
+        phases.update(passes=_pass(card, c * v, 3 * _BF16), compaction=_pass(card, c * (v + kept), _BF16))
+        phases.update(tail=_pass(card, v * d, _BF16), kept=_pass(card, kept * d, 2 * _BF16))
+    phases["last pass"] = _pass(card, v * d, _BF16) + len(sizes) * _pass(card, kept * d, _FP32)
     return phases
-
-
-def _parts(total: int, most: int) -> list[int]:
-    return [min(most, total - start) for start in range(0, total, most)]
 
 
 WAYS = {"forward": forward_way, "backward": backward_way, "filtered": filtered}
@@ -131,9 +124,8 @@ def main() -> None:
     parser.add_argument("--burst", type=float, help="TFLOP/s of a large bf16 product")
     parser.add_argument("--copy", type=float, help="TB/s of a copy, read and written")
     arguments = parser.parse_args()
-    cards = CARDS
-    if arguments.burst or arguments.copy:
-        cards = {"this card": Card((arguments.burst or 790) * 1e12, (arguments.copy or 3.0) * 1e12)}
+    given = Card((arguments.burst or 790) * 1e12, (arguments.copy or 3.0) * 1e12)
+    cards = {"this card": given} if arguments.burst or arguments.copy else CARDS
     shapes = [Shape(*shape) for shape in arguments.shape or SHAPES]
     print("A model, nothing measured. Milliseconds, and multiples of the floor:")
     for name, card in cards.items():
@@ -145,10 +137,12 @@ def main() -> None:
         print_table((name, "floor", *WAYS), rows)
     name, card = next(iter(cards.items()))
     for way, phases_of in WAYS.items():
-        by_shape = [phases_of(card, shape) for shape in shapes]
-        names = list(dict.fromkeys(phase for phases in by_shape for phase in phases))
-        cells = [[f"{1e3 * phases.get(phase, 0.0):.2f}" for phase in names] for phases in by_shape]
-        print_table((f"{name}, {way}", *names), [(str(shape), *row) for shape, row in zip(shapes, cells, strict=True)])
+        by_shape = {str(shape): phases_of(card, shape) for shape in shapes}
+        names = list(dict.fromkeys(phase for phases in by_shape.values() for phase in phases))
+        cells = [
+            (shape, *(f"{1e3 * phases.get(phase, 0):.2f}" for phase in names)) for shape, phases in by_shape.items()
+        ]
+        print_table((f"{name}, {way}", *names), cells)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ def _products(item: None) -> Iterator[Row]:
         exact + bias.double(),
         _ROUNDED,
     )
+    yield _with_dense_bias(x, weight, bias)
     torch.mm(x, weight.t(), out=logits)
     exact = logits.double()
     hidden_exact, head_exact = exact @ weight.double(), exact.t() @ x.double()
@@ -81,6 +82,15 @@ def _products(item: None) -> Iterator[Row]:
         few.double() @ weight.double(),
         _SUMMED,
     )
+
+
+def _with_dense_bias(x: Tensor, weight: Tensor, bias: Tensor) -> Row:
+    """The same product with its padding: the bias should then cost nothing."""
+    entries = devices.padded_row(len(weight))
+    weight, bias = (torch.cat([part, part.new_zeros(entries - len(part), *part.shape[1:])]) for part in (weight, bias))
+    out = x.new_empty(len(x), entries)
+    exact = x.double() @ weight.double().t() + bias.double()
+    return _row("addmm of a bias into dense rows", lambda: torch.addmm(bias, x, weight.t(), out=out), exact, _ROUNDED)
 
 
 def _row(what: str, product: Callable[[], Tensor], exact: Tensor, most: float) -> Row:

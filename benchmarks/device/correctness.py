@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from benchmarks.device.jobs import Job, Row
 from benchmarks.device.timing import DEVICE, ON_GPU, Shape
+from benchmarks.device.ways import one_pass, two_passes
 from chunked_ce import ChunkOptions, linear_cross_entropy
 from chunked_ce.cli.accuracy import relative_error
 from chunked_ce.cli.self_checks import allowed, plain
@@ -30,6 +32,7 @@ class Case(NamedTuple):
     keywords: Mapping[str, object] = MappingProxyType({})
     ignored: float = 0.15
     factor: float = 1.05
+    way: Callable[[], AbstractContextManager] = nullcontext  # in which the loss is computed
 
 
 def _cases(tokens: int) -> dict[str, Case]:
@@ -41,6 +44,12 @@ def _cases(tokens: int) -> dict[str, Case]:
         "forward": Case(),
         "forward, 7 chunks": Case(several),
         "forward, all tokens": Case(ignored=0.0),
+        "one pass": Case(way=one_pass),
+        "two passes": Case(way=two_passes),
+        "two passes, 7 chunks": Case(several, way=two_passes),
+        "ignored tokens dropped": Case({"ignored": "drop"}, ignored=0.5),
+        "ignored tokens masked": Case({"ignored": "mask"}, ignored=0.5),
+        "ignored tokens masked, 7 chunks": Case({"ignored": "mask"} | several, ignored=0.5),
         "backward": Case(backward),
         "backward, blocks": Case(backward | several),
         "filtered": Case(filtered, factor=_FILTER),
@@ -85,7 +94,8 @@ def _errors(size: Shape) -> Iterator[Row]:
 
 
 def _ours(hidden: Tensor, weight: Tensor, target: Tensor, case: Case, keywords: dict[str, object]) -> Tensor:
-    return linear_cross_entropy(hidden, weight, target, options=ChunkOptions(**case.options), **keywords)
+    with case.way():
+        return linear_cross_entropy(hidden, weight, target, options=ChunkOptions(**case.options), **keywords)
 
 
 def _plain(hidden: Tensor, weight: Tensor, target: Tensor, case: Case, keywords: dict[str, object]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import NamedTuple
@@ -14,9 +15,10 @@ from benchmarks.device.timing import DEVICE, Shape, milliseconds
 from benchmarks.roofline import chunk_tokens
 from chunked_ce import devices
 from chunked_ce.engine.scratch import logits_scratch
+from chunked_ce.rows import torch_rows
 from chunked_ce.rows.backend import row_kernels
 from chunked_ce.rows.columns import ColumnSums
-from chunked_ce.rows.statistics import Logits, RowStatistics, names_of
+from chunked_ce.rows.statistics import NOTHING, Logits, RowStatistics, names_of
 
 __all__ = ["RowInputs", "jobs", "product_jobs"]
 
@@ -49,6 +51,12 @@ class RowInputs(NamedTuple):
         arguments = self.logits, self.target, None, logits, names_of(names)
         return self.kernels.statistics(*arguments, overwrite=False)
 
+    def write_exponentials(self) -> None:
+        """The one pass that replaces statistics and gradients."""
+        name = "exponentials" if self.kernels is torch_rows else "triton_exponentials"
+        module = importlib.import_module(f"chunked_ce.rows.{name}")
+        module.exponentials(self.logits, self.target, _LOGITS[""], self.gradients, per_row=NOTHING)
+
     def write_gradients(self, known: RowStatistics, logits: Logits, columns: ColumnSums | None = None) -> None:
         one = torch.ones(len(self.target), device=DEVICE)
         slopes = RowStatistics(None, one, -one)
@@ -76,6 +84,8 @@ def _row_kernels(shape: Shape) -> Iterator[Row]:
                 lambda logits=logits, known=known, columns=columns: rows.write_gradients(known, logits, columns),
             ),
         }
+        if not suffix:
+            passes["exponentials, one pass"] = 2, rows.write_exponentials
         for name, (times, work) in passes.items():
             row = {"what": f"{name}{suffix}", "rows": size, "bytes": times * rows.bytes}
             try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,7 +35,7 @@ from chunked_ce.cli.implementations import (
 from chunked_ce.cli.memory_models import predicted
 from chunked_ce.cli.synthetic_inputs import IGNORED, LossInputs
 
-__all__ = ["OURS", "PEERS", "Case", "jobs", "peer_jobs", "queued"]
+__all__ = ["OURS", "PEERS", "Case", "jobs", "peer_jobs", "queued", "step_of"]
 
 OURS = (FORWARD, BACKWARD, FILTERED, "logprobs, chunked_ce", "statistics, chunked_ce")
 PEERS = (QUACK, CCE, CCE_EXACT, LIGER, LIGER_CUTE, LIGER_SCALED, TRL, COMPILED, FULL, CCE_PRETRAINING)
@@ -127,9 +127,12 @@ def _measured(case: Case, name: str, inputs: LossInputs, exact: Reference | None
     return row
 
 
-def queued(name: str, inputs: LossInputs, chunk: int | None = None) -> Tensor:
+def queued(name: str, inputs: LossInputs, chunk: int | None = None) -> None:
     """`train_step`, without waiting for the device at the end."""
-    loss = loss_of(name, chunk)(*inputs).mean()
-    loss.backward()
+    step_of(loss_of(name, chunk), inputs)
+
+
+def step_of(loss: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: LossInputs) -> None:
+    """Forward and backward of a loss, queued."""
+    loss(*inputs).mean().backward()
     inputs.hidden.grad = inputs.weight.grad = None
-    return loss

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 from benchmarks.device.jobs import Job, Row
 from benchmarks.device.kernels import RowInputs
-from benchmarks.device.losses import Case, queued
+from benchmarks.device.losses import Case, queued, step_of
 from benchmarks.device.timing import ON_GPU, Shape, milliseconds, peak_mib
+from benchmarks.device.ways import one_pass, two_passes
+from chunked_ce import ChunkOptions, linear_cross_entropy
 from chunked_ce.cli.implementations import FILTERED, FORWARD
 from chunked_ce.rows.statistics import Logits
 
@@ -22,7 +26,25 @@ _PER_THREAD = (8, 32)  # logits in flight: fewer do not hide the latency of memo
 def jobs(shapes: tuple[Shape, ...]) -> list[Job]:
     rows = [Shape(4096, 1, vocab) for vocab in (128256, 50257)] if ON_GPU else shapes[:1]
     chunks = [Job("chunks", _chunks, (shape,)) for shape in shapes[:2]]
-    return [*chunks, *(Job("row kernels", _blocks, (shape,)) for shape in rows)]
+    ways = [Job("ways", _ways, (shape,)) for shape in shapes]
+    return [*ways, *chunks, *(Job("row kernels", _blocks, (shape,)) for shape in rows)]
+
+
+def _ways(shape: Shape) -> Iterator[Row]:
+    """The forward way with one pass over the logits and with two, and with ignored tokens masked."""
+    whole = Case(shape).inputs()
+    half = Case(shape, halved=True)
+    masked = functools.partial(linear_cross_entropy, options=ChunkOptions(ignored="mask"))
+    auto = functools.partial(linear_cross_entropy, options=ChunkOptions())
+    for what, loss, way, inputs in (
+        ("one pass", auto, one_pass, whole),
+        ("two passes", auto, two_passes, whole),
+        ("half ignored, dropped", auto, nullcontext, half.inputs(whole)),
+        ("half ignored, masked", masked, nullcontext, half.inputs(whole)),
+    ):
+        with way():
+            ms = milliseconds(lambda loss=loss, inputs=inputs: step_of(loss, inputs), 3)
+        yield {"what": what, "ms": ms, "operations": shape.floor // (1 if inputs is whole else 2)}
 
 
 def _chunks(shape: Shape) -> Iterator[Row]:
