@@ -23,7 +23,7 @@ __all__ = ["Job", "Processes", "Row"]
 
 Row = dict[str, object]
 Message = tuple[str, object]
-_START_SECONDS = 60.0  # the longest that a process may take to import torch
+_START_SECONDS = 180.0  # the longest that a process may take to import torch, from a cold disk
 _PRELOADED = "chunked_ce.cli.implementations"
 
 
@@ -63,26 +63,40 @@ class Processes:
 
         An item whose process dies is left out, and another process goes on with the next one.
         """
-        used, rest = 0.0, list(job.items)
+        patience, rest = _Patience(seconds), list(job.items)
         while rest:
             process, self._next = self._next, _Process(self._context, self._log)
             at = -1
-            with contextlib.closing(process.run(job._replace(items=tuple(rest)), seconds - used)) as messages:
-                start = time.monotonic()
+            with contextlib.closing(process.run(job._replace(items=tuple(rest)), patience)) as messages:
                 for kind, content in messages:
                     if kind == "item":
                         at, process.log_start = content
                     elif kind != "done":
                         yield _labelled(rest[max(0, at)], {"error": content} if kind == "ended" else content)
             process.end()
-            used += time.monotonic() - start
             if kind == "done":
                 return
             rest = rest[max(0, at) + 1 :]
-            if used >= seconds:
+            if patience.left <= 0:
                 for item in rest:
                     yield _labelled(item, {"error": f"left out: {seconds:.0f} s had passed"})
                 return
+
+
+class _Patience:
+    """Waits for messages, for some seconds in all. Seconds in which this process is stopped do not count."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = self.left = seconds
+
+    def arrives(self, pipe: Connection) -> bool:
+        while self.left > 0:
+            start, slice = time.monotonic(), min(1.0, self.left)
+            arrived = pipe.poll(slice)
+            self.left -= min(time.monotonic() - start, slice)
+            if arrived:
+                return True
+        return False
 
 
 def _labelled(item: object, row: Row) -> Row:
@@ -98,18 +112,17 @@ class _Process:
         self._process.start()
         child_end.close()
 
-    def run(self, job: Job, seconds: float) -> Iterator[Message]:
+    def run(self, job: Job, patience: _Patience) -> Iterator[Message]:
         """The messages of a job; the last one is "done", or "ended" with the reason."""
         try:
-            if not self._pipe.poll(_START_SECONDS):
+            if not _Patience(_START_SECONDS).arrives(self._pipe):
                 yield "ended", f"no process after {_START_SECONDS:.0f} s"
                 return
             self._pipe.recv()
-            deadline = time.monotonic() + seconds
             self._pipe.send(job)
             while True:
-                if not self._pipe.poll(max(0.0, deadline - time.monotonic())):
-                    yield "ended", f"not done after {seconds:.0f} s"
+                if not patience.arrives(self._pipe):
+                    yield "ended", f"not done after {patience.seconds:.0f} s"
                     return
                 message = self._pipe.recv()
                 yield message
