@@ -168,6 +168,8 @@ class LogitsSource(Source):
         settings = self.call.specification.settings
         if not self.tokens.all_kept:  # their rows are copied
             size = min(size, rows_in_flight(self.call.rows, logits.device.type))
+        elif self.teacher is None:
+            size = max(1, len(self.tokens))
         if settings.teacher_dtype is not None:  # a teacher's head is worth larger products
             size = tokens_per_chunk(len(self.tokens), self.call.rows, 1, settings)
         for rows in self.tokens.blocks(size):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,16 @@ class ColumnSums:
     def __init__(self, vocab_size: int, dtype: torch.dtype, device: torch.device) -> None:
         self.largest = torch.zeros(vocab_size, dtype=dtype, device=device)  # (V,) of |G_iv| over the rows
         self.total = torch.zeros(vocab_size, dtype=dtype, device=device)  # (V,) the sum of |G_iv|
+
+    def empty(self) -> ColumnSums:
+        """Sums of no rows, to be merged later."""
+        return ColumnSums(len(self.total), self.total.dtype, self.total.device)
+
+    def merge(self, others: Iterable[ColumnSums]) -> None:
+        """Add the sums of other rows."""
+        for other in others:
+            torch.maximum(self.largest, other.largest, out=self.largest)
+            self.total += other.total
 
     def add(
         self,

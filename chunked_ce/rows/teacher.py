@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from chunked_ce.rows.exponential import exp_
 from chunked_ce.rows.logits import Logits
 
 __all__ = ["Pair", "Pairs", "TeacherRows"]
@@ -77,7 +78,7 @@ class Pair:
             torch.sub(self.t, z, out=self._gap)
 
     def exponentiate_(self) -> None:
-        self.t.exp_()
+        exp_(self.t)
 
     @functools.cached_property
     def sum_exp(self) -> Tensor:

@@ -1,19 +1,21 @@
 """Row kernels in torch: statistics of rows of logits, and the gradients of the logits.
 
 Rows are visited a few at a time, so that the fp32 copy of a bf16 row, its exponentials and its gradient stay in
-cache and each logit is read from and written to memory once. `chunked_ce.rows.statistics` is the slow twin.
+cache and each logit is read from and written to memory once. Several threads take turns in it.
+`chunked_ce.rows.statistics` is the slow twin.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from chunked_ce.rows.columns import ColumnSums
+from chunked_ce.rows.exponential import exp_
 from chunked_ce.rows.statistics import (
     EXP_IS_ZERO,
     NOTHING,
@@ -34,6 +36,7 @@ from chunked_ce.rows.statistics import (
     zero_statistics,
 )
 from chunked_ce.rows.teacher import Pair, Pairs
+from chunked_ce.rows.visits import Visit, rows_in_flight, rows_of_visit, visit_rows
 
 __all__ = [
     "logit_gradients",
@@ -45,18 +48,10 @@ __all__ = [
     "statistics_and_gradients_",
 ]
 
-_CACHED_ELEMENTS = 2**19  # fp32 numbers in flight: about the second-level caches of two cores
 _SCALED_ROWS = 4096  # rows of a gradient scaled at a time: little scratch, yet more than a cache holds
-_DEVICE_ELEMENTS = 2**24  # on an accelerator a kernel must be worth its launch
 _IN_FACTOR = tuple(name for name in STATISTICS if STATISTICS[name].in_factor)
 _ADDED = tuple(name for name in STATISTICS if STATISTICS[name].adds)
 _OF_TEACHER = tuple(name for name in STATISTICS if STATISTICS[name].of_teacher and STATISTICS[name].in_factor)
-
-
-def rows_in_flight(vocab_size: int, device_type: str) -> int:
-    """How many rows are visited at a time."""
-    elements = _CACHED_ELEMENTS if device_type == "cpu" else _DEVICE_ELEMENTS
-    return max(1, elements // max(1, vocab_size))
 
 
 def statistics(
@@ -101,11 +96,15 @@ def shard_statistics(
     places = columns_of(names, num_ids)
     parts = torch.empty(len(products), num_columns(names, num_ids), dtype=dtype, device=products.device)
     whole = Row(target.clamp(min=0), class_weight, weight_sum(class_weight, products.shape[1]), per_row.ids)
-    pair_of = _pairs(products, per_row, names, overwrite=overwrite)
-    for rows, z in _visit(products, logits, overwrite, per_row):
+
+    def visit(visited: Visit) -> None:
+        rows, z, pair, _ = visited
         # Clamped so that a row whose entries are all masked, by a bias of -inf, has exponentials of 0, not NaN.
-        part = _exponentiate_(z, whole.at(rows)._replace(pair=pair_of(rows)), names, torch.finfo(dtype).min)
+        part = _exponentiate_(z, whole.at(rows)._replace(pair=pair), names, torch.finfo(dtype).min)
         joined((values for name in names for values in part[name]), out=parts[rows])
+
+    pairs = functools.partial(_pairs, products, per_row, names, overwrite=overwrite)
+    visit_rows(visit, products, logits, per_row, pairs, overwrite=overwrite)
     columns = parts.unbind(-1)
     columns[places["target"].start].masked_fill_(target < 0, -torch.inf)
     if "correct" in places:
@@ -127,16 +126,20 @@ def second_statistics(
     parts = torch.zeros(len(products), num_columns(names), dtype=dtype, device=products.device)
     if products.shape[1] == 0:
         return parts
-    pair_of = _pairs(products, per_row, names, overwrite=overwrite)
-    for rows, z in _visit(products, logits, overwrite, per_row):
-        block, pair = known.at(rows), pair_of(rows)
+
+    def visit(visited: Visit) -> None:
+        rows, z, pair, _ = visited
+        block = known.at(rows)
         z.sub_(block.maximum.unsqueeze(-1))
         pair.relate_(z, block.teacher_maximum)
         pair.exponentiate_()
-        z.exp_()
+        exp_(z)
         pair.mix_(z, block.log_sum.exp(), block.teacher_log_sum.exp())
         row = Row(None, None, 0.0, pair=pair)
         joined((values for name in names for values in STATISTICS[name].part(z, row)), out=parts[rows])
+
+    pairs = functools.partial(_pairs, products, per_row, names, overwrite=overwrite)
+    visit_rows(visit, products, logits, per_row, pairs, overwrite=overwrite)
     return parts
 
 
@@ -162,29 +165,33 @@ def statistics_and_gradients_(
     whole = zero_statistics(len(products), names, products.dtype, products.device, per_row.num_ids)
     every = Row(target, class_weight, weight_sum(class_weight, products.shape[1]), per_row.ids)
     keeps = _keeps_logits(logits, slope_names)
-    pair_of = _pairs(products, per_row, names, overwrite=True)
     first, second = passes_of(names)
-    for rows, z in _visit(products, logits, True, per_row):
+
+    def visit(visited: Visit) -> None:
+        rows, z, pair, sums = visited
         kept = z.clone() if keeps else None
-        row, column = every.at(rows)._replace(pair=pair_of(rows)), target[rows]
+        row, column = every.at(rows)._replace(pair=pair), target[rows]
         part = _exponentiate_(z, row, first)
         (sum_exp,) = part["log_sum"]
         block = RowStatistics(**{name: STATISTICS[name].value(part[name], sum_exp, column) for name in first})
         if second:
-            row.pair.mix_(z, sum_exp, row.pair.sum_exp)
+            pair.mix_(z, sum_exp, pair.sum_exp)
             block = block._replace(**{name: STATISTICS[name].part(z, row)[0] for name in second})
         for into, values in zip(whole, block, strict=True):
             if into is not None:
                 into[rows] = values
         slopes = slopes_of(block, rows)
-        few = Few(sum_exp, column, class_weight, slopes, kept, block, per_row.at(rows), row.pair)
-        if row.pair is not None:
-            few = few._replace(teacher_sum=row.pair.sum_exp)
-        gradients = _gradients_(z, few, logits, columns)
+        few = Few(sum_exp, column, class_weight, slopes, kept, block, per_row.at(rows), pair)
+        if pair is not None:
+            few = few._replace(teacher_sum=pair.sum_exp)
+        gradients = _gradients_(z, few, logits, sums)
         if apart is not None:
             apart[rows] = _take_targets_(gradients, column)
         if out is not products or out.dtype != gradients.dtype:
             out[rows] = gradients
+
+    pairs = functools.partial(_pairs, products, per_row, names, overwrite=True)
+    visit_rows(visit, products, logits, per_row, pairs, overwrite=True, columns=columns)
     return whole
 
 
@@ -214,29 +221,32 @@ def logit_gradients(
     keeps = _keeps_logits(logits, slopes.named())
     slope_names = slopes.named()
     asked = [name for name in slope_names if STATISTICS[name].keeps_gap]
-    pair_of = _pairs(products, per_row, asked, overwrite=True)
-    for rows, z in _visit(products, logits, overwrite, per_row):
+
+    def visit(visited: Visit) -> None:
+        rows, z, pair, sums = visited
         block = known.at(rows)
         dead_rows = None if dead is None else dead[rows].unsqueeze(-1)
         kept = z.clone() if keeps else None
         z.sub_(block.maximum.unsqueeze(-1))
-        pair = pair_of(rows)
         if pair is not None:
             pair.relate_(z, block.teacher_maximum)
             pair.exponentiate_()
-        z.exp_()
+        exp_(z)
         few = Few(block.log_sum.exp(), target[rows], class_weight, slopes.at(rows), kept, block, per_row.at(rows), pair)
         if pair is not None:
             few = few._replace(teacher_sum=block.teacher_log_sum.exp())
         for name in asked:
             STATISTICS[name].prepare(pair, z, few.sum_exp, few.teacher_sum)
-        gradients = _gradients_(z, few, logits, columns, dead_rows)
+        gradients = _gradients_(z, few, logits, sums, dead_rows)
         if dead_rows is not None:
             gradients.masked_fill_(dead_rows, 0)
         if apart is not None:
             apart[rows] = _take_targets_(gradients, target[rows])
         if not overwrite or out.dtype != gradients.dtype:
             out[rows] = gradients
+
+    pairs = functools.partial(_pairs, products, per_row, asked, overwrite=True)
+    visit_rows(visit, products, logits, per_row, pairs, overwrite=overwrite, columns=columns)
 
 
 def scale_into(
@@ -252,26 +262,6 @@ def scale_into(
     for part, rows in zip(out.split(_SCALED_ROWS), source.split(_SCALED_ROWS), strict=True):
         part.copy_(torch.mul(rows, factor, out=scratch[: len(rows)]))
     return out
-
-
-def _visit(
-    products: Tensor,  # (n, V)
-    logits: Logits,
-    overwrite: bool,
-    per_row: PerRow,
-) -> Iterator[tuple[slice, Tensor]]:
-    """A few rows at a time and their logits in the work dtype, in the products' own memory if possible."""
-    n, vocab_size = products.shape
-    step = rows_in_flight(vocab_size, products.device.type)
-    dtype = work_dtype(products.dtype)
-    scratch = None
-    if not overwrite or products.dtype != dtype:
-        scratch = products.new_empty(min(step, n), vocab_size, dtype=dtype)
-    for start in range(0, n, step):
-        rows = slice(start, min(start + step, n))
-        z = products[rows] if scratch is None else scratch[: rows.stop - start].copy_(products[rows])
-        logits.apply_(z, None if per_row.temperature is None else per_row.temperature[rows])
-        yield rows, z
 
 
 def _exponentiate_(
@@ -293,7 +283,7 @@ def _exponentiate_(
     for name in _reading("relative", names):
         part[name] = STATISTICS[name].part(z, row)
     with_both = {name: row._replace(relative=z.clamp(min=EXP_IS_ZERO)) for name in _reading("both", names)}
-    z.exp_()
+    exp_(z)
     for name in _reading("exponentials", names):
         part[name] = STATISTICS[name].part(z, row)
     for name, both in with_both.items():
@@ -328,13 +318,13 @@ def _pairs(
     *,
     overwrite: bool,
 ) -> Callable[[slice], Pair | None]:
-    """Gives the pair of each few rows that `_visit` visits, None without a teacher."""
+    """Gives the pair of each few rows that a thread visits, None without a teacher."""
     if per_row.teacher is None:
         return lambda rows: None
     gaps = sum(STATISTICS[name].reads_gap for name in names)
     mixes = any(STATISTICS[name].mixes for name in names)
     n, vocab_size = products.shape
-    shape = min(n, rows_in_flight(vocab_size, products.device.type)), vocab_size
+    shape = min(n, rows_of_visit(vocab_size, products.device.type)), vocab_size
     pairs = Pairs(per_row.teacher, shape, products.dtype, gaps=gaps, mixes=mixes, overwrite=overwrite)
     return lambda rows: pairs.at(rows, None if per_row.temperature is None else per_row.temperature[rows])
 
