@@ -68,7 +68,7 @@ class Case:
     decades: float  # over which the weights are spread
     num_tokens: float | None
     accumulate: float | None  # size of the gradient that the head's is added to
-    masks: bool  # ignored tokens, rather than dropping them
+    masks: bool = False  # ignored tokens, rather than dropping them
 
 
 def draw(number: int) -> Case:
