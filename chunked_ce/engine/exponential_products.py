@@ -6,8 +6,9 @@ and write 2.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import torch
@@ -23,7 +24,24 @@ from chunked_ce.rows import torch_rows
 from chunked_ce.rows.exponentials import STATISTICS, ScaledExponentials, statistics_and_sums
 from chunked_ce.rows.statistics import RowStatistics
 
-__all__ = ["ExponentialProducts", "exponential_kernels"]
+__all__ = ["FUSED_ON", "ExponentialProducts", "exponential_kernels", "fusing"]
+
+FUSED_ON: frozenset[str] = frozenset()
+"""The devices, by `torch.cuda.get_device_name`, on which the product that takes the exponentials itself
+(`chunked_ce.rows.triton_product`) was measured to be faster than a product of logits and a row pass. Empty: nothing
+has been measured."""
+_fuses: bool | None = None  # None: as the table says
+
+
+@contextlib.contextmanager
+def fusing(value: bool) -> Iterator[None]:
+    """Use that product, or do not, wherever it can run: for tests and measurements."""
+    global _fuses
+    before, _fuses = _fuses, value
+    try:
+        yield
+    finally:
+        _fuses = before
 
 
 def exponential_kernels(source: HeadSource) -> ModuleType | None:
@@ -66,18 +84,40 @@ def _kernels(call: Call) -> ModuleType | None:
     return importlib.import_module("chunked_ce.rows.triton_exponentials")
 
 
+def _product_kernels(source: HeadSource) -> ModuleType | None:
+    """The product that takes the exponentials itself, where it is chosen and can run; tests put its twin here."""
+    call = source.call
+    device = call.target.device
+    chosen = _fuses
+    if chosen is None:
+        chosen = device.type == "cuda" and bool(FUSED_ON) and torch.cuda.get_device_name(device) in FUSED_ON
+    if not chosen or "adapter_weight" in call.specification.parts:
+        return None
+    module = importlib.import_module("chunked_ce.rows.triton_product")
+    return module if module.takes(source.head.weight) else None
+
+
 class ExponentialProducts(ChunkProducts):
     """The gradients of a head in the forward, from exponentials and factors."""
 
     def __init__(self, source: HeadSource, ranks: OneRank, kernels: ModuleType) -> None:
         super().__init__(source, ranks, None, keeps_unrounded=True)
         self._kernels = kernels
+        self._product = _product_kernels(source)
+        source.forms_products = self._product is None
         self._scaled: ScaledExponentials | None = None  # of the current chunk
 
-    def exponentiate_(self, block: Block, slopes_of: Callable[[RowStatistics], RowStatistics]) -> RowStatistics:
-        """The statistics (C,) each of a block, whose products the next `add` enters with the slopes of these."""
-        logits, values = self._source.call.specification.logits, block.gradients
-        part = self._kernels.exponentials(block.products, block.column, logits, values, per_row=block.per_row)
+    def exponentiate_(
+        self, chunk: Chunk, block: Block, slopes_of: Callable[[RowStatistics], RowStatistics]
+    ) -> RowStatistics:
+        """The statistics (C,) each of a chunk, whose exponentials the next `add` enters with the slopes of these."""
+        values = block.gradients
+        arguments = block.column, self._source.call.specification.logits, values
+        if self._product is None:
+            part = self._kernels.exponentials(block.products, *arguments, per_row=block.per_row)
+        else:
+            factors = chunk.x, block.weight, self._source.head.bias
+            part = self._product.product_exponentials(*factors, *arguments, per_row=block.per_row)
         rows, sums = statistics_and_sums(part, block.column)
         self._scaled = ScaledExponentials.of(values, sums, block.column, rows, slopes_of(rows))
         return rows

@@ -181,6 +181,8 @@ class LogitsSource(Source):
 class HeadSource(Source):
     """Logits of hidden states and a head, computed chunk by chunk or block by block."""
 
+    forms_products = True  # whether its blocks hold logits, or only room for what another product makes of them
+
     def __init__(self, call: Call) -> None:
         tensors = dict(zip(call.specification.parts, call.tensors, strict=True))
         self.hidden: Tensor = tensors["hidden"]
@@ -244,7 +246,9 @@ class HeadSource(Source):
             weight, bias, adapter = head or self._head(entries)
             low_rank = None if adapter is None else (chunk.adapter_x, adapter)
             part = slice(len(chunk.x)), slice(len(weight))
-            products = project(chunk.x, weight, bias, out=buffer[part], low_rank=low_rank)
+            products = buffer[part]
+            if self.forms_products:
+                project(chunk.x, weight, bias, out=products, low_rank=low_rank)
             column = self.column[rows] if whole else columns_of(target, start + first, len(weight))
             class_weight = None if self.class_weight is None else self.class_weight[entries]
             per_row = self.per_row(rows, start + first, len(weight))

@@ -96,7 +96,8 @@ def loss_and_gradients(call: Call) -> tuple[Tensor, list[Tensor | None], Tensor 
     def finish(chunk: Chunk, pending: Any) -> None:
         (block,) = chunk.blocks
         if one_pass is not None:
-            totals.add(chunk.rows, products.exponentiate_(block, functools.partial(totals.slopes, chunk.rows)))
+            slopes_of = functools.partial(totals.slopes, chunk.rows)
+            totals.add(chunk.rows, products.exponentiate_(chunk, block, slopes_of))
             products.add(chunk, block, None, None, None)
             return
         arguments = block.products, block.column, block.class_weight, specification.logits

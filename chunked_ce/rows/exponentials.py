@@ -102,3 +102,18 @@ def add_columns_(total: Tensor, scaled: ScaledExponentials) -> None:
     """Add the column sums of the gradients to ``total`` (V,)."""
     gradients = scaled.values.float() * scaled.factor.unsqueeze(1)
     total.add_(gradients.scatter_(1, scaled.column.unsqueeze(1), scaled.gradient.unsqueeze(1)).sum(0))
+
+
+def product_exponentials(
+    x: Tensor,  # (n, D)
+    weight: Tensor,  # (V, D)
+    bias: Tensor | None,  # (V,)
+    column: Tensor,  # (n,) of the target
+    logits: Logits,  # without a softcap
+    out: Tensor,  # (n, V)
+    *,
+    per_row: PerRow,
+) -> Tensor:
+    """`exponentials` of the products ``x @ weight.T + bias``, which are formed in fp32 and kept nowhere."""
+    products = x.float() @ weight.float().t()
+    return exponentials(products if bias is None else products + bias.float(), column, logits, out, per_row=per_row)

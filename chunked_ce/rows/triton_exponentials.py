@@ -18,10 +18,10 @@ __all__ = ["add_columns_", "add_targets_", "exponentials"]
 _BLOCK = 4096  # logits of a row that a program holds at a time: 8 in each of 512 threads
 _ROWS, _COLUMNS = 32, 128  # the tile of a block of columns that a program holds
 _RUN, _WIDTH = 8, 256  # tokens with the same target, and columns of their hidden states, at a time
-_LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E = tl.constexpr(1.4426950408889634)
 # log2 of how far a row's logits may exceed its reference before its exponentials are rewritten: exp(30). The sum of a
 # row, its factor and a token's hidden state times this factor then stay far within the range of bf16 and fp32.
-_MOST = tl.constexpr(43.28)
+MOST = tl.constexpr(43.28)
 _VARYING = {  # arguments that differ between chunks
     "do_not_specialize": ["num_rows"],
     "do_not_specialize_on_alignment": ["column", "temperature", "part", "factor", "gradient", "taken"],
@@ -69,7 +69,7 @@ def exponentials_kernel(
     heat = 1.0
     if temperature is not None:
         heat = tl.load(temperature + row)
-    factor = scale / heat * _LOG2E
+    factor = scale / heat * LOG2E
     at = tl.load(column + row)
     known = (at >= 0) & (at < vocab_size)  # an out-of-range target, reported elsewhere, must not be read
     target = tl.load(logits_of_row + at.to(tl.int64) * column_stride, mask=known, other=float("nan")).to(tl.float32)
@@ -89,7 +89,7 @@ def exponentials_kernel(
         largest = tl.max(block.to(tl.float32), 0)
         maximum = tl.maximum(maximum, largest)
         level = largest * factor
-        if level > reference + tl.where(first > 0, _MOST, 0.0):
+        if level > reference + tl.where(first > 0, MOST, 0.0):
             total = _raise(out_of_row, out_column_stride, reference, level, total, first, BLOCK)
             reference = level
         values = _exponentiate(block, factor, reference)
@@ -103,7 +103,7 @@ def exponentials_kernel(
         largest = tl.max(block.to(tl.float32), 0)
         maximum = tl.maximum(maximum, largest)
         level = largest * factor
-        if level > reference + tl.where(whole > 0, _MOST, 0.0):
+        if level > reference + tl.where(whole > 0, MOST, 0.0):
             total = _raise(out_of_row, out_column_stride, reference, level, total, whole, BLOCK)
             reference = level
         values = _exponentiate(block, factor, reference)

@@ -6,7 +6,6 @@
 import pytest
 import torch
 
-from chunked_ce import devices
 from chunked_ce.rows import exponentials as twin
 from chunked_ce.rows import torch_rows
 from chunked_ce.rows import triton_exponentials as ours
@@ -193,17 +192,15 @@ def test_offsets_beyond_31_bits(rows, stride):
 
 @pytest.mark.skipif(not INTERPRETED, reason="test_cuda.py tests whole losses on a device")
 @pytest.mark.parametrize("size", [40, 13])
-@pytest.mark.parametrize("ignored", ["dropped", "kept"])
+@pytest.mark.parametrize("ignored", ["drop", "mask"])
 def test_whole_losses(size, ignored, monkeypatch):
     """The same loss and gradients, but for the last bit, from these kernels and from their twins."""
-    if ignored == "kept":
-        monkeypatch.setattr(devices, "drops_ignored", lambda device: False)
     for terms in ({}, {"z_loss": 0.1, "token_weight": torch.linspace(0.0, 1.0, 40), "logit_scale": 0.7}):
         found = []
         for kernels in (ours, twin):
             seen = install(monkeypatch, kernels)
             case = problem(40, 8, 300, dtype=torch.bfloat16, bias=True, spread=3.0)
-            value = case.loss(options=chunks(size), **terms)
+            value = case.loss(options=chunks(size, ignored=ignored), **terms)
             assert {"exponentials", "add_targets_", "add_columns_"} == set(seen)
             found.append((value, gradients(value, case)))
         torch.testing.assert_close(found[0][0], found[1][0], rtol=2e-6, atol=0)

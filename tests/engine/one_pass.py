@@ -5,14 +5,20 @@ import torch
 from chunked_ce.engine import exponential_products
 
 
+class Spied:
+    """A module, and in `seen` the names that were taken from it."""
+
+    def __init__(self, module):
+        self._module, self.seen = module, []
+
+    def __getattr__(self, name):
+        self.seen.append(name)
+        return getattr(self._module, name)
+
+
 def install(monkeypatch, kernels):
     """Whatever the one-pass way serves takes it with these kernels; returns what they were called for."""
-    seen = []
-
-    class Spied:
-        def __getattr__(self, name):
-            seen.append(name)
-            return getattr(kernels, name)
+    spied = Spied(kernels)
 
     def wide_product(left, right):
         return left.float() @ right.float()
@@ -21,10 +27,17 @@ def install(monkeypatch, kernels):
         product = wide_product(left, right)
         total.copy_(product if first else product + total.float())
 
-    monkeypatch.setattr(exponential_products, "_kernels", lambda call: Spied())
+    monkeypatch.setattr(exponential_products, "_kernels", lambda call: spied)
     monkeypatch.setattr(exponential_products, "wide_product", wide_product)
     monkeypatch.setattr(exponential_products, "add_product_", add_product_)
-    return seen
+    return spied.seen
+
+
+def install_product(monkeypatch, product):
+    """Its products take the exponentials themselves; returns what that product was called for."""
+    spied = Spied(product)
+    monkeypatch.setattr(exponential_products, "_product_kernels", lambda source: spied)
+    return spied.seen
 
 
 def zipf(case, *, bias=8.0, seed=0):

@@ -1,4 +1,5 @@
-"""The kernels of the one-pass way compiled to machine code of NVIDIA GPUs: accesses, registers, no spills."""
+"""The kernels of the one-pass way compiled to machine code of NVIDIA GPUs, and the product that takes exponentials:
+accesses, registers, no spills."""
 
 import re
 import subprocess
@@ -9,6 +10,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 from chunked_ce.rows import triton_exponentials as kernels  # noqa: E402
+from chunked_ce.rows import triton_product  # noqa: E402
 from chunked_ce.rows.exponentials import ScaledExponentials  # noqa: E402
 from chunked_ce.rows.statistics import NOTHING, Logits, PerRow  # noqa: E402
 from tests.engine.test_triton_compiles import launches, toolchain  # noqa: E402, F401
@@ -81,3 +83,33 @@ def test_chunks_share_a_program():
             exponentiate(512, n=n)
             add(n=n)
     assert len(programs) == 9 and len(programs.distinct()) == 3
+
+
+@pytest.mark.parametrize(("capability", "multiply"), [(90, "wgmma.mma_async"), (100, "tcgen05.mma")])
+def test_the_product(capability, multiply, tmp_path):
+    """Tensor cores fed by TMA, no spills, and no more shared memory than a multiprocessor gives to a program."""
+    n, hidden, vocab = 256, 2304, 1024
+    x, weight = torch.zeros(n, hidden, dtype=torch.bfloat16), torch.zeros(vocab, hidden, dtype=torch.bfloat16)
+    column, out = torch.zeros(n, dtype=torch.int64), torch.zeros(n, vocab, dtype=torch.bfloat16)
+    with launches(capability) as programs:
+        for bias, per_row in ((None, NOTHING), (torch.zeros(vocab, dtype=torch.bfloat16), PerRow(torch.ones(n)))):
+            triton_product.product_exponentials(x, weight, bias, column, Logits(), out, per_row=per_row)
+    named = [program for program in programs if program.metadata.name in ("product_kernel", "repeat_kernel")]
+    assert len(named) == 4
+    for program in programs:
+        assert resources(program, tmp_path)[1] == 0
+        assert not re.search(r"\b(atom|red)\.", program.asm["ptx"])
+    for program in named:
+        text = program.asm["ptx"]
+        assert multiply in text and text.count("cp.async.bulk.tensor") >= 3
+        assert program.metadata.shared <= 227 * 1024
+
+
+def test_chunks_share_a_product():
+    weight = torch.zeros(512, 64, dtype=torch.bfloat16)
+    with launches() as programs:
+        for n in (2, 16, 1000):
+            x, out = torch.zeros(n, 64, dtype=torch.bfloat16), torch.zeros(n, 512, dtype=torch.bfloat16)
+            column = torch.zeros(n, dtype=torch.int64)
+            triton_product.product_exponentials(x, weight, None, column, Logits(), out, per_row=NOTHING)
+    assert len(programs) == 15 and len(programs.distinct()) == 4

@@ -1,5 +1,7 @@
 """Whole losses by the one-pass way with its torch kernels; `exponential_cases.py` runs Triton's."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from chunked_ce.rows import exponentials as twin
 from chunked_ce.rows import torch_rows
 from tests.adapters import adapted
 from tests.cases import array, assert_equal, chunks, gradients, problem
-from tests.engine.one_pass import confident, drawn, install, zipf
+from tests.engine.one_pass import confident, drawn, install, install_product, zipf
 from tests.precision import RMS_SLACK, assert_no_worse, plain_and_expected
 
 BF16 = torch.bfloat16
@@ -79,20 +81,19 @@ TERMS = {
 }
 
 
-@pytest.mark.parametrize(("size", "ignored"), [(200, "kept"), (70, "dropped")])
+@pytest.mark.parametrize(("size", "ignored"), [(200, "mask"), (70, "drop")])
 @pytest.mark.parametrize("name", TERMS)
-def test_terms(name, size, ignored, seen, monkeypatch):
-    if ignored == "kept":
-        monkeypatch.setattr(devices, "drops_ignored", lambda device: False)
+def test_terms(name, size, ignored, seen):
+    options = chunks(size, ignored=ignored)
     case = problem(200, 16, 300, dtype=BF16, bias=True, spread=2.0)
     terms = TERMS[name]
-    value, exact = case.loss(options=chunks(size), **terms), in_float64(case)
+    value, exact = case.loss(options=options, **terms), in_float64(case)
     expected = exact.loss(**terms)
     assert {"exponentials", "add_targets_", "add_columns_"} == set(seen)
     torch.testing.assert_close(value.double(), expected, rtol=1e-3, atol=0)
     right = gradients(expected, exact)
     assert_close(gradients(value, case), right)
-    assert_close(gradients(3 * case.loss(options=chunks(size), **terms), case), [3 * grad for grad in right])
+    assert_close(gradients(3 * case.loss(options=options, **terms), case), [3 * grad for grad in right])
 
 
 def test_fp32_logits(seen):
@@ -248,3 +249,42 @@ def test_the_dispatch(monkeypatch):
     assert exponential_products._kernels(Call).__name__.endswith("triton_exponentials")
     monkeypatch.setattr(devices, "adds_in_product", lambda *arguments: False)
     assert exponential_products._kernels(Call) is None
+
+
+@pytest.mark.parametrize("size", [200, 70])
+def test_a_product_that_takes_the_exponentials(size, seen, monkeypatch):
+    """No row pass, and no logit is rounded: the loss is exact to fp32, the gradients no worse than the plain ones."""
+    of_product = install_product(monkeypatch, twin)
+    case = drawn(problem(200, 16, 300, dtype=BF16, spread=3.0))
+    (_, plain_gradients), (expected, expected_gradients) = plain_and_expected(case)
+    value = case.loss(options=chunks(size))
+    assert "exponentials" not in seen and "product_exponentials" in of_product
+    assert abs(value.item() - expected) <= 2e-6 * expected
+    for got, plain, right in zip(gradients(value, case), plain_gradients, expected_gradients[:2], strict=True):
+        assert_no_worse(got, plain, right)
+
+
+def test_that_product_is_chosen_by_measurement_only(monkeypatch):
+    monkeypatch.undo()
+    pytest.importorskip("triton")
+
+    def source(weight, parts=("hidden", "weight")):
+        call = SimpleNamespace(target=torch.empty(1, device="cpu"), specification=SimpleNamespace(parts=parts))
+        return SimpleNamespace(call=call, head=SimpleNamespace(weight=weight))
+
+    head = torch.zeros(20, 16, dtype=BF16)
+    choose = exponential_products._product_kernels
+    assert not exponential_products.FUSED_ON and choose(source(head)) is None
+    with exponential_products.fusing(True):
+        assert choose(source(head)).__name__.endswith("triton_product")
+        assert choose(source(head[:, :12])) is None
+        assert choose(source(head, ("hidden", "weight", "adapter_hidden", "adapter_weight"))) is None
+        with exponential_products.fusing(False):
+            assert choose(source(head)) is None
+    assert choose(source(head)) is None
+    on_device = source(head)
+    on_device.call.target = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a device")
+    for measured, chosen in ((frozenset(), False), ({"another"}, False), ({"a device"}, True)):
+        monkeypatch.setattr(exponential_products, "FUSED_ON", measured)
+        assert (choose(on_device) is not None) == chosen

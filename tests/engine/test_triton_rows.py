@@ -28,7 +28,13 @@ def interpreted(file):
 
 @pytest.mark.parametrize(
     ("file", "least"),
-    [("kernel_cases.py", 45), ("backend_cases.py", 60), ("filter_cases.py", 75), ("exponential_cases.py", 30)],
+    [
+        ("kernel_cases.py", 45),
+        ("backend_cases.py", 60),
+        ("filter_cases.py", 75),
+        ("exponential_cases.py", 30),
+        ("product_cases.py", 14),
+    ],
 )
 def test_in_the_interpreter(file, least):
     said = interpreted(os.path.join(os.path.dirname(__file__), file))
