@@ -119,7 +119,16 @@ def test_a_budget_is_halved_only_where_memory_is_short():
 
 def test_the_device_leaves_a_cpu_alone():
     assert plan.tokens_per_chunk(8192, 256000, 2304, Settings(BF16)) == 131
-    assert Plan.by_vocabulary(8192, 256000, Settings(BF16), BF16).entries == 4064
+
+
+@pytest.mark.parametrize(
+    ("tokens", "entries"), [(10, 131072), (2048, 4096), (4096, 2048), (16384, 2048), (32768, 1024)]
+)
+def test_blocks_on_a_cpu(tokens, entries):
+    """2,048 entries, of at least 16 and at most 64 MiB of logits; a budget is used."""
+    assert Plan.by_vocabulary(tokens, 131072, Settings(BF16), BF16).entries == entries
+    asked = Plan.by_vocabulary(tokens, 131072, Settings(BF16, memory_budget=2 * tokens * 8192), BF16)
+    assert asked.entries == 8192
 
 
 def test_a_filter_on_an_accelerator_keeps_no_sum_of_the_head():
