@@ -70,8 +70,8 @@ _LEAST_ON_ACCELERATOR = 2**30
 _ALIGNED = 16  # vocabulary entries: rows of a block begin where an accelerator reads fastest
 _TILE = 256  # tokens of a chunk or entries of a block: an accelerator multiplies in tiles of 128 and 256
 # Of a block on a CPU, within its budget, unless fewer logits than so many bytes allow more entries. Larger blocks save
-# no time: with N=4096, D=256 and V=32768 in bf16, blocks of 64, 32, 16, 8 and 4 MiB took 1.66, 1.55, 1.64, 1.71 and 1.89
-# times as long as the three products on two threads; those of 64 to 8 MiB 1.55, 1.48, 1.47 and 1.48 on one.
+# no time: with N=4096, D=256 and V=32768 in bf16, blocks of 64, 32, 16, 8 and 4 MiB took 1.66, 1.55, 1.64, 1.71 and
+# 1.89 times as long as the three products on two threads; those of 64 to 8 MiB 1.55, 1.48, 1.47 and 1.48 on one.
 _BLOCK_ENTRIES, _BLOCK_BYTES = 2048, 16 * 2**20
 # While it multiplies, the matrix library of a CPU keeps a copy of a block of the head's rows: at most so many columns,
 # and only from so many tokens on. Measured with torch 2.13 on one and two threads; fp32 is MKL's, bf16 oneDNN's.

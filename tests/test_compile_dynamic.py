@@ -54,6 +54,13 @@ CALLS = {
     "entropy": lambda h, w, y: torch.stack(linear_logprobs(h, w, y, return_entropy=True)),
     "module": lambda h, w, y: module(h, w, y),
 }
+
+
+def names(*few):
+    """All calls by name; `make test` takes a few of them, `make thorough` the others."""
+    return [pytest.param(name, marks=[thorough] * (name not in few)) for name in CALLS]
+
+
 FEW = ("auto", "everything-backward", "cross_entropy", "entropy")
 
 
@@ -84,8 +91,8 @@ def counted(function, **keywords):
 # --- compilations ---
 
 
-# `make test` compiles the other calls below, for sizes that are marked, which asks for more.
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[thorough] * (name not in FEW)) for name in CALLS])
+# Sizes that are marked, below, ask for more.
+@pytest.mark.parametrize("name", names("auto", "cross_entropy"))
 def test_two_compilations_for_all_token_counts(name):
     """The first takes the count for a constant, the second is for all."""
     fast, counter = counted(CALLS[name])
@@ -94,7 +101,10 @@ def test_two_compilations_for_all_token_counts(name):
     assert counter.frame_count == 2
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "name",
+    names("none-backward", "mean-forward", "auto", "everything-backward", "stats-forward", "cross_entropy", "entropy"),
+)
 def test_one_compilation_for_marked_sizes(name):
     """Tokens, width and vocabulary; marking is an error where the code makes a constant of one."""
     fast, counter = counted(CALLS[name])
@@ -107,7 +117,7 @@ def test_one_compilation_for_marked_sizes(name):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", names("everything-backward"))
 def test_vocabulary_and_width_change_too(name):
     fast, counter = counted(CALLS[name])
     for sizes in SIZES:
@@ -115,7 +125,7 @@ def test_vocabulary_and_width_change_too(name):
     assert counter.frame_count == 2
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", names("auto", "cross_entropy"))
 @pytest.mark.parametrize("dynamic", [True, pytest.param(False, marks=thorough)])
 def test_dynamic_as_asked(dynamic, name):
     fast, counter = counted(CALLS[name], dynamic=dynamic)
@@ -127,7 +137,7 @@ def test_dynamic_as_asked(dynamic, name):
     assert counter.frame_count == (first if dynamic else 3)
 
 
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("name", names("auto", "everything-backward"))
 def test_one_token_and_none(name):
     """Sizes 0 and 1 have graphs of their own, as everywhere in torch; all others share one."""
     fast, counter = counted(CALLS[name])
@@ -168,7 +178,7 @@ def test_num_tokens_is_no_constant(function, number):
 
 
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", names(*FEW, "mean-forward", "none-backward", "stats-backward"))
 def test_make_fx(name, mode):
     """Loss and backward in one recorded graph, for any count if sizes are symbols."""
 
@@ -181,9 +191,7 @@ def test_make_fx(name, mode):
         torch.testing.assert_close(recorded(*data(n)), step(*data(n)), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "name", ["auto", "sum-forward", "everything-forward", "mean-backward", "cross_entropy", "entropy"]
-)
+@pytest.mark.parametrize("name", names("auto", "mean-backward", "cross_entropy"))
 def test_compiled_autograd(name):
     """The backward of an eager loss, compiled whole: it reads no value of the device or of the host."""
     compiler = torch.compile(fullgraph=True, backend=BACKEND)
@@ -241,7 +249,7 @@ class Model(nn.Module):
 
 @pytest.mark.parametrize("parts", ["both", "frozen head", "frozen input"])
 @pytest.mark.parametrize("strict", [True, False])
-@pytest.mark.parametrize("name", ["auto", "everything-backward", "stats-forward", "cross_entropy", "entropy"])
+@pytest.mark.parametrize("name", names("auto", "everything-backward", "entropy"))
 def test_export(name, strict, parts):
     model = Model(CALLS[name], layer=parts != "frozen input", frozen_head=parts == "frozen head")
     tokens = torch.export.Dim("tokens", min=2)
