@@ -6,7 +6,8 @@ sizes.
 
 The budget, unless a user sets one, is 64 MiB on a CPU, or two thirds of an fp32 gradient of the head if that is more:
 by then the head's gradient decides the peak. If the head's gradient is narrower than a sum over several chunks has to
-be, a single chunk needs no such sum, and its logits may take the sum's memory as well.
+be, a single chunk needs no such sum, and its logits may take the sum's memory as well. Blocks of the vocabulary, whose
+number costs little, have 2,048 entries within the budget, and more only while their logits take at most 16 MiB.
 
 An accelerator multiplies faster than it reads: products of few rows are bound by reading the head. The budget there is
 1 GiB, or an fp32 gradient of the head if that is more: with bf16 logits 2 D tokens, at least 4,096 from D = 2,048 on,
@@ -69,9 +70,9 @@ _LEAST_BUDGET = 64 * 2**20
 _LEAST_ON_ACCELERATOR = 2**30
 _ALIGNED = 16  # vocabulary entries: rows of a block begin where an accelerator reads fastest
 _TILE = 256  # tokens of a chunk or entries of a block: an accelerator multiplies in tiles of 128 and 256
-# Of a block on a CPU, within its budget, unless fewer logits than so many bytes allow more entries. Larger blocks save
-# no time: with N=4096, D=256 and V=32768 in bf16, blocks of 64, 32, 16, 8 and 4 MiB took 1.66, 1.55, 1.64, 1.71 and
-# 1.89 times as long as the three products on two threads; those of 64 to 8 MiB 1.55, 1.48, 1.47 and 1.48 on one.
+# Of a block on a CPU, within its budget: so many entries, or as many as so many bytes of logits allow. Larger ones save
+# no time: at N=4096, D=256 and V=32768 in bf16, blocks of 64, 32, 16, 8 and 4 MiB took 1.66, 1.55, 1.64, 1.71 and 1.89
+# times as long as the three products on two threads; those of 64 to 8 MiB took 1.55, 1.48, 1.47 and 1.48 on one.
 _BLOCK_ENTRIES, _BLOCK_BYTES = 2048, 16 * 2**20
 # While it multiplies, the matrix library of a CPU keeps a copy of a block of the head's rows: at most so many columns,
 # and only from so many tokens on. Measured with torch 2.13 on one and two threads; fp32 is MKL's, bf16 oneDNN's.
