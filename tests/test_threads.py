@@ -1,11 +1,14 @@
 """Rows of logits divided among threads: the same bits, and nothing that the caller could notice."""
 
+import contextlib
+import gc
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -76,6 +79,15 @@ def test_numbers_of_threads():
     assert threads.num_threads() == 3
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere OpenMP may be hidden")
+def test_the_number_of_new_threads_is_left_alone(monkeypatch):
+    """Not even while threads of ours start: a thread of the user's that starts then would keep a single one."""
+    threads._forget()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "set_num_threads", lambda number: pytest.fail("sets it for new threads too"))
+        assert set(in_threads(torch.get_num_threads)[0]) == {1}
+
+
 def test_a_thread_that_has_a_number_of_its_own():
     def call():
         torch.set_num_threads(2)
@@ -103,7 +115,7 @@ def test_denormals_count_as_zero_in_the_work_alone(count):
         torch.set_flush_denormal(False)
 
 
-def fail():
+def fail(*_):
     raise RuntimeError("stop")
 
 
@@ -123,6 +135,24 @@ def test_an_error_stops_all_and_is_raised():
     assert count < 100
     time.sleep(0.01)
     assert len(done) == count
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_error_keeps_no_tensors(count):
+    """The garbage collector need not find them."""
+
+    def failed():
+        tensor = torch.empty(3)
+        reference = weakref.ref(tensor)
+        with contextlib.suppress(RuntimeError):
+            threads.share(range(9), lambda taken: fail(tensor), count)
+        return reference
+
+    gc.disable()
+    try:
+        assert failed()() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs signals")

@@ -12,6 +12,7 @@ that are 88 below the largest are denormal.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import threading
 from collections import deque
@@ -66,15 +67,17 @@ def share(items: Sequence[Item], work: Callable[[Iterable[Item]], None], threads
         if not running:
             with without_denormals():
                 work(_taken(queue))
-        errors = [future.exception() for future in running]
+        error = next(filter(None, [future.exception() for future in running]), None)
     except BaseException:
         queue.clear()
         for future in running:
             future.exception()
         raise
-    for error in errors:
+    try:
         if error is not None:
             raise error
+    finally:  # an error whose frames refer to it would keep their tensors
+        del error, running
 
 
 @contextlib.contextmanager
@@ -135,17 +138,22 @@ def _threads() -> ThreadPoolExecutor:
 def _prepare() -> None:
     """Make operations in this thread use no other one.
 
-    A thread's own number of threads is set together with the number that new threads start with. A thread that ends at
-    once sets this back.
+    torch sets a thread's own number of threads together with the number that new threads start with. So OpenMP is asked
+    for the former alone, if it can be found; else a thread that ends at once sets the latter back, and a thread of the
+    user's that starts in the meantime keeps a single one.
     """
     _this_thread.is_ours = True
+    torch.set_flush_denormal(True)
+    before = torch.get_num_threads()  # torch sets a new thread's number here, and not again
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another OpenMP, hidden symbols, Windows
+        ctypes.CDLL(None).omp_set_num_threads(1)
+    if torch.get_num_threads() == 1:
+        return
     with _lock:
-        before = torch.get_num_threads()
         torch.set_num_threads(1)
         other = threading.Thread(target=torch.set_num_threads, args=(before,))
         other.start()
         other.join()
-    torch.set_flush_denormal(True)
 
 
 def _forget() -> None:
