@@ -130,13 +130,13 @@ def exponentials_kernel(
 def targets_kernel(
     entry,  # (n,) the targets in order
     order,  # (n,) the tokens that they belong to
+    end,  # (n,) behind the last token with the same target
     gradient,  # (n,)
     taken,  # (n,)
     x,  # (n, D) contiguous
     scaled_x,  # (n, D) contiguous
     total,  # (V, D) with columns side by side
     total_stride,
-    num_rows,
     hidden_size,
     blocks,  # of columns
     RUN: tl.constexpr,
@@ -148,13 +148,14 @@ def targets_kernel(
     columns = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < hidden_size
     target = tl.load(entry + at)
-    going = target != tl.load(entry + at - 1, mask=at > 0, other=-1)
+    first = target != tl.load(entry + at - 1, mask=at > 0, other=-1)
     into = total + target.to(tl.int64) * total_stride + columns
-    mask = columns < tl.where(going, hidden_size, 0)  # none if an earlier program has this target
+    mask = columns < tl.where(first, hidden_size, 0)  # none if an earlier program has this target
+    stop = tl.where(first, tl.load(end + at).to(tl.int32), at)
     terms = tl.zeros((BLOCK,), tl.float32)
-    while going:
-        places = at + tl.arange(0, RUN)
-        same = tl.load(entry + places, mask=places < num_rows, other=-1) == target
+    for start in range(at, stop, RUN):
+        places = start + tl.arange(0, RUN)
+        same = places < stop
         token = tl.load(order + places, mask=same, other=0)
         right = tl.load(gradient + token, mask=same, other=0.0)
         left_out = tl.load(taken + token, mask=same, other=0.0).to(tl.float32)
@@ -163,8 +164,6 @@ def targets_kernel(
         exact = tl.load(x + places, mask=both, other=0.0).to(tl.float32)
         scaled = tl.load(scaled_x + places, mask=both, other=0.0)
         terms += tl.sum(right[:, None] * exact - left_out[:, None] * scaled.to(tl.float32), 0)
-        at += RUN
-        going = tl.min(same.to(tl.int32), 0) > 0
     old = tl.load(into, mask=mask, other=0.0)
     tl.store(into, (old + terms).to(total.dtype.element_ty), mask=mask)
 
@@ -234,6 +233,7 @@ def add_targets_(total: Tensor, scaled: ScaledExponentials, x: Tensor, scaled_x:
     """Add to ``total`` (V, D) what the product of the exponentials and ``scaled_x`` (n, D) lacks of the targets'
     terms with ``x`` (n, D); each row is summed in fp32 before it is added, always in the same order."""
     entry, order = scaled.column.sort(stable=True)
+    end = torch.searchsorted(entry, entry, right=True)
     n, hidden_size = x.shape
     blocks = triton.cdiv(hidden_size, _WIDTH)
     x = x.contiguous()
@@ -241,13 +241,13 @@ def add_targets_(total: Tensor, scaled: ScaledExponentials, x: Tensor, scaled_x:
         targets_kernel[(n * blocks,)](
             entry,
             order,
+            end,
             scaled.gradient,
             scaled.taken,
             x,
             scaled_x,
             total,
             total.stride(0),
-            n,
             hidden_size,
             blocks,
             RUN=_RUN,

@@ -1,8 +1,10 @@
 """Every launch compiled to machine code of NVIDIA GPUs, which needs no GPU: only the launch itself is left out."""
 
+import ast
 import contextlib
 import itertools
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,6 +70,14 @@ def launches(capability=CAPABILITY):
         patch.setattr(type(driver), "active", Device(capability))
         patch.setattr(triton.runtime.jit.JITFunction, "run", compile_only)
         yield programs
+
+
+def test_no_kernel_loops_on_a_condition():
+    """Triton 3.6, the oldest that is taken, fails to compile ``while`` over a tensor of sums."""
+    files = [*Path(triton_rows.__file__).parent.glob("triton_*.py")]
+    assert len(files) >= 5
+    for file in files:
+        assert not any(isinstance(node, ast.While) for node in ast.walk(ast.parse(file.read_text()))), file.name
 
 
 def find(dtype, logits=LOGITS[0], wanted=PLAIN, *, n=3, vocab=512, weighted=False, shard=False, products=None):
