@@ -61,8 +61,9 @@ class ScaledExponentials(NamedTuple):
         return self.gradient - self.factor * self.taken
 
     def scaled(self, x: Tensor) -> Tensor:
-        """Hidden states ``x`` (n, D) times the factors, rounded to the dtype of ``x``."""
-        return torch.mul(x, self.factor.unsqueeze(1), out=torch.empty_like(x))
+        """Hidden states ``x`` (n, D) times the factors, rounded to the dtype of ``x``; contiguous."""
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        return torch.mul(x, self.factor.unsqueeze(1), out=out)
 
 
 def statistics_and_sums(part: Tensor, column: Tensor) -> tuple[RowStatistics, Tensor]:

@@ -154,7 +154,7 @@ def test_the_products_terms(n, vocab, few):
     torch.testing.assert_close(scaled.gradient.double(), right, rtol=2e-6, atol=1e-7)
     torch.testing.assert_close(scaled.residual + scaled.factor * scaled.taken, scaled.gradient, rtol=1e-6, atol=1e-8)
     assert (scaled.residual.abs() <= 1.01 * HALF_ULP * scaled.gradient.abs()).all()
-    x = normal(n, 300, seed=6).bfloat16().to(DEVICE)
+    x = normal(300, n, seed=6).bfloat16().to(DEVICE).t()  # hidden states need not be contiguous
     scaled_x = scaled.scaled(x)
     exact = torch.zeros(vocab, 300, dtype=torch.float64, device=DEVICE)
     exact.index_add_(0, scaled.column, scaled.gradient.double().unsqueeze(1) * x.double())
