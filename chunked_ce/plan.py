@@ -5,12 +5,9 @@ gradient of the head once; large chunks cost memory. So a chunk is as large as i
 sizes.
 
 The budget, unless a user sets one, is 64 MiB on a CPU, or two thirds of an fp32 gradient of the head if that is more:
-by then the head's gradient decides the peak. It is a whole fp32 gradient if the head is narrower than the sum of its
-gradient: the backward holds both, which leaves room for logits in the forward. A single chunk needs no such sum, and
-its logits may take the sum's memory as well, beside two thirds.
-
-Blocks of the vocabulary, whose number costs little, have 2,048 entries on a CPU where these are 16 to 32 MiB of logits,
-else as many as the nearer bound allows.
+by then the head's gradient decides the peak. If the head's gradient is narrower than a sum over several chunks has to
+be, a single chunk needs no such sum, and its logits may take the sum's memory as well. Blocks of the vocabulary, whose
+number costs little, have 2,048 entries where these are 16 to 32 MiB of logits, else as many as the nearer bound allows.
 
 An accelerator multiplies faster than it reads: products of few rows are bound by reading the head. The budget there is
 1 GiB, or an fp32 gradient of the head if that is more: with bf16 logits 2 D tokens, at least 4,096 from D = 2,048 on,
@@ -145,30 +142,23 @@ class Budget(NamedTuple):
 
 
 def budget(
-    vocab_size: int,
-    hidden_size: int,
-    memory_budget: int | None = None,
-    *,
-    head_dtype: torch.dtype | None,
-    device_type: str = "cpu",
+    vocab_size: int, hidden_size: int, memory_budget: int | None = None, *, sums_head: bool, device_type: str = "cpu"
 ) -> Budget:
-    """The memory budget; ``head_dtype`` is that of the head's gradient (V, D) if it is a sum over chunks.
+    """The memory budget; ``sums_head``: whether a gradient of the head (V, D) is a sum over chunks.
 
-    >>> budget(262144, 512, head_dtype=None)
+    >>> budget(262144, 512, sums_head=False)
     Budget(size=67108864, reason='the least budget')
-    >>> budget(262144, 2048, head_dtype=torch.bfloat16, device_type="cuda")
+    >>> budget(262144, 2048, sums_head=True, device_type="cuda")
     Budget(size=2147483648, reason='an fp32 gradient of the head')
     """
     if memory_budget is not None:
         return Budget(memory_budget, "as asked")
     fast, gradient = is_accelerator(device_type), 4 * vocab_size * hidden_size
     least = _LEAST_ON_ACCELERATOR if fast else _LEAST_BUDGET
-    if head_dtype is None:
-        return Budget(least, "the least budget")
-    by_head, reason = gradient, "an fp32 gradient of the head"
-    if not fast and head_dtype.itemsize >= 4:
-        by_head, reason = 2 * gradient // 3, f"two thirds of {reason}"
-    return Budget(by_head, reason) if by_head > least else Budget(least, "the least budget")
+    by_head = gradient if fast else 2 * gradient // 3
+    if sums_head and by_head > least:
+        return Budget(by_head, f"{'' if fast else 'two thirds of '}an fp32 gradient of the head")
+    return Budget(least, "the least budget")
 
 
 class Plan(NamedTuple):
@@ -204,7 +194,7 @@ class Plan(NamedTuple):
         )
         one_chunk = num_tokens <= wide and head_dtype == settings.compute_dtype != torch.float16
         head_sum = head_dtype if one_chunk else settings.wide_dtype
-        most = _budget(vocab_size, hidden_size, settings, head_dtype)
+        most = _budget(vocab_size, hidden_size, settings, sums_head=head_dtype is not None)
         return cls(tokens, None, in_flight, most, head_sum, settings.compute_dtype)
 
     @classmethod
@@ -213,7 +203,7 @@ class Plan(NamedTuple):
 
         A block has as many logits as a chunk of ``chunk_size`` tokens and the whole vocabulary would have.
         """
-        most = _budget(vocab_size, 0, settings, None)
+        most = _budget(vocab_size, 0, settings, sums_head=False)
         entry_bytes = max(1, num_counted * settings.logit_bytes())
         size = most.size // entry_bytes
         if settings.memory_budget is None and not is_accelerator(settings.device_type):
@@ -257,22 +247,22 @@ def tokens_per_chunk(
     if settings.chunk_size is not None:
         return settings.chunk_size
     compute_dtype, accumulate_dtype = settings.compute_dtype, settings.accumulate_dtype
-    most = _budget(vocab_size, hidden_size, settings, head_dtype).size
+    most = _budget(vocab_size, hidden_size, settings, sums_head=head_dtype is not None).size
     token_bytes = max(1, vocab_size * settings.logit_bytes())
     # A single chunk needs no wide sum of a narrow head's gradient: its logits may take that memory.
     # An fp16 gradient is always summed wide: before it is divided by the token count it can overflow.
     if settings.memory_budget is None and head_dtype == compute_dtype != torch.float16:
         spared = vocab_size * hidden_size * accumulate_dtype.itemsize
         spared = spared if head_dtype.itemsize < accumulate_dtype.itemsize else 0
-        if num_tokens * token_bytes <= _budget(vocab_size, hidden_size, settings, torch.float32).size + spared:
+        if num_tokens * token_bytes <= most + spared:
             return max(1, num_tokens)
     unit = _TILE if is_accelerator(settings.device_type) else 1
     return _even(num_tokens, max(1, most // max(1, vocab_size * settings.logit_bytes(in_flight))), unit)
 
 
-def _budget(vocab_size: int, hidden_size: int, settings: Settings, head_dtype: torch.dtype | None) -> Budget:
+def _budget(vocab_size: int, hidden_size: int, settings: Settings, *, sums_head: bool) -> Budget:
     asked, device_type = settings.memory_budget, settings.device_type
-    return budget(vocab_size, hidden_size, asked, head_dtype=head_dtype, device_type=device_type)
+    return budget(vocab_size, hidden_size, asked, sums_head=sums_head, device_type=device_type)
 
 
 class MemoryPrediction(NamedTuple):
