@@ -100,6 +100,7 @@ def test_a_thread_that_has_a_number_of_its_own():
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_denormals_count_as_zero_in_the_work_alone(count):
+    torch.set_num_threads(count)
     tiny = torch.full((64,), 1e-40)
     results, _ = in_threads(lambda: (tiny * 1).sum().item(), count)
     assert set(results) == {0.0}
@@ -113,6 +114,13 @@ def test_denormals_count_as_zero_in_the_work_alone(count):
         assert (tiny * 1).sum() == 0
     finally:
         torch.set_flush_denormal(False)
+
+
+def test_threads_of_openmp_keep_their_denormals():
+    """They inherit how the thread computes that makes OpenMP start them, which may be in the work."""
+    tiny = torch.full((64,), 1e-40)
+    results, callers = in_threads(lambda: (tiny * 1).sum().item(), 1)
+    assert min(results) > 0 and callers == {threading.get_ident()}
 
 
 def fail(*_):

@@ -82,8 +82,8 @@ def share(items: Sequence[Item], work: Callable[[Iterable[Item]], None], threads
 
 @contextlib.contextmanager
 def without_denormals() -> Iterator[None]:
-    """Denormal numbers count as 0 in this thread, not in those of OpenMP."""
-    if _DENORMAL == 0 or not torch.set_flush_denormal(True):
+    """Denormal numbers count as 0 if this thread works alone: threads that OpenMP starts within would keep to it."""
+    if torch.get_num_threads() > 1 or _DENORMAL == 0 or not torch.set_flush_denormal(True):
         yield
         return
     try:
