@@ -6,8 +6,8 @@ sizes.
 
 The budget, unless a user sets one, is 64 MiB on a CPU, or two thirds of an fp32 gradient of the head if that is more:
 by then the head's gradient decides the peak. If the head's gradient is narrower than a sum over several chunks has to
-be, a single chunk needs no such sum, and its logits may take the sum's memory as well. Blocks of the vocabulary, whose
-number costs little, have 2,048 entries where these are 16 to 32 MiB of logits, else as many as the nearer bound allows.
+be, a single chunk needs no such sum, and its logits may take the sum's memory as well. The logits of a block of the
+vocabulary take at most 32 MiB: more blocks cost little.
 
 An accelerator multiplies faster than it reads: products of few rows are bound by reading the head. The budget there is
 1 GiB, or an fp32 gradient of the head if that is more: with bf16 logits 2 D tokens, at least 4,096 from D = 2,048 on,
@@ -70,10 +70,10 @@ _LEAST_BUDGET = 64 * 2**20
 _LEAST_ON_ACCELERATOR = 2**30
 _ALIGNED = 16  # vocabulary entries: rows of a block begin where an accelerator reads fastest
 _TILE = 256  # tokens of a chunk or entries of a block: an accelerator multiplies in tiles of 128 and 256
-# Of a block on a CPU: so many entries, if their logits take so many bytes or up to twice as many. Larger ones save no
-# time: at N=4096, D=256 and V=32768 in bf16, blocks of 64, 32, 16, 8 and 4 MiB took 1.66, 1.55, 1.64, 1.71 and 1.89
-# times as long as the three products on two threads; those of 64 to 8 MiB took 1.55, 1.48, 1.47 and 1.48 on one.
-_BLOCK_ENTRIES, _BLOCK_BYTES = 2048, 16 * 2**20
+# Of a block of the vocabulary on a CPU. With N=4096 and D=256 in bf16 on two threads, recomputation in blocks of 64, 32
+# and 16 MiB took 1.66, 1.55 and 1.64 times as long as the three products at V=32768, and 1.58, 1.68 and 1.77 times at
+# V=65536; on one thread 1.55, 1.48 and 1.47 times, and in blocks of 8 MiB 1.48 times, at V=32768.
+_BLOCK_BUDGET = 32 * 2**20
 # While it multiplies, the matrix library of a CPU keeps a copy of a block of the head's rows: at most so many columns,
 # and only from so many tokens on. Measured with torch 2.13 on one and two threads; fp32 is MKL's, bf16 oneDNN's.
 _PACKED_COLUMNS = {torch.float32: 384, torch.bfloat16: 256}
@@ -204,10 +204,9 @@ class Plan(NamedTuple):
         A block has as many logits as a chunk of ``chunk_size`` tokens and the whole vocabulary would have.
         """
         most = _budget(vocab_size, 0, settings, sums_head=False)
-        entry_bytes = max(1, num_counted * settings.logit_bytes())
-        size = most.size // entry_bytes
         if settings.memory_budget is None and not is_accelerator(settings.device_type):
-            size = min(max(_BLOCK_ENTRIES, _BLOCK_BYTES // entry_bytes), 2 * _BLOCK_BYTES // entry_bytes)
+            most = Budget(min(most.size, _BLOCK_BUDGET), "the budget of a block")
+        size = most.size // max(1, num_counted * settings.logit_bytes())
         if settings.chunk_size is not None:
             size = settings.chunk_size * vocab_size // max(1, num_counted)
         unit = _TILE if is_accelerator(settings.device_type) and size >= _TILE else _ALIGNED
