@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from benchmarks.report import MIB, conditions, dump, print_conditions, print_table
 from chunked_ce.cli import memory
-from chunked_ce.cli.implementations import BACKWARD, DEVICE, DTYPES, FORWARD, FULL, train_step
+from chunked_ce.cli.implementations import BACKWARD, DEVICE, DTYPES, FILTERED, FORWARD, FULL, train_step
 from chunked_ce.cli.memory_models import predicted
 from chunked_ce.cli.synthetic_inputs import LossInputs
 from chunked_ce.cli.worker import WARM_UP
@@ -70,7 +70,9 @@ def measure(case: Case) -> int:
 
 def _measure_in_process(case: Case) -> int:
     dtype = DTYPES[case.dtype]
-    inputs = LossInputs.random(case.tokens, case.hidden, case.vocab, dtype, device=case.device)
+    # A filter has something to drop only where the softmax is as sharp as a trained model's.
+    inputs_of = LossInputs.trained if case.implementation == FILTERED else LossInputs.random
+    inputs = inputs_of(case.tokens, case.hidden, case.vocab, dtype, device=case.device)
     train_step(case.implementation, LossInputs.random(*WARM_UP, dtype, device=case.device))
     return memory.peak_of(lambda: train_step(case.implementation, inputs), case.device)
 

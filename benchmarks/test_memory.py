@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.memory import Case, allowed, measure, why_not
 from benchmarks.report import MIB
-from chunked_ce.cli.implementations import BACKWARD, DTYPES, FORWARD
+from chunked_ce.cli.implementations import BACKWARD, DTYPES, FILTERED, FORWARD
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")
 
@@ -19,6 +19,13 @@ once = functools.cache(measure)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_the_memory_law_holds(dtype, way, tokens):
     case = Case(way, dtype, tokens)
+    assert once(case) == pytest.approx(case.prediction.peak, rel=0.1)
+
+
+@pytest.mark.parametrize("tokens", [1024, 4096])
+def test_the_memory_law_holds_for_filtered_chunks(tokens):
+    """In bf16: at the threshold of fp32 hardly an entry is dropped."""
+    case = Case(FILTERED, "bf16", tokens)
     assert once(case) == pytest.approx(case.prediction.peak, rel=0.1)
 
 
