@@ -105,8 +105,9 @@ class Objective:
         ``rows`` has ``logprob``, ``nll``, ``lse`` and the statistics, (n,) each; ``tokens`` has the tensors of
         ``per_token`` and ``optional_per_token``, (n,) each, ``vocab_size``, and of the class weights ``target_weight``
         (n,) and ``weight_sum``.
-        `loss` sees some rows at a time, so the loss of a token must not depend on other tokens. The largest logit
-        counts as a constant: statistics are relative to it, and ``maximum`` alone has no gradient.
+        `loss` sees some rows at a time, on a CPU in several threads at once, so the loss of a token must not depend on
+        other tokens, or on other calls. The largest logit counts as a constant: statistics are relative to it, and
+        ``maximum`` alone has no gradient.
         """
         raise NotImplementedError
 
