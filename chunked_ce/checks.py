@@ -35,7 +35,7 @@ from chunked_ce.parallel.fsdp import is_flattened
 from chunked_ce.parallel.vocab import VocabShard
 from chunked_ce.rows.backend import why_not_triton
 from chunked_ce.rows.statistics import STATISTICS, work_dtype
-from chunked_ce.tracing import check_values
+from chunked_ce.tracing import check_values, has_autocast
 
 __all__ = [
     "check_accumulation",
@@ -430,7 +430,7 @@ def check_ignored(options: ChunkOptions, device: torch.device) -> None:
 def compute_dtype_of(input: Tensor) -> torch.dtype:
     """The dtype of the products of hidden states."""
     device_type = input.device.type
-    if input.dtype == torch.float64 or not torch.amp.is_autocast_available(device_type):
+    if input.dtype == torch.float64 or not has_autocast(device_type):
         return input.dtype
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else input.dtype
 

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["assume_constant", "check_values", "has_values", "is_batched", "is_recorded", "not_compiled", "runs_at_once"]
+__all__ = [
+    "assume_constant",
+    "check_values",
+    "has_autocast",
+    "has_values",
+    "is_batched",
+    "is_recorded",
+    "no_autocast",
+    "not_compiled",
+    "runs_at_once",
+]
 
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
 
@@ -24,6 +35,17 @@ def assume_constant(function: Callable) -> Callable:
     """`torch.compiler.assume_constant_result` that does not import the compiler."""
     function._dynamo_marked_constant = True
     return function
+
+
+@assume_constant
+def has_autocast(device_type: str) -> bool:
+    """Whether devices have an autocast state; the compiler of torch 2.11 cannot trace the question."""
+    return torch.amp.is_autocast_available(device_type)
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Turn autocast off on devices that have it; the meta device does not."""
+    return torch.autocast(device.type, enabled=False) if has_autocast(device.type) else contextlib.nullcontext()
 
 
 def is_recorded() -> bool:

@@ -3,7 +3,6 @@
 Second derivatives and ``torch.func`` transforms go through `gathered.plain_logits`.
 """
 
-import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +13,7 @@ from chunked_ce.engine.call import Call
 from chunked_ce.engine.released_parameters import check_head_still_there
 from chunked_ce.engine.specification import decoded, encoded
 from chunked_ce.rows.statistics import work_dtype
-from chunked_ce.tracing import is_batched
+from chunked_ce.tracing import is_batched, no_autocast
 
 __all__ = ["logits"]
 
@@ -36,7 +35,7 @@ def _logits(
     source: Sequence[Tensor], ids: Sequence[Tensor], target: Tensor, ignore_index: int, specification: str
 ) -> Tensor:
     call = _call(source, ids, target, ignore_index, specification)
-    with _no_autocast(target.device):
+    with no_autocast(target.device):
         return (gathered.logits if call.specification.shard is None else in_step.gathered_logits)(call)
 
 
@@ -58,7 +57,7 @@ def _gradients(
     specification: str,
 ) -> list[Tensor]:
     call = _call(source, ids, target, ignore_index, specification)
-    with _no_autocast(target.device):
+    with no_autocast(target.device):
         shard = call.specification.shard
         grads = (gathered.gradients if shard is None else in_step.gathered_gradients)(call, upstream)
     return [like.new_empty(0) if grad is None else grad for grad, like in zip(grads, source, strict=True)]
@@ -104,8 +103,3 @@ def _plain_gradients(call: Call, upstream: Tensor) -> list[Tensor | None]:
     leaves = [tensor for tensor, need in zip(call.tensors, needed, strict=True) if need]
     grads = iter(torch.autograd.grad(outputs, leaves, upstream, create_graph=create_graph))
     return [next(grads) if need else None for need in needed]
-
-
-def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    has_autocast = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if has_autocast else contextlib.nullcontext()

@@ -5,7 +5,6 @@ operations, the same functions are called without the dispatcher, which takes as
 derivatives go through `chunked_ce.engine.plain`.
 """
 
-import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -25,7 +24,7 @@ from chunked_ce.engine.specification import decoded, encoded
 from chunked_ce.engine.totals import keeps_targets
 from chunked_ce.rows.backend import row_kernels
 from chunked_ce.rows.statistics import STATISTICS, RowStatistics, work_dtype, zero_statistics
-from chunked_ce.tracing import is_batched, is_recorded, runs_at_once
+from chunked_ce.tracing import is_batched, is_recorded, no_autocast, runs_at_once
 
 __all__ = ["loss", "statistics"]
 
@@ -81,7 +80,7 @@ def _run_statistics(
     specification: str,
 ) -> list[Tensor]:
     call = _call(source, extra, class_weight, target, ignore_index, specification)
-    with _no_autocast(target.device):
+    with no_autocast(target.device):
         if call.specification.shard is not None:
             rows = in_step.statistics(call)
         elif call.is_head:
@@ -129,7 +128,7 @@ def _recomputed(
         filtered = can_filter(specification, specification.slopes)
         return call.plan_of_recomputation(len(call.target), filtered=filtered)
 
-    with _no_autocast(call.target.device):
+    with no_autocast(call.target.device):
         if specification.shard is not None:
             return in_step.gradients(call, known, given, weight_sum)
         if call.is_head and weight_sum is None:
@@ -238,7 +237,7 @@ def _loss_and_terms(
     """The outputs of `_run_loss`. With ``keeps_terms``, the gradient of the weight may be returned apart, as the terms
     of a sum, and is empty among the outputs."""
     call = _call(source, extra, class_weight, target, ignore_index, specification)
-    with _no_autocast(target.device):
+    with no_autocast(target.device):
         if call.specification.shard is None:
 
             def plan():
@@ -410,12 +409,6 @@ def _filled(grads: Sequence[Tensor | None], source: Sequence[Tensor]) -> list[Te
     """The gradients of a source, empty where not needed, since an operator returns only tensors."""
     pairs = zip(grads, source, strict=True)
     return [tensor.new_empty(0) if grad is None else grad for grad, tensor in pairs]
-
-
-def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """Turn autocast off on devices that have it; the meta device does not."""
-    has_autocast = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if has_autocast else contextlib.nullcontext()
 
 
 def _plain_gradients(
