@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import mmap
 from collections.abc import Callable
 
 import torch
@@ -16,6 +17,7 @@ __all__ = [
     "adds_in_product",
     "captures",
     "is_accelerator",
+    "keeps_scratch",
     "moved",
     "padded_row",
     "product_rows",
@@ -33,6 +35,7 @@ __all__ = [
 # Smaller blocks are no faster, and much slower if other work keeps one of the cores busy.
 PROJECTED_ROWS = 8192
 ROW_MULTIPLE = 16  # elements: an accelerator moves up to 32 bytes at a time, from a multiple of them
+_LEAST_KEPT, _MOST_KEPT = 8 * 2**20, 256 * 2**20  # bytes of scratch memory that a process keeps
 _WIDENED_ROWS = 2048  # each block is read from cache right after it was cast
 # Rows, at a time, of a sum whose dtype differs from its products': product and sum meet in cache.
 _SUMMED_ROWS = 2048
@@ -125,3 +128,9 @@ def moved(values: Tensor, device: torch.device) -> Tensor:
     if values.device.type == "cpu" and device.type == "cuda" and not is_recorded():
         values = values.pin_memory()
     return values.to(device, non_blocking=True)
+
+
+def keeps_scratch(size: int, device_type: str) -> bool:
+    """Whether scratch memory of ``size`` bytes is kept for the next call: on a CPU the system gives it out anew, page
+    by page, but an accelerator's allocator keeps all memory."""
+    return device_type == "cpu" and hasattr(mmap, "MADV_FREE") and _LEAST_KEPT <= size <= _MOST_KEPT

@@ -29,6 +29,7 @@ from chunked_ce.devices import (
     PROJECTED_ROWS,
     adds_in_product,
     is_accelerator,
+    keeps_scratch,
     product_rows,
     rounds_products,
     rounds_within,
@@ -327,7 +328,8 @@ def predict_memory(
     and reduced, without the backend's own buffers. With a gradient filter, ``kept`` columns, their rows of the head and
     of its gradient, and ``tails`` for all chunks; on an accelerator ``head_sum`` is then the kept rows of all chunks.
     ``packed`` is a block of the head as the matrix library of a CPU rearranges it. Other memory of that library and of
-    the C allocator is left out: 1 to 8 MiB on two cores.
+    the C allocator is left out: 1 to 8 MiB on two cores. On a CPU a process keeps up to 256 MiB of ``logits`` for its
+    next call (`chunked_ce.engine.scratch`), except beside a head's gradient that the backward rounds.
 
     >>> law = predict_memory(4096, 131072, 256, dtype=torch.float32)
     >>> law.forward["logits"] // 2**20, law.forward["head_sum"] // 2**20
@@ -478,6 +480,8 @@ def predict_memory(
         backward = sums | common | {"head_grad": converted * head_elements * head_dtype.itemsize}
         if hidden_total != dtype:
             backward |= gradients | {"hidden_sum": sums["hidden_grad"]}
+        if not converted and keeps_scratch(forward["logits"], device_type):
+            backward["logits"] = forward["logits"]
         return MemoryPrediction(forward, backward)
 
     main_dtype = torch.promote_types(head_dtype, torch.float32)

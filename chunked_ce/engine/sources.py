@@ -218,7 +218,9 @@ class HeadSource(Source):
         for turn, chunk in enumerate(self.parts()):
             if turn < self.plan.in_flight:
                 size = rows, min(entries, len(self.weight))
-                buffers.append(logits_scratch(*size, dtype=self.logits_dtype, device=self.hidden.device))
+                # Beside a wider sum of the head's gradient, which the backward rounds, they would add to the peak.
+                keep = self.plan.entries is not None or self.plan.head_sum == self.weight.dtype
+                buffers.append(logits_scratch(*size, dtype=self.logits_dtype, device=self.hidden.device, keep=keep))
                 if turn == 0 and self.forms_gradients and self.logits_dtype != self.dtype:
                     apart = logits_scratch(*size, dtype=self.dtype, device=self.hidden.device)
             buffer = buffers[turn % self.plan.in_flight]
