@@ -2,7 +2,7 @@
 
 On a CPU the system gives out memory page by page as it is first written, in zeros. This took 0.07 s for the 206 MiB of
 logits of 2,048 tokens and 50,257 entries where huge pages were free, 0.16 s where none was, and 0.4 s where the system
-had to make room for them; all bf16 products of them took 1.2 s. So a process keeps the largest piece of up to 256 MiB
+had to make room for them; all bf16 products of them took 1.4 s. So a process keeps the largest piece of up to 256 MiB
 that a call is done with for the next one. Meanwhile its pages are free to take: a system that runs short of memory
 takes them without asking, and `release` gives them back at once.
 """

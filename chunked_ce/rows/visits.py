@@ -16,7 +16,7 @@ from chunked_ce.rows.teacher import Pair
 __all__ = ["Visit", "rows_in_flight", "rows_of_visit", "visit_rows"]
 
 # Numbers of a visit on a CPU: few enough to stay in cache, yet worth the 0.1 ms that Python takes for their operations,
-# in one thread at a time. On two cores with a second-level cache of 1 MiB each, twice as many took 0.9 of the time with
+# in one thread at a time. On two cores with a second-level cache of 1 MiB each, twice as many took 0.8 of the time with
 # V=50257, half as many 1.5.
 _CACHED_ELEMENTS = 2**19
 _DEVICE_ELEMENTS = 2**24  # on an accelerator a kernel must be worth its launch
