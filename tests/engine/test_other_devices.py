@@ -44,3 +44,12 @@ def test_other_accelerators(device_type):
         checks.check_backend(ChunkOptions(backend="triton"), device, torch.bfloat16)
     law = predict_memory(**SHAPE, options=ChunkOptions(chunk_size=512), device_type=device_type).forward
     assert law["rows"] > 0 and law["products"] > 0
+
+
+@pytest.mark.parametrize(("capability", "has_bf16"), [((7, 5), False), ((8, 0), True)])
+def test_older_devices_of_nvidia(capability, has_bf16, monkeypatch):
+    """Before sm_80 cuBLAS refuses products of bf16 with an output in fp32."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(devices, "_least_capability", lambda: capability)
+    assert devices.adds_in_product("cuda", torch.float32, torch.bfloat16) == has_bf16
+    assert devices.adds_in_product("cuda", torch.float32, torch.float16)
