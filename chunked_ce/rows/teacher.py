@@ -120,13 +120,14 @@ class Pair:
     def _expm1(self, ratio: Tensor, over: Tensor, under: Tensor, quotient: Tensor) -> Tensor:
         """expm1 of a ratio's logarithm (r, B), in the memory for mixtures.
 
-        It is also ``quotient * over / under - 1``, which is much faster. Its error is a rounding of 1, which is small
-        beside the ratio of narrow logits.
+        It is also ``over / under * quotient - 1``, which is much faster. Its error is a rounding of 1, which is small
+        beside the ratio of narrow logits. In this order it is NaN where both are 0, and nowhere else: their products
+        with a quotient may be 0 before they are.
         """
         if not self._is_narrow:
             return torch.expm1(ratio, out=self._mixed)
         largest = math.exp(_LARGEST_RATIO[ratio.dtype])
-        return torch.mul(over, quotient, out=self._mixed).sub_(under).div_(under).clamp_(max=largest)
+        return torch.div(over, under, out=self._mixed).mul_(quotient).sub_(1).clamp_(max=largest)
 
     def _take_gap(self) -> Tensor:
         """The gap to overwrite, which the last use need not copy."""

@@ -45,6 +45,12 @@ class Transfers(TorchDispatchMode):
 @pytest.fixture(autouse=True)
 def on_meta(monkeypatch):
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: False)  # torch has no autocast for it
+    addmm = torch.addmm
+
+    def with_out_dtype(total, *factors, out=None, **wide):  # which torch 2.11 has not for it
+        return torch.mm(*factors, out=out, **wide) if wide else addmm(total, *factors, out=out)
+
+    monkeypatch.setattr(torch, "addmm", with_out_dtype)
     with Transfers():
         yield
 
