@@ -118,3 +118,17 @@ def test_logits_are_halved_where_memory_is_short(monkeypatch):
     step(case, ChunkOptions(memory_budget=3 * 4 * 101))
     assert device.asked.pop() == 3 * 4 * 101
     device_memory._predicted.cache_clear()
+
+
+@pytest.mark.parametrize(("known", "expected"), [(True, 30 + 500), (False, 500)])
+def test_what_is_free(known, expected, monkeypatch):
+    """What torch's allocator keeps and the driver has; another allocator may have no statistics."""
+
+    def memory_stats(device):
+        if not known:
+            raise RuntimeError("CUDAPluggableAllocator does not yet support getDeviceStats.")
+        return {"reserved_bytes.all.current": 100, "allocated_bytes.all.current": 70}
+
+    monkeypatch.setattr(torch.cuda, "memory_stats", memory_stats)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (500, 1000))
+    assert device_memory._free_bytes(torch.device("cuda"), enough=31) == expected

@@ -70,7 +70,11 @@ def _is_known(device: torch.device) -> bool:
 
 def _free_bytes(device: torch.device, enough: int) -> int:
     """Free bytes; the driver, which may make the host wait, is asked only if torch keeps less than ``enough``."""
-    kept_by_torch = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        kept = torch.cuda.memory_stats(device)
+    except RuntimeError:  # an allocator that is not torch's own
+        kept = {}
+    kept_by_torch = kept.get("reserved_bytes.all.current", 0) - kept.get("allocated_bytes.all.current", 0)
     return kept_by_torch if kept_by_torch >= enough else kept_by_torch + torch.cuda.mem_get_info(device)[0]
 
 
