@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from chunked_ce import ChunkOptions, VocabShard, linear_cross_entropy
-from chunked_ce.engine.filtered import Filter
+from chunked_ce.engine.filtered import Filter, groups_of
 from chunked_ce.plan import GROUPS
 from chunked_ce.rows.columns import ColumnSums
 from tests.cases import Problem, gradients, problem
@@ -413,3 +413,9 @@ def test_compiles_in_one_graph():
 def test_a_filter_out_of_range_is_refused(value):
     with pytest.raises(ValueError, match="gradient_filter must be None, 'auto' or in"):
         ChunkOptions(gradient_filter=value)
+
+
+def test_a_column_whose_sum_rounds_below_zero_has_a_group():
+    """As under a softcap and a temperature, where the slope of a saturated logit may round to -2e-7."""
+    group, right = groups_of(torch.tensor([-1e-6, 1.0, 2.0, 3.0]), torch.zeros(4, dtype=torch.bool))
+    assert group.min() >= 0 and right.isfinite().all()
