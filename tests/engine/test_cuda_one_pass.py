@@ -35,7 +35,9 @@ def launched(monkeypatch):
 
 
 @pytest.mark.parametrize("spread", [1.0, 3.0, 8.0])
-@pytest.mark.parametrize("choose", [lambda case: case, drawn, confident, zipf], ids=str)
+@pytest.mark.parametrize(
+    "choose", [lambda case: case, drawn, confident, zipf], ids=["random", "drawn", "confident", "zipf"]
+)
 @pytest.mark.parametrize("size", [512, 100])
 def test_precision(size, choose, spread, launched):
     case = on_gpu(choose(problem(512, 64, 1000, dtype=torch.bfloat16, spread=spread, ignored=0.0)))
