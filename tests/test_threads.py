@@ -16,12 +16,14 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from chunked_ce import linear_cross_entropy
+from chunked_ce import Teacher, linear_cross_entropy, logits_loss
+from chunked_ce.objectives import Divergence
 from chunked_ce.rows import threads, torch_rows, visits
 from chunked_ce.rows.columns import ColumnSums
 from chunked_ce.rows.exponential import exp_
 from chunked_ce.rows.statistics import STATISTICS, Logits, PerRow, RowStatistics, names_of
 from tests.cases import REDUCTIONS_AND_WAYS, assert_equal, check_loss, chunks, problem
+from tests.objectives.teachers import divergence
 
 ROWS = names_of([name for name in STATISTICS if not STATISTICS[name].of_teacher and name != "at_ids"])
 
@@ -245,7 +247,8 @@ def test_the_profiler_sees_the_rows():
 
 PROGRAM = """
 import os, sys, torch
-from chunked_ce import linear_cross_entropy
+from chunked_ce import Teacher, linear_cross_entropy, logits_loss
+from chunked_ce.objectives import Divergence
 from chunked_ce.rows import threads, visits
 torch.set_num_threads(2)
 threads._MOST, visits._CACHED_ELEMENTS = 2, 64
@@ -389,3 +392,18 @@ def test_very_wide_logits_leave_no_denormal(dtype, count):
     assert not ((size > 0) & (size < torch.finfo(torch.float32).tiny)).any()
     assert (size == 0).double().mean() > 0.05
     torch.testing.assert_close(products.double(), expected, rtol=torch.finfo(dtype).eps * 100, atol=1e-37)
+
+
+@pytest.mark.parametrize("beta", [0.05, 0.5, 0.95])
+def test_mixtures_of_very_wide_logits(beta):
+    """Where exponentials are the smallest normal numbers, products with a quotient count as 0 before they do."""
+    logits = torch.randint(-184, -168, (2, 40, 200), generator=torch.Generator().manual_seed(0)) / 2
+    logits[..., 0] = 0.0
+    logits[0, ::2, 1] = logits[1, 1::2, 1] = 0.0  # one of the two sums is twice the other
+    z, t = logits.bfloat16()
+    z.requires_grad_()
+    loss = logits_loss(Divergence(beta), z, torch.zeros(40, dtype=torch.long), teacher=Teacher(logits=t))
+    expected = divergence(z.double(), t.double(), beta).mean()
+    (found,), (slopes,) = (torch.autograd.grad(value, z) for value in (loss, expected))
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found, slopes, rtol=2**-7, atol=1e-5)
