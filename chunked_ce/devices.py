@@ -64,14 +64,22 @@ def padded_row(entries: int) -> int:
 def adds_in_product(device_type: str, total: torch.dtype, factor: torch.dtype) -> bool:
     """Whether products of factors in dtype ``factor`` add to a sum in dtype ``total`` as they are formed.
 
-    ROCm, which calls its devices ``"cuda"`` too, has no products with ``out_dtype``.
+    ROCm, which calls its devices ``"cuda"`` too, has no products with ``out_dtype``, and NVIDIA's devices before sm_80
+    none of bf16.
     """
-    return (
-        device_type == "cuda"
-        and not torch.version.hip
-        and factor in (torch.bfloat16, torch.float16)
-        and total == torch.float32
-    )
+    if device_type != "cuda" or torch.version.hip or total != torch.float32:
+        return False
+    return factor == torch.float16 or (factor == torch.bfloat16 and _multiplies_bf16())
+
+
+def _multiplies_bf16() -> bool:
+    """Whether all CUDA devices of this process have products of bf16; yes as long as it uses none."""
+    return not torch.cuda.is_initialized() or _least_capability() >= (8, 0)
+
+
+@functools.cache
+def _least_capability() -> tuple[int, int]:
+    return min(torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
 
 
 def unrounded(dtype: torch.dtype) -> torch.dtype:

@@ -185,7 +185,7 @@ def groups_of(
     bucket = (share.float().view(torch.int32) >> 16).clamp_(0, _BUCKETS - 1)  # NaN too
     mass = torch.zeros(_BUCKETS, dtype=torch.int64, device=total.device)
     reached = mass.index_add_(0, bucket, (share * _MASS).long()).cumsum(0)
-    group = (reached * GROUPS // reached[-1].clamp(min=1)).clamp_(max=GROUPS - 1)[bucket]
+    group = (reached * GROUPS // reached[-1].clamp(min=1)).clamp_(0, GROUPS - 1)[bucket]  # sums may round below 0
     right = total.new_zeros(len(total), GROUPS).scatter_(1, group.unsqueeze(1), total.unsqueeze(1))
     return group.masked_fill_(kept, -1), right / right.sum(0).clamp(min=_TINY)
 
