@@ -20,11 +20,11 @@ class Device:
         self.asked = []
         make = sources.logits_scratch
 
-        def limited(tokens, words, *, dtype, device):
+        def limited(tokens, words, *, dtype, device, keep):
             self.asked.append(tokens * words * dtype.itemsize)
             if self.asked[-1] > most:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate more than there is.")
-            return make(tokens, words, dtype=dtype, device=device)
+            return make(tokens, words, dtype=dtype, device=device, keep=keep)
 
         monkeypatch.setattr(sources, "logits_scratch", limited)
 

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from chunked_ce.engine import scratch
+
 __all__ = ["available", "limit_memory", "out_of_memory", "peak_of", "total", "why_not_measured"]
 
 _CLEAR_REFS = "/proc/self/clear_refs"
@@ -37,7 +39,8 @@ def peak_of(work: Callable[[], object], device: str) -> int:
         before = torch.cuda.memory_allocated()
         work()
         return torch.cuda.max_memory_allocated() - before
-    # Free pages that the C allocator holds go back to the system, or the work would use them unseen.
+    # Free pages that the C allocator or an earlier call holds go back to the system, or the work would use them unseen.
+    scratch.release()
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)
     Path(_CLEAR_REFS).write_text("5")

@@ -39,7 +39,7 @@ MASKS = ("none", "all", "one", "all but one", "half")
 
 @pytest.fixture(autouse=True)
 def padded(monkeypatch):
-    def scratch(tokens, words, *, dtype, device):
+    def scratch(tokens, words, *, dtype, device, keep=False):
         return torch.full((tokens, words + 5), torch.nan, dtype=dtype, device=device)[:, :words]
 
     monkeypatch.setattr(sources, "logits_scratch", scratch)
