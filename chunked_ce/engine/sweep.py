@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from chunked_ce import devices
 from chunked_ce.engine import invariant
 from chunked_ce.engine.call import Call
 from chunked_ce.engine.device_filter import DeviceFilter, filter_kernels
@@ -184,10 +185,12 @@ def _source(call: Call, *, sums_head: bool | None = None) -> Source:
 
 
 def _filter(source: HeadSource, slopes: Iterable[str]) -> Filter | None:
-    """The gradient filter of one loss, if it has one."""
+    """The gradient filter of one loss, if it has one; it reads how many columns each chunk keeps."""
     call = source.call
     if not can_filter(call.specification, slopes):
         return None
+    if devices.captures(source.hidden.device):
+        raise ValueError("options.gradient_filter must be None for gradients in a CUDA graph: it makes the host wait")
     share = call.rows / max(1, call.vocab_size)
     arguments = source.head.weight, source.class_weight, call.specification.settings.gradient_filter, share
     kernels = filter_kernels(call.specification, source.hidden.device)

@@ -257,6 +257,11 @@ def test_while_a_graph_is_captured(device, monkeypatch):
         linear_cross_entropy(case.hidden.to("meta"), case.head.to("meta"), case.target)
     with pytest.raises(ValueError, match=r"options\.ignored must be 'auto' or 'mask' while a CUDA graph is captured"):
         case.loss(options=ChunkOptions(ignored="drop"))
+    filtered = ChunkOptions(gradient_filter="auto")
+    with torch.no_grad():
+        case.loss(options=filtered)
+    with pytest.raises(ValueError, match=r"options\.gradient_filter must be None for gradients in a CUDA graph"):
+        case.loss(options=filtered)
 
 
 def test_modes_and_transforms(device):
