@@ -20,6 +20,7 @@ from chunked_ce.plan import predict_memory
 from tests.distributed.launch import run
 
 NOT_HERE = memory.why_not_measured("cpu")
+ALLOCATOR = 4 * 2**20  # bytes that the C allocator holds besides, now and then
 N, D, V = 1024, 128, 32768
 DTYPES = (torch.float32, torch.bfloat16)
 WAYS = ("forward", "backward")
@@ -50,7 +51,7 @@ def peaks(rank, world_size):
 def test_a_shard_takes_what_the_law_says():
     for (dtype, options), *ranks in zip(CASES, *run(peaks, 2), strict=True):
         law = predict_memory(N, V, D, dtype=dtype, options=ChunkOptions(**options), ranks=2)
-        assert max(ranks) == pytest.approx(law.peak, rel=0.1), f"{dtype}, {options}"
+        assert max(ranks) == pytest.approx(law.peak, rel=0.1, abs=ALLOCATOR), f"{dtype}, {options}"
 
 
 # ---- losses besides cross-entropy, on one rank ----

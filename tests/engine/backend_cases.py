@@ -40,7 +40,7 @@ TERMS = (
 )
 
 
-@pytest.fixture(params=["drop", "mask"])
+@pytest.fixture(params=["drop", pytest.param("mask", marks=pytest.mark.thorough)])
 def ignored(request):
     """What becomes of ignored tokens."""
     return request.param
@@ -136,6 +136,7 @@ def test_stats():
     torch.testing.assert_close(found[1], expected[1])
 
 
+@pytest.mark.parametrize("ignored", ["drop", "mask"])
 @pytest.mark.parametrize("way", WAYS)
 def test_gradient_filter(way, ignored):
     """The column sums of the kernel choose as those of the torch kernels do."""
@@ -149,6 +150,7 @@ def test_gradient_filter(way, ignored):
     assert not torch.allclose(found[1], exact[1], rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("ignored", ["drop", "mask"])
 @pytest.mark.parametrize("garbage", [torch.nan, torch.inf])
 def test_garbage_in_ignored_tokens(garbage, ignored):
     """Nothing of a token that does not count reaches a value or a gradient, kept or dropped."""

@@ -36,6 +36,7 @@ round_as_devices_do()
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FEW_DTYPES = [*DTYPES[:2], pytest.param(torch.float16, marks=pytest.mark.thorough)]
 # Rows and columns: one of each, below a block, at its edge, over several blocks.
 SHAPES = ((1, 1), (1, 7), (3, 128), (5, 129), (2, 4096), (2, 4097), (3, 9000))
 ALL = names_of(("weighted", "mean", "correct", "squares"))
@@ -134,7 +135,7 @@ def check_gradients(products, target, class_weight, logits, slopes, known=None, 
 
 
 @pytest.mark.parametrize("logits", LOGITS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", FEW_DTYPES, ids=str)
 def test_shapes(dtype, logits):
     for n, vocab in SHAPES:
         arguments = products_of(n, vocab, dtype), targets_of(n, vocab), weights_of(vocab), logits
@@ -385,7 +386,7 @@ def test_offsets_beyond_31_bits(rows, stride):
 
 
 @pytest.mark.parametrize("logits", LOGITS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", FEW_DTYPES, ids=str)
 def test_shards(dtype, logits):
     """Uneven shards, one of them empty, combined; a target is in one of them."""
     n, vocab, bounds = 5, 6000, (0, 37, 37, 5000, 6000)
@@ -473,7 +474,7 @@ def test_statistics_and_gradients(dtype):
 
 
 @pytest.mark.parametrize("logits", LOGITS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", FEW_DTYPES, ids=str)
 def test_gradients_and_columns(dtype, logits):
     """The gradients of one kernel and of the other, and what the filter asks of their columns."""
     for n, vocab in ((1, 1), (5, 129), (32, 128), (70, 300)):

@@ -9,6 +9,7 @@ SCRIPT = EXAMPLES / "filtered_training.py"
 TINY = ["--steps=30", "--batch=8", "--width=16", "--depth=1", "--heads=2", "--context=64", "--learning-rate=2e-2"]
 
 
+@pytest.mark.thorough
 def test_the_filter_trains_as_exact_gradients_do(tmp_path):
     printed = run(SCRIPT, *TINY, f"--out={tmp_path}", log=tmp_path / "log")
     found = json.loads((tmp_path / "losses.json").read_text())
