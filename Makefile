@@ -26,8 +26,8 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Three workers of one thread each for two cores: many tests wait for processes that they start.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
+# Four workers of one thread each for two cores: many tests wait for processes that they start.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 4 --dist loadfile --no-loadscope-reorder
 test: lint
 	$(PYTEST) -m "not thorough"
 
@@ -49,7 +49,7 @@ $(PACKAGES)/.installed: setup.cfg pyproject.toml constraints.txt tests/packages/
 
 # Random calls beyond those of the tests, right ones and wrong ones: some five minutes.
 fuzz: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --seed 3000 --cases 20000
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --seed 2000 --cases 20000
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz_arguments --seed 1 --seconds 120
 
 # Well over an hour on 2 cores; nothing else should run meanwhile. The plot and the page are of the sweep.

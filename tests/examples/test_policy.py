@@ -18,6 +18,7 @@ def task():
     return next_lines.NextLines(3)
 
 
+@pytest.mark.thorough
 def test_a_tiny_run(tmp_path):
     """Both trainings see the same answers and have the same losses; the report and the plot are there."""
     printed = run(EXAMPLES / "policy.py", *TINY, "--out", tmp_path / "out", log=tmp_path / "log")
