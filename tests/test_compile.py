@@ -120,8 +120,8 @@ FACTORS_OF_ONE = [("sum", None), ("mean", 1), ("mean", 1.0), ("mean", None), ("n
 @pytest.mark.parametrize(
     ("trained", "backend"),
     [
-        ("both", "aot_eager"),
-        pytest.param("head", "aot_eager", marks=pytest.mark.thorough),
+        pytest.param("both", "aot_eager", marks=pytest.mark.thorough),
+        ("head", "aot_eager"),
         pytest.param("both", "inductor", marks=needs_compiler),
         pytest.param("head", "inductor", marks=[needs_compiler, pytest.mark.thorough]),
     ],

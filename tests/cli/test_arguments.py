@@ -113,6 +113,7 @@ def test_needed_packages(arguments, needed):
     assert needed_packages(parser().parse_args(arguments.split())) == needed
 
 
+@pytest.mark.thorough
 def test_bench_without_plots(tmp_path):
     sizes = {"--tokens": 8, "--hidden": 4, "--vocab": 16, "--rounds": 1, "--only": "forward", "--dtype": "fp32"}
     shape = [argument for pair in sizes.items() for argument in pair] + ["--no-errors", "--json"]

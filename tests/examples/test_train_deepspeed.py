@@ -58,6 +58,7 @@ def test_metrics(trained):
     assert metrics(trained)[-1]["lr"] == pytest.approx(6e-4)
 
 
+@pytest.mark.thorough
 def test_full_logits_in_one_batch_give_the_same_losses(tmp_path, arguments, trained):
     config = write_config(tmp_path / "one.json", stage=2, batch=8, micro_batches=1)
     out = tmp_path / "out"
