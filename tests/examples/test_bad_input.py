@@ -111,7 +111,11 @@ def test_policy(policy_refusal, tmp_path):
     ("option", "refused"),
     [
         ("--text=nowhere.txt", "nowhere.txt: No such file or directory"),
-        ("--deepspeed-config={config}", "{config}: Either train_batch_size or train_micro_batch_size_per_gpu"),
+        pytest.param(
+            "--deepspeed-config={config}",
+            "{config}: Either train_batch_size or train_micro_batch_size_per_gpu",
+            marks=pytest.mark.thorough,
+        ),
     ],
 )
 def test_every_rank_ends(tmp_path, text, option, refused):

@@ -17,6 +17,7 @@ def test_is_short():
     assert len(SCRIPT.read_text().splitlines()) < 60
 
 
+@pytest.mark.thorough
 def test_learns_and_two_ranks_train_as_one_process_does(tmp_path):
     alone = losses(run(SCRIPT, *TINY, "--batch=8", "--micro-batches=1", log=tmp_path / "alone"))
     ranks = losses(run(*TORCHRUN, SCRIPT, *TINY, "--batch=2", "--micro-batches=2", log=tmp_path / "ranks"))

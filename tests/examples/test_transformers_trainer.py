@@ -22,6 +22,7 @@ def test_one_line_and_short():
     assert re.findall(r"LMHead\..*", source) == ["LMHead.wrap(model)  # the only line of chunked_ce"]
 
 
+@pytest.mark.thorough
 def test_the_losses_of_the_plain_model(tmp_path, text):
     """Ours on two ranks, the plain one's on a single rank that accumulates twice as many batches."""
     tiny = [*TINY, f"--steps={STEPS}", "--text", text]

@@ -31,6 +31,7 @@ def test_is_short():
     assert len(SCRIPT.read_text().splitlines()) <= 130
 
 
+@pytest.mark.thorough
 def test_losses_do_not_depend_on_the_sharding(tmp_path, text):
     tiny = [*TINY, f"--steps={STEPS}", f"--batch={SEQUENCES}", "--text", text]
     data = run(*TORCHRUN, SCRIPT, *tiny, log=tmp_path / "data")
