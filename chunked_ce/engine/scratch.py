@@ -63,7 +63,7 @@ def _take(size: int) -> mmap.mmap | None:
 def _keep(memory: mmap.mmap) -> None:
     with contextlib.suppress(OSError):  # a kernel that cannot take pages back later
         memory.madvise(mmap.MADV_FREE)
-        _kept[:] = [max(*_kept, memory, key=len)] if _kept else [memory]
+        _kept[:] = [max([*_kept, memory], key=len)]
 
 
 def logits_scratch(
