@@ -119,6 +119,10 @@ def check_tensors(
             + (f", or {vocab.padded_rows} with padding" if vocab.padded_rows else "")
             + f", had {rows}"
         )
+    if vocab is not None and vocab.tokens == "own" and input_name == "logits":
+        raise ValueError(
+            "vocab.tokens must be 'same' for logits that exist, was 'own': no rank holds its columns of others' logits"
+        )
     _check_no_probabilities(target)
     check_tensor("target", target, INDICES)
     if vocab is not None and vocab.input_grad == "sequence" and input_name != "logits":

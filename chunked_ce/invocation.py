@@ -200,7 +200,8 @@ def call_of(
     if arguments.is_head:
         settings = dispatch.settings_of(options, input, tensors["linear_weight"], compute_dtype_of(input), vocab)
         parts, source = _head(tensors, vocab)
-        if parts[1] == "hidden":  # several depths: a sum over chunks is wide, however many these are
+        # Several depths, or tokens whose number other ranks know: a sum over chunks is wide, however many these are.
+        if parts[1] == "hidden" or (vocab is not None and vocab.tokens == "own"):
             settings = settings._replace(head_sum_dtype=settings.wide_dtype)
         if "adapter_weight" in parts:  # whose gradients would need the columns that a filter drops
             settings = settings._replace(gradient_filter=None)

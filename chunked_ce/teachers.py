@@ -43,6 +43,8 @@ def check_teacher(
         raise TypeError(f"teacher must be a chunked_ce.Teacher or None, was {described(teacher)}")
     if not needs:
         raise TypeError(f"teacher is given, but {type(objective).__name__} has none: use Divergence")
+    if vocab is not None and vocab.tokens == "own":
+        raise ValueError("teacher must be None with vocab.tokens='own', was a Teacher")
     tensors = teacher.tensors
     for name, tensor in tensors.items():
         _check_local(name, tensor, device)

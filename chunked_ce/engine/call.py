@@ -19,7 +19,7 @@ __all__ = ["Call"]
 class Call(NamedTuple):
     tensors: Sequence[Tensor]  # of the source, named by the specification's parts: see `Call.named`
     class_weight: Tensor | None  # (V,) of the whole vocabulary, in the work dtype
-    target: Tensor  # (N,), of all ranks if the input is a sequence shard
+    target: Tensor  # (N,), of all ranks if the input is a sequence shard and not this rank's own
     ignore_index: int
     specification: Specification
     extra: Sequence[Tensor] = ()  # constant: the tensors per token, (N, ...) each, those of the teacher, and places
@@ -79,6 +79,11 @@ class Call(NamedTuple):
         specification = self.specification._replace(has_places=True)
         return self._replace(specification=specification, extra=[*self.extra, *places])
 
+    def without_places(self) -> Call:
+        if not self.specification.has_places:
+            return self
+        return self._replace(specification=self.specification._replace(has_places=False), extra=self.extra[:-2])
+
     def for_statistics(self) -> Call:
         """The call of the statistics that its objective reads."""
         needed = (TEMPERATURE, self.specification.ids)
@@ -120,6 +125,12 @@ class Call(NamedTuple):
         return 0 if shard is None else shard.start
 
     @property
+    def num_tokens(self) -> int:
+        """N, or the counted tokens of all ranks once these are known."""
+        shard = self.specification.shard
+        return self.target.shape[0] if shard is None or not shard.sizes else sum(shard.sizes)
+
+    @property
     def is_sequence(self) -> bool:
         """Whether the hidden states are only this rank's share of the tokens."""
         shard = self.specification.shard
@@ -150,7 +161,7 @@ class Call(NamedTuple):
     def plan_by_tokens(self, num_counted: int, *, sums_head: bool) -> Plan:
         """The plan in chunks of tokens, the same on every rank."""
         settings, shard = self.specification.settings, self.specification.shard
-        weight, num_tokens = self.weight, self.target.shape[0]
+        weight, num_tokens = self.weight, self.num_tokens
         head_dtype = (settings.head_sum_dtype or weight.dtype) if sums_head else None
         if shard is None:
             return Plan.by_tokens(num_tokens, num_counted, *weight.shape, settings, head_dtype=head_dtype)

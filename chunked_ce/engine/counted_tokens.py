@@ -11,7 +11,7 @@ from torch import Tensor
 from chunked_ce import devices
 from chunked_ce.rows.statistics import RowStatistics, along
 
-__all__ = ["CountedTokens", "Places", "check_range", "columns_of"]
+__all__ = ["CountedTokens", "Places", "check_range", "columns_of", "rows_at"]
 
 
 class Places(NamedTuple):
@@ -89,12 +89,6 @@ class CountedTokens:
         for start in range(0, len(self), size):
             yield slice(start, min(start + size, len(self)))
 
-    def within(self, start: int, stop: int) -> slice:
-        """The counted tokens among the tokens ``start`` to ``stop``."""
-        if self._index is None:
-            return slice(start, stop)
-        return slice(*self.num_before([start, stop]))
-
     def num_before(self, positions: list[int]) -> list[int]:
         """How many tokens are kept before each of the ascending ``positions`` among all tokens."""
         if self._places is None:
@@ -119,16 +113,6 @@ class CountedTokens:
         """`select`, but without zeros for ignored tokens that are kept: then a view of ``values``."""
         return values[rows] if self._index is None else values.index_select(0, self._index[rows])
 
-    def select_from(self, part: Tensor, first: int, rows: slice) -> Tensor:
-        """`select` from ``part``, which holds the tokens from ``first`` on."""
-        if self._index is not None:
-            return part.index_select(0, self._index[rows] - first)
-        return part if self._mask is None else part.where(self._mask[rows].unsqueeze(-1), 0)
-
-    def put_into(self, part: Tensor, first: int, rows: slice, values: Tensor) -> None:
-        """`put` into ``part``, which holds the tokens from ``first`` on."""
-        part.index_copy_(0, self._index[rows] - first, values)
-
     def put(self, values: Tensor, rows: slice, part: Tensor) -> None:
         """Write ``part`` to the rows of ``values`` (N, ...) that belong to the counted tokens ``rows``."""
         if self._index is None:
@@ -149,3 +133,10 @@ class CountedTokens:
     def mask(self, values: Tensor, rows: slice = slice(None)) -> Tensor:
         """``values`` of the tokens ``rows``, 0 for ignored tokens that are kept."""
         return values if self._mask is None else values.where(along(self._mask[rows], values), 0)
+
+
+def rows_at(places: Places | None, number: int) -> CountedTokens:
+    """The tokens at these ``places`` among a ``number`` of them, or all; their targets are not known."""
+    device = "cpu" if places is None else places.on_device.device
+    target = torch.zeros((), dtype=torch.int64, device=device).expand(number)
+    return CountedTokens(target, -1, 1, "none" if places is None else "drop", places)

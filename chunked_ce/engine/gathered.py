@@ -52,7 +52,7 @@ def logits(call: Call) -> Tensor:
     if bias is not None and len(bias) > 0:
         found += bias[columns.clamp(min=0)]
     found = found.where(columns >= 0, 0)
-    whole = found.new_zeros(len(call.target), columns.shape[1])
+    whole = found.new_zeros(call.num_tokens, columns.shape[1])
     source.tokens.put(whole, slice(None), found)
     whole = source.from_chunk_order(whole)
     shard = call.specification.shard

@@ -135,7 +135,7 @@ class VocabularyProducts:
         def dtype_of(part: str, tensor: Tensor) -> torch.dtype:
             return call.reduce_dtype() if reduced and part in HIDDEN_PARTS else tensor.dtype
 
-        written = WEIGHT_PARTS + HIDDEN_PARTS * source.tokens.all_kept if some else ()
+        written = WEIGHT_PARTS + HIDDEN_PARTS * source.covers_hidden if some else ()
         self.total = HeadGradients.empty(call, dtype_of, written, skipped=() if weight_sum is None else ("weight",))
 
     def out(self, block: Block) -> Tensor:
@@ -218,7 +218,7 @@ class ChunkProducts:
 
         written, apart = (), filter is not None and filter.holds_head
         if len(source.tokens) > 0:
-            written = HIDDEN_PARTS * source.tokens.all_kept + ("weight",) * (settings.gradient_filter is None)
+            written = HIDDEN_PARTS * source.covers_hidden + ("weight",) * (settings.gradient_filter is None)
         self.total = HeadGradients.empty(call, dtype_of, written, skipped=("weight",) if fits or apart else ())
         (main, *_) = self.total.pairs
         self._first = filter is None and main.weight is not None

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -21,11 +21,14 @@ from chunked_ce.engine import gathered, sweep
 from chunked_ce.engine.call import Call
 from chunked_ce.engine.ranks import HIDDEN_GRADIENT, STATISTICS
 from chunked_ce.engine.sources import HIDDEN
+from chunked_ce.engine.token_shards import TOKENS, JoinedCall, OwnTokens, joined_sequence, sequence_call
+from chunked_ce.engine.windows import windows_of
 from chunked_ce.parallel.collectives import Collectives
 from chunked_ce.rows.statistics import RowStatistics, num_columns, passes_of, work_dtype
 
-__all__ = ["gathered_gradients", "gathered_logits", "gradients", "loss_and_gradients", "statistics"]
+__all__ = ["factors", "gathered_gradients", "gathered_logits", "gradients", "loss_and_gradients", "statistics"]
 
+UPSTREAM = "chunked_ce: the all-gather of upstream gradients"
 _Result = TypeVar("_Result")
 
 
@@ -40,46 +43,120 @@ class _Step(NamedTuple):
 
 def statistics(call: Call) -> RowStatistics:
     """`sweep.statistics`."""
+
+    def work(joined: JoinedCall) -> RowStatistics:
+        return joined.put_rows(sweep.statistics(joined.call))
+
+    if call.is_sequence:
+        return _with_tokens(call, lambda sized: _Chunks(sized).steps(combines=True), work)
     return _together(lambda: _Chunks(call).steps(combines=True), call, sweep.statistics, call)
 
 
 def loss_and_gradients(call: Call) -> tuple[Tensor, list[Tensor | None], Tensor | None, RowStatistics]:
     """`sweep.loss_and_gradients`."""
 
-    def steps() -> Iterator[_Step]:
+    def steps(call: Call) -> Iterator[_Step]:
         return _Chunks(call).steps(combines=True, reduces=True)
 
-    return _together(steps, call, sweep.loss_and_gradients, call)
+    def work(joined: JoinedCall) -> tuple[Tensor, list[Tensor | None], Tensor | None, RowStatistics]:
+        *results, rows = sweep.loss_and_gradients(joined.call)
+        return *results, joined.put_rows(rows)
+
+    if call.is_sequence:
+        return _with_tokens(call, steps, work)
+    return _together(lambda: steps(call), call, sweep.loss_and_gradients, call)
 
 
 def gradients(
     call: Call, known: RowStatistics, slopes: RowStatistics, weight_sum: Tensor | None = None
 ) -> list[Tensor | None]:
     """`sweep.gradients`."""
-    return _reducing(call, sweep.gradients, call, known, slopes, weight_sum)
+    if not call.is_sequence:
+        return _reducing(call, sweep.gradients, call, known, slopes, weight_sum)
+    call = _averaging(call)
+
+    def work(joined: JoinedCall) -> list[Tensor | None]:
+        values = iter(joined.others)
+        known_rows, slopes_rows = (rows.map(lambda _: next(values)) for rows in (known, slopes))
+        return sweep.gradients(joined.call, known_rows, slopes_rows, weight_sum)
+
+    given = *known.named().values(), *(slope / _divisor(call) for slope in slopes.named().values())
+    return _with_tokens(call, lambda sized: _Chunks(sized).steps(reduces=True), work, *given)
 
 
 def gathered_logits(call: Call) -> Tensor:
     """`gathered.logits`."""
 
-    def steps() -> Iterator[_Step]:
+    def steps(call: Call) -> Iterator[_Step]:
         yield from _Chunks(call).steps()
         num_ids = sum(ids.shape[1] for ids in call.per_token.values())
-        shape, dtype = (len(call.target), num_ids), work_dtype(call.specification.settings.compute_dtype)
-        yield _Step("all_reduce_", gathered.GATHERED, shape, dtype)
+        shape = call.num_tokens, num_ids
+        yield _Step("all_reduce_", gathered.GATHERED, shape, work_dtype(call.specification.settings.compute_dtype))
 
-    return _together(steps, call, gathered.logits, call)
+    if call.is_sequence:
+        return _with_tokens(call, steps, lambda joined: joined.put(gathered.logits(joined.call)), ids=call.per_token)
+    return _together(lambda: steps(call), call, gathered.logits, call)
 
 
 def gathered_gradients(call: Call, upstream: Tensor) -> list[Tensor | None]:
     """`gathered.gradients`."""
-    return _reducing(call, gathered.gradients, call, upstream)
+    if not call.is_sequence:
+        return _reducing(call, gathered.gradients, call, upstream)
+    call = _averaging(call)
+
+    def work(joined: JoinedCall) -> list[Tensor | None]:
+        return gathered.gradients(joined.call, *joined.others)
+
+    steps, given = lambda sized: _Chunks(sized).steps(reduces=True), upstream / _divisor(call)
+    return _with_tokens(call, steps, work, given, ids=call.per_token)
+
+
+def factors(call: Call, factor: Tensor) -> Tensor:
+    """The factor () of every rank's loss, (R,): their upstream gradients, where ranks have tokens of their own."""
+    collectives = Collectives(call.specification.shard.group_name)
+    return collectives.all_gather(factor.reshape(1), UPSTREAM).wait().view(-1)
+
+
+def _with_tokens(
+    call: Call,
+    steps: Callable[[Call], Iterator[_Step]],
+    work: Callable[[JoinedCall], _Result],
+    *others: Tensor,  # (N, ...) per token
+    ids: Iterable[str] = (),
+) -> _Result:
+    """``work`` of the call over the tokens of all ranks, whose collectives are ``steps``, with ``others`` joined."""
+    if not call.specification.shard.is_own:
+        return _together(lambda: steps(sequence_call(call)), call, lambda: work(joined_sequence(call, *others)))
+    named = ids if call.specification.ids is None else (call.specification.ids,)
+    tokens = OwnTokens(call, *others, ids=named)
+
+    def all_steps() -> Iterator[_Step]:
+        yield _Step("all_gather", TOKENS, tokens.shape, torch.uint8)
+        yield from steps(tokens.call)
+
+    return _together(all_steps, call, lambda: work(tokens.joined()))
+
+
+def _divisor(call: Call) -> float:
+    """What the gradients of a head are divided by: the number of ranks that have tokens of their own."""
+    return call.specification.shard.hidden_factor
+
+
+def _averaging(call: Call) -> Call:
+    """The call whose slopes are divided by the number of ranks that have tokens of their own; the gradients of hidden
+    states, which belong to one rank, are multiplied by it."""
+    specification = call.specification
+    shard = specification.shard
+    if not shard.is_own:
+        return call
+    shard = shard._replace(hidden_factor=float(Collectives(shard.group_name).size))
+    return call._replace(specification=specification._replace(shard=shard))
 
 
 def _reducing(call: Call, work: Callable[..., _Result], *arguments) -> _Result:
-    """``work(*arguments)`` of a backward, whose collectives sum the gradient of the hidden states."""
+    """``work(*arguments)`` of a backward on ranks with the same tokens, which sum the gradient of hidden states."""
     widths = call.chunk_widths(needed=True) if call.specification.shard.input_grad != "partial" else []
-    if not (widths or call.is_sequence):
+    if not widths:
         return work(*arguments)  # no collective: a rank that fails holds up no other
 
     def steps() -> Iterator[_Step]:
@@ -104,13 +181,11 @@ class _Chunks:
             return
         size = call.plan_by_tokens(num_tokens, sums_head=call.sums_head).tokens
         if call.is_sequence:
-            windows = target.view(self._ranks, -1).split(max(1, size // self._ranks), dim=1)
-            target = torch.cat([window.flatten() for window in windows])
-            self._tokens = [window.numel() for window in windows if window.numel()]
-            self._rows = self._num_moved(target, self._tokens)
+            windows = windows_of(call.specification.shard.sizes, size, 0)
+            self._rows, self._widths = [sum(window.counts) for window in windows], [window.width for window in windows]
         else:
             (counted,) = self._num_moved(target, [num_tokens])
-            self._rows = self._tokens = [min(size, counted - at) for at in range(0, counted, size)]
+            self._rows = [min(size, counted - at) for at in range(0, counted, size)]
 
     def _num_moved(self, target: Tensor, sizes: list[int]) -> list[int]:
         """How many of each chunk's tokens have statistics: those that count, or all where none is dropped."""
@@ -149,13 +224,14 @@ class _Chunks:
         return _Step("all_gather", STATISTICS, shape, work_dtype(specification.settings.compute_dtype))
 
     def _hidden(self, at: int) -> _Step:
-        shape = self._tokens[at] // self._ranks, sum(self._call.chunk_widths())
+        shape = self._widths[at], sum(self._call.chunk_widths())
         return _Step("all_gather", HIDDEN, shape, self._call.specification.settings.compute_dtype)
 
     def _reduction(self, at: int) -> _Step:
-        kind = "reduce_scatter" if self._call.is_sequence else "all_reduce_"
-        shape = self._tokens[at], self._reduced
-        return _Step(kind, HIDDEN_GRADIENT, shape, self._call.reduce_dtype())
+        kind, rows = "all_reduce_", self._rows[at]
+        if self._call.is_sequence:
+            kind, rows = "reduce_scatter", self._ranks * self._widths[at]
+        return _Step(kind, HIDDEN_GRADIENT, (rows, self._reduced), self._call.reduce_dtype())
 
 
 def _together(steps: Callable[[], Iterator[_Step]], call: Call, work: Callable[..., _Result], *arguments) -> _Result:
@@ -173,8 +249,8 @@ def _together(steps: Callable[[], Iterator[_Step]], call: Call, work: Callable[.
         if failure is not None:
             traceback.clear_frames(failure.__traceback__)  # frames hold the tensors that filled the memory
             _go_through(itertools.islice(steps(), issued.number, None), collectives, like)
-    if like.device.type == "cpu" and collectives.size > 1:
-        _raise_together(failure, collectives)
+    if like.device.type == "cpu" and collectives.size > 1 and collectives.any_failed(failure is not None):
+        collectives.raise_together(failure)
     if failure is not None:
         raise failure
     return result
@@ -183,14 +259,3 @@ def _together(steps: Callable[[], Iterator[_Step]], call: Call, work: Callable[.
 def _go_through(steps: Iterator[_Step], collectives: Collectives, like: Tensor) -> None:
     for kind, what, shape, dtype in steps:
         getattr(collectives, kind)(like.new_full(shape, torch.nan, dtype=dtype), what).wait()
-
-
-def _raise_together(failure: Exception | None, collectives: Collectives) -> None:
-    """Raise on every rank if one failed: its own error, or one that names a failed rank and its message."""
-    if not collectives.any_failed(failure is not None):
-        return
-    messages = collectives.gather_objects(None if failure is None else f"{type(failure).__name__}: {failure}")
-    if failure is not None:
-        raise failure
-    rank, message = next((rank, message) for rank, message in enumerate(messages) if message is not None)
-    raise RuntimeError(f"vocab: rank {rank} of the group failed in this call, and all ranks with it: {message}")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from chunked_ce import devices
 from chunked_ce.devices import unrounded
 from chunked_ce.engine import in_step, plain, sweep
 from chunked_ce.engine.accumulation import destination, leaf_to_keep
@@ -19,6 +20,7 @@ from chunked_ce.engine.device_filter import HeadTerms
 from chunked_ce.engine.device_memory import with_smaller_chunks
 from chunked_ce.engine.filtered import can_filter
 from chunked_ce.engine.gradient_products import TargetGradients
+from chunked_ce.engine.head_gradients import HIDDEN_PARTS
 from chunked_ce.engine.released_parameters import check_head_still_there
 from chunked_ce.engine.specification import decoded, encoded
 from chunked_ce.engine.totals import keeps_targets
@@ -313,6 +315,11 @@ def _backward_of_loss(ctx, upstream):
         return _plain_gradients(lambda: [plain.loss(call)], [grad], call, needed), *none
     if any(need and not had for need, had in zip(needed, specification.needed, strict=True)):
         return _unprepared_gradients(call, grad, needed), *none
+    if specification.shard is not None and specification.shard.is_own:
+        if runs_at_once(*source):
+            return _of_own_tokens(call, totals[:num_tensors], grad, needed), *none
+        call = call._replace(specification=specification._replace(needed=tuple(needed)))
+        return _own_gradients(list(source), totals[:num_tensors], grad, list(extra), *_rest(call)), *none
     rows, at = None, specification.parts.index("weight")
     if needed[at] and targets.numel() > 0 and not of_head:
         column = columns_of(target, call.start, call.rows, targets != 0)
@@ -329,6 +336,48 @@ def _backward_of_loss(ctx, upstream):
     if rows is not None:
         grads[at].index_copy_(0, entries, (rows * grad).to(grads[at].dtype))
     return grads, *none
+
+
+def _of_own_tokens(
+    call: Call, totals: Sequence[Tensor | HeadTerms], grad: Tensor, needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """The gradients where each rank has tokens of its own: the loss of each has its own upstream gradient.
+
+    Where these differ, the sums over all ranks' tokens have no common factor, and are computed again.
+    """
+    factors = devices.read(in_step.factors(call, grad))
+    if not (factors == factors[0]).all() and not factors.isnan().all():
+        del totals
+        return _unprepared_gradients(call, grad, needed)
+    of_head, backend = grad / len(factors), call.specification.settings.backend
+    grads = []
+    for part, total, tensor, need in zip(call.specification.parts, totals, call.tensors, needed, strict=True):
+        factor = grad if part in HIDDEN_PARTS else of_head
+        grads.append(_rescaled(total, factor, tensor.dtype, backend) if need else None)
+    return grads
+
+
+@torch.library.custom_op("chunked_ce::own_gradients", mutates_args=())
+def _own_gradients(
+    source: Sequence[Tensor],
+    totals: Sequence[Tensor],
+    grad: Tensor,
+    extra: Sequence[Tensor],
+    class_weight: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    specification: str,
+) -> list[Tensor]:
+    call = _call(source, extra, class_weight, target, ignore_index, specification)
+    copies = [total.clone() for total in totals]  # an operator returns no memory of its arguments
+    return _filled(_of_own_tokens(call, copies, grad, call.specification.needed), source)
+
+
+@_own_gradients.register_fake
+def _(source, totals, grad, extra, class_weight, target, ignore_index, specification):
+    needed = decoded(specification).needed
+    grads = [tensor.new_empty(tensor.shape) if need else None for tensor, need in zip(source, needed, strict=True)]
+    return _filled(grads, source)
 
 
 def _unprepared_gradients(call: Call, grad: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:

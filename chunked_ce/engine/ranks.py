@@ -90,12 +90,11 @@ class ManyRanks(OneRank):
         part = parts[0].to(self._dtype) if len(parts) == 1 else torch.cat([part.to(self._dtype) for part in parts], 1)
         if not isinstance(self.source, SequenceSource):
             return Reducing(parts, self._collectives.all_reduce_(part, HIDDEN_GRADIENT))
-        whole = self.source.whole_window(chunk, part)
-        return Reducing(parts, self._collectives.reduce_scatter(whole, HIDDEN_GRADIENT))
+        return Reducing(parts, self._collectives.reduce_scatter(chunk.window.spread(part), HIDDEN_GRADIENT))
 
     def put(self, total: Tensor, chunk: Chunk, part: Tensor) -> None:
         if isinstance(self.source, SequenceSource):
-            total[chunk.window] = part
+            self.source.put_reduced(total, chunk, part)
         else:
             super().put(total, chunk, part)
 

@@ -10,12 +10,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from chunked_ce import devices
 from chunked_ce.engine.call import Call
-from chunked_ce.engine.counted_tokens import CountedTokens, Places, check_range, columns_of
+from chunked_ce.engine.counted_tokens import CountedTokens, Places, check_range, columns_of, rows_at
 from chunked_ce.engine.depth_rows import DepthRows
+from chunked_ce.engine.head_gradients import HIDDEN_PARTS
 from chunked_ce.engine.products import project
 from chunked_ce.engine.scratch import cast_with_room, logits_scratch
+from chunked_ce.engine.specification import TOKEN
 from chunked_ce.engine.teacher import TeacherSource
+from chunked_ce.engine.windows import Window, order_of, windows_of
 from chunked_ce.parallel.collectives import Collectives, Pending
 from chunked_ce.plan import Plan, tokens_per_chunk
 from chunked_ce.rows.statistics import PerRow, RowStatistics
@@ -55,7 +59,7 @@ class Chunk(NamedTuple):
     rows: slice  # of the counted tokens
     blocks: Iterable[Block]  # each is valid until the next one
     x: Tensor | None = None  # (C, D) hidden states in the products' dtype
-    window: slice = slice(0)  # of this rank's tokens, in a sequence shard
+    window: Window | None = None  # of tokens that are sharded over ranks
     adapter_x: Tensor | None = None  # (C, r)
 
     @property
@@ -147,6 +151,10 @@ class Source:
         """``values`` (N, ...) from the order of the chunks to that of the targets."""
         return values
 
+    def own(self, values: Tensor) -> Tensor:
+        """Of ``values`` (n, ...) of the counted tokens, those whose losses are this rank's."""
+        return values
+
     def in_order(self, rows: RowStatistics) -> RowStatistics:
         """The statistics (N,), from the order of the chunks to that of the targets."""
         return rows.map(self.from_chunk_order)
@@ -227,6 +235,11 @@ class HeadSource(Source):
             blocks = self._blocks(chunk, buffer, apart, head, max(1, entries))
             yield chunk._replace(blocks=tuple(blocks) if head is not None else blocks)
 
+    @property
+    def covers_hidden(self) -> bool:
+        """Whether every row of the hidden states belongs to a token of a chunk."""
+        return self.tokens.all_kept
+
     def put(self, total: Tensor, rows: slice, part: Tensor) -> None:
         """Write ``part`` (C, D) to the rows of ``total`` (N, D) that belong to the counted tokens ``rows``."""
         self.tokens.put(total, rows, part)
@@ -303,63 +316,67 @@ class DepthsSource(HeadSource):
 
 
 class SequenceSource(HeadSource):
-    """Hidden states sharded by tokens over the ranks of the vocabulary, gathered chunk by chunk."""
+    """Hidden states sharded by tokens over the ranks of the vocabulary, gathered chunk by chunk.
+
+    The call is that of `chunked_ce.engine.token_shards`: over the counted tokens of all ranks.
+    """
 
     def __init__(self, call: Call) -> None:
         self.call, self._collectives = call, Collectives(call.specification.shard.group_name)
-        plan = call.plan_by_tokens(len(call.target), sums_head=call.sums_head)
-        self._share = max(1, plan.tokens // self._collectives.size)  # tokens of each rank in a chunk
-        self._order = self._order_on(call.target.device)
+        shard, plan = call.specification.shard, call.plan_by_tokens(len(call.target), sums_head=call.sums_head)
+        rank = self._collectives.rank
+        self._windows = windows_of(shard.sizes, plan.tokens, rank)
+        self._order = devices.moved(order_of(shard.sizes, plan.tokens), call.target.device)
+        first = sum(shard.sizes[:rank])
+        self._mine = slice(first, first + shard.sizes[rank]) if shard.is_own else slice(None)
+        depths = call.named("hidden")
+        local = rows_at(call.places, sum(map(len, depths)))
+        self._local = local if len(depths) == 1 else DepthRows(local, [len(hidden) for hidden in depths])
         super().__init__(call)
         self.plan = plan
 
-    def _order_on(self, device: torch.device) -> Tensor:
-        places = torch.arange(len(self.call.target), device=device).view(self._collectives.size, -1)
-        return torch.cat([part.flatten() for part in places.split(self._share, dim=1)])
-
-    def _places(self) -> Places | None:
-        if self.call.places is None:
-            return None
-        counted = torch.zeros(len(self.call.target), dtype=torch.bool)
-        counted[self.call.places.on_host] = True
-        in_order = counted[self._order_on(counted.device)]
-        return Places.of(in_order, self.call.target.device)
+    @property
+    def covers_hidden(self) -> bool:
+        return self.call.places is None
 
     def in_chunk_order(self, values: Tensor) -> Tensor:
         return values[self._order]
 
-    def _index(self) -> Tensor:
-        return self.tokens.unmasked(self._order, slice(None))
-
     def from_chunk_order(self, values: Tensor) -> Tensor:
         return torch.empty_like(values).index_copy_(0, self._order, values)
 
-    def _largest_chunk(self) -> int:
-        return min(self._share * self._collectives.size, len(self.call.target))
+    def own(self, values: Tensor) -> Tensor:
+        return self.from_chunk_order(values)[self._mine]
+
+    def put_reduced(self, total: Tensor | list[Tensor | None], chunk: Chunk, part: Tensor) -> None:
+        """Write ``part`` (width, D), of this rank's tokens of a chunk, to the rows of ``total`` that belong to them."""
+        factor, window = self.call.specification.shard.hidden_factor, chunk.window
+        part = part[: window.mine]
+        self._local.put(total, window.own, part if factor == 1 else part * factor)
 
     def parts(self) -> Iterator[Chunk]:
         """The chunks without their blocks, their hidden states gathered during the work on the previous chunk."""
-        windows = [slice(at, at + self._share) for at in range(0, len(self.hidden), self._share)]
-        widths = self.call.chunk_widths()
+        widths, hidden = self.call.chunk_widths(), [self.call.named(name) for name in HIDDEN_PARTS]
+        sources = [depths if len(depths) > 1 else depths[0] for depths in hidden if depths]
 
-        def gather(window: slice) -> Pending:
-            parts = [part[window].to(self.dtype) for part in (self.hidden, self.adapter_hidden) if part is not None]
-            return self._collectives.all_gather(parts[0] if len(parts) == 1 else torch.cat(parts, 1), HIDDEN)
+        def gather(window: Window) -> Pending:
+            parts = [self._local.select(source, window.own).to(self.dtype) for source in sources]
+            part = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+            return self._collectives.all_gather(window.filled_up(part), HIDDEN)
 
+        windows = self._windows
         pending = gather(windows[0]) if windows else None
         for window, following in itertools.zip_longest(windows, windows[1:]):
-            gathered = pending.wait().flatten(0, 1)  # (R * c, D + r)
+            gathered = pending.wait()  # (R, width, D + r)
             pending = None if following is None else gather(following)
-            first = window.start * self._collectives.size
-            rows = self.tokens.within(first, first + len(gathered))
-            x, *adapter = self.tokens.select_from(gathered, first, rows).split(widths, 1)
-            yield Chunk(rows, (), x, window, adapter[0] if adapter else None)
+            x, *adapter = self.tokens.mask(window.joined(gathered), window.rows).split(widths, 1)
+            yield Chunk(window.rows, (), x, window, adapter[0] if adapter else None)
 
-    def whole_window(self, chunk: Chunk, part: Tensor) -> Tensor:
-        """``part`` (C, D) of the counted tokens in its place among all tokens of the chunk, (R * c, D), 0 elsewhere."""
-        if self.tokens.all_kept:
-            return part
-        ranks = self._collectives.size
-        whole = part.new_zeros(len(self.hidden[chunk.window]) * ranks, part.shape[1])
-        self.tokens.put_into(whole, chunk.window.start * ranks, chunk.rows, part)
-        return whole
+    def _places(self) -> None:
+        return None  # those of the call are of this rank's hidden states
+
+    def _index(self) -> Tensor:
+        return self.in_chunk_order(self.call.per_token[TOKEN])
+
+    def _largest_chunk(self) -> int:
+        return max((sum(window.counts) for window in self._windows), default=0)

@@ -20,9 +20,11 @@ from chunked_ce.plan import Settings
 from chunked_ce.rows.backend import row_kernels
 from chunked_ce.rows.statistics import Logits
 
-__all__ = ["TEMPERATURE", "Specification", "TeacherSpecification", "decoded", "encoded"]
+__all__ = ["TEMPERATURE", "TOKEN", "Specification", "TeacherSpecification", "decoded", "encoded"]
 
-TEMPERATURE = "_temperature"  # the name of the temperatures among the tensors per token
+# Names among the tensors per token.
+TEMPERATURE = "_temperature"
+TOKEN = "_token"  # the row of the token in the tensors of a teacher
 
 
 class TeacherSpecification(NamedTuple):

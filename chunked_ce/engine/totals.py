@@ -36,7 +36,7 @@ class ForwardTotals:
         call, tokens = source.call, source.tokens
         specification = call.specification
         self._dtype = work_dtype(specification.settings.compute_dtype)
-        self._objective, self._tokens = specification.objective, tokens
+        self._objective, self._tokens, self._source = specification.objective, tokens, source
         self._temperature, self._scale = source.temperature, specification.logits.scale
         self._losses = torch.zeros_like(tokens.target, dtype=torch.float64)  # (n,)
         selected = {name: tokens.select(source.in_chunk_order(values)) for name, values in call.per_token.items()}
@@ -56,8 +56,8 @@ class ForwardTotals:
 
     @property
     def loss(self) -> Tensor:
-        """The sum of the losses, ()."""
-        return self._losses.sum().to(self._dtype)
+        """The sum of this rank's losses, ()."""
+        return self._source.own(self._losses).sum().to(self._dtype)
 
     def slopes(self, rows: slice, block: RowStatistics, part: slice = slice(None)) -> RowStatistics:
         """The slopes of the rows ``part`` of the tokens ``rows``, whose statistics are ``block``."""

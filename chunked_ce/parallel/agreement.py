@@ -59,7 +59,10 @@ def facts_of_call(
     """
     input = tensors.get("logits", tensors.get("input"))
     target, linear_weight, weight = (tensors.get(name) for name in ("target", "linear_weight", "weight"))
-    facts = {"target": tuple(target.shape), "input dtype": input.dtype} | checksums({"target": target})
+    is_own = vocab.tokens == "own"
+    facts = {"input dtype": input.dtype}
+    if not is_own:
+        facts |= {"target": tuple(target.shape)} | checksums({"target": target})
     if linear_weight is not None:
         facts |= {
             "input's last dimension": input.shape[-1],
@@ -77,15 +80,18 @@ def facts_of_call(
         WHOLE_WEIGHT: weight is not None and weight.numel() == vocab.total,
         "check": vocab.check,
         "input_grad": vocab.input_grad,
+        "tokens": vocab.tokens,
         "reduce_dtype": vocab.reduce_dtype,
     }
     number = keywords.get("num_tokens")
-    facts |= keywords | {"num_tokens": None if number is None else float(number)}
-    if linear_weight is not None and vocab.input_grad != "sequence":
+    facts |= keywords | {"num_tokens": None if number is None or is_own else float(number)}
+    if linear_weight is not None and vocab.input_grad != "sequence" and not is_own:
         facts |= checksums({"input": input}, ": dropout with a seed of each rank's own makes them differ")
     local = ("linear_bias", ADAPTER[1]) if facts[WHOLE_WEIGHT] else ("linear_bias", ADAPTER[1], "weight")
     if vocab.input_grad == "sequence":
         local += (ADAPTER[0],)
+    if is_own:  # only a weight of the whole vocabulary is the same everywhere
+        local += tuple(name for name in optional if name != "weight")
     same = {name: tensor for name, tensor in optional.items() if tensor is not None and name not in local}
     return facts | checksums({name: tensor.double() for name, tensor in same.items()})
 

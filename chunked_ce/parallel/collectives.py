@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -61,6 +61,7 @@ class Collectives:
     def __init__(self, group_name: str) -> None:
         self._group = _resolve_process_group(group_name)
         self.size = dist.get_world_size(self._group)
+        self.rank = dist.get_rank(self._group)
 
     def all_gather(self, part: Tensor, what: str) -> Pending:
         """Every rank's ``part`` (n, ...), of one shape, as (R, n, ...)."""
@@ -76,6 +77,16 @@ class Collectives:
         mine = parts.new_empty(len(parts) // self.size, *parts.shape[1:])
         return self._start(what, _reduce_scatter_single, mine, parts, result=mine)
 
+    def gather_numbers(self, numbers: list[int], device: torch.device, what: str) -> list[list[int]]:
+        """Every rank's integers, as many on each; the host waits for them."""
+        mine = torch.tensor(numbers, device=device)
+        gathered = mine.new_empty(self.size * len(numbers))
+        try:
+            all_gather_single(gathered, mine, group=self._group)
+        except RuntimeError as error:
+            raise _broken(what, error) from error
+        return gathered.view(self.size, -1).tolist()
+
     def any_failed(self, failed: bool) -> bool:
         """Whether any rank ``failed``; reduced on the CPU."""
         flag = torch.tensor([int(failed)])
@@ -84,6 +95,15 @@ class Collectives:
         except RuntimeError as error:
             raise _broken("chunked_ce: the end of a call", error) from error
         return bool(flag)
+
+    def raise_together(self, failure: Exception | None) -> NoReturn:
+        """Raise on every rank, of which one failed at least: its own failure, or an error that names a failed rank and
+        its message."""
+        messages = self.gather_objects(None if failure is None else f"{type(failure).__name__}: {failure}")
+        if failure is not None:
+            raise failure
+        rank, message = next((rank, message) for rank, message in enumerate(messages) if message is not None)
+        raise RuntimeError(f"vocab: rank {rank} of the group failed in this call, and all ranks with it: {message}")
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's value."""

@@ -16,11 +16,19 @@ class Shard(NamedTuple):
     total: int
     input_grad: str
     reduce_dtype: torch.dtype | None
+    tokens: str = "same"
+    sizes: tuple[int, ...] = ()  # counted tokens of each rank, once ranks that hold different hidden states know them
+    hidden_factor: float = 1.0  # of the gradients of hidden states, once they are summed
+
+    @property
+    def is_own(self) -> bool:
+        """Whether each rank has tokens of its own: hidden states, targets and losses."""
+        return self.tokens == "own"
 
     @property
     def is_sequence(self) -> bool:
-        """Whether each rank's input holds its share of the tokens."""
-        return self.input_grad == "sequence"
+        """Whether each rank's hidden states are its share of the tokens."""
+        return self.is_own or self.input_grad == "sequence"
 
     def class_weight(self, whole: Tensor | None, rows: int) -> Tensor | None:
         """This shard's part of the class weights (V,)."""

@@ -20,6 +20,7 @@ __all__ = ["WEIGHT_VALUES", "WHOLE_WEIGHT", "VocabShard"]
 WHOLE_WEIGHT = "weight, of the whole vocabulary or not"
 WEIGHT_VALUES = "weight's values (a checksum)"
 _INPUT_GRADS = ("complete", "partial", "sequence")
+_TOKENS = ("same", "own")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,6 +30,12 @@ class VocabShard:
     ``input`` and ``target`` are the same on every rank of the group, and so are losses and statistics; each rank gets
     the gradient of its own rows. Shards may differ in size and may be empty.
 
+    With ``tokens="own"`` each rank has hidden states, targets and weights of its own, as many as it likes or none, and
+    its loss and statistics are those of its own tokens, as if it held the whole head. All ranks call the loss, and its
+    backward, as often as each other. The gradient of a rank's rows is the sum over the losses of all ranks, each
+    with the upstream gradient that it has there, divided by the number of ranks: what DDP, FSDP and ZeRO make of every
+    other parameter.
+
     Args:
         group: the ranks that share the vocabulary; None for all ranks.
         start, stop: this rank's rows, 0 <= start <= stop <= total.
@@ -37,6 +44,7 @@ class VocabShard:
             rank's share, for frameworks whose own layer sums it. ``"sequence"``: ``input`` holds this rank's share of
             the tokens, in the order of the ranks and as many on each; it is gathered chunk by chunk and its gradient
             reduce-scattered. ``target`` and ``token_weight`` then hold the tokens of all ranks, in that order.
+        tokens: ``"same"``: every rank has the same tokens; ``"own"``: its own (``input_grad`` is then ``"complete"``).
         reduce_dtype: the dtype in which ranks sum the input's gradient; None for ``accumulate_dtype`` (fp32).
         check: whether ranks compare their calls, so that a disagreement is an error on every rank and not a hang:
             ``"always"``, ``"first"`` (only at the first call, so that later ones need no host synchronisation), or
@@ -55,6 +63,7 @@ class VocabShard:
     check: Literal["auto", "always", "first"] = "auto"
     padded_rows: int | None = None
     """Rows of this rank's head with the padding at its end, which never gets probability; None without padding."""
+    tokens: Literal["same", "own"] = "same"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "group", checked_group(self.group))
@@ -68,6 +77,13 @@ class VocabShard:
             )
         if not is_one_of(self.input_grad, _INPUT_GRADS):
             raise ValueError(f"input_grad must be one of {_INPUT_GRADS}, was {described(self.input_grad)}")
+        if not is_one_of(self.tokens, _TOKENS):
+            raise ValueError(f"tokens must be one of {_TOKENS}, was {described(self.tokens)}")
+        if self.tokens == "own" and self.input_grad != "complete":
+            raise ValueError(
+                "input_grad must be 'complete' with tokens='own', since no other rank has this rank's input, "
+                f"was {described(self.input_grad)}"
+            )
         dtype = self.reduce_dtype
         if dtype is not None and (not isinstance(dtype, torch.dtype) or dtype not in FLOATING.dtypes):
             raise ValueError(f"reduce_dtype must be None or a floating-point dtype, was {described(dtype)}")
@@ -178,7 +194,8 @@ class VocabShard:
 
     def plain(self) -> Shard:
         """The plain values that operators take."""
-        return Shard(self.group.group_name, self.start, self.total, self.input_grad, self.reduce_dtype)
+        values = self.start, self.total, self.input_grad, self.reduce_dtype, self.tokens
+        return Shard(self.group.group_name, *values)
 
     def compares(self, *, on_cpu: bool = True) -> bool:
         """Whether this rank's call is to be compared with the others'."""
