@@ -20,7 +20,7 @@ from chunked_ce.lazy.head import LazyHead, Settings
 from chunked_ce.lazy.logits import LazyLogits
 from chunked_ce.lazy.source import Call
 from chunked_ce.parallel.dtensors import is_dtensor
-from chunked_ce.tracing import not_compiled
+from chunked_ce.tracing import not_compiled, run_as_written
 
 __all__ = ["LMHead"]
 
@@ -269,6 +269,7 @@ def _follow_token_adapter(module: nn.Module) -> None:
         module.__class__ = joined(TokenAdapter, type(module))
 
 
+@run_as_written
 def _new_place(parent: nn.Module, name: str, module: nn.Module | None) -> None:
     """Runs when a module is put into another: what replaces a head becomes one, or a warning says that it does not.
 

@@ -17,6 +17,7 @@ __all__ = [
     "is_recorded",
     "no_autocast",
     "not_compiled",
+    "run_as_written",
     "runs_at_once",
 ]
 
@@ -29,6 +30,17 @@ def not_compiled(function: Callable) -> Callable:
     wrapper._torchdynamo_disable = wrapper._torchdynamo_disable_recursive = True
     wrapper._torchdynamo_orig_callable, wrapper._torchdynamo_wrapper_id = function, id(wrapper)
     return wrapper
+
+
+def run_as_written(function: Callable) -> Callable:
+    """Keep the compiler from a function that eager code calls meanwhile, without importing the compiler.
+
+    Within a graph the function is traced as any other; `not_compiled` would break that graph, and adds a frame.
+    """
+    eval_frame = torch._C._dynamo.eval_frame
+    skip = eval_frame._FrameAction.SKIP
+    eval_frame.set_code_exec_strategy(function.__code__, eval_frame._FrameExecStrategy(skip, skip))
+    return function
 
 
 def assume_constant(function: Callable) -> Callable:

@@ -388,3 +388,15 @@ def test_compiled(use):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "LazyLogits")
         assert_close(torch.autograd.grad(compiled(ids), list(model.parameters())), expected)
+
+
+@pytest.mark.parametrize("cls", [nn.Linear, LMHead])
+def test_compiled_where_compiled_code_asks_for_it(cls):
+    """`torch.compile` puts the head into a module that has none of its attributes yet."""
+    head, (hidden, _) = cls(WIDTH, VOCAB), data()
+    torch.compiler.reset()
+    compiled = torch.compile(lambda: torch.compile(head, backend="eager"), backend="eager")()
+    assert compiled._orig_mod is head
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "LazyLogits")
+        torch.testing.assert_close(compiled(hidden) * 1, F.linear(hidden, head.weight, head.bias))

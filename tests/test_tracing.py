@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from chunked_ce.tracing import assume_constant, not_compiled
+from chunked_ce.tracing import assume_constant, not_compiled, run_as_written
 
 DISABLE = pytest.mark.parametrize("decorator", [not_compiled, torch.compiler.disable])
 CONSTANT = pytest.mark.parametrize("decorator", [assume_constant, torch.compiler.assume_constant_result])
@@ -75,6 +75,20 @@ def test_a_function_that_is_not_compiled_is_an_error_in_a_full_graph(decorator):
     function, _ = between_products(decorator)
     with pytest.raises(torch._dynamo.exc.Unsupported, match="disable"):
         torch.compile(function, backend="eager", fullgraph=True)(torch.ones(2))
+
+
+def test_a_function_that_runs_as_written_is_traced_as_part_of_a_graph_only():
+    traced = []
+
+    @run_as_written
+    def recorded(x):
+        traced.append(torch.compiler.is_compiling())
+        return plus_one(x)
+
+    in_a_graph = torch.compile(lambda x: recorded(x) * 3, backend="eager", fullgraph=True)
+    assert torch.equal(in_a_graph(torch.ones(2)), torch.full((2,), 6.0))
+    assert torch.equal(torch.compile(recorded, backend="eager")(torch.ones(2)), torch.full((2,), 2.0))
+    assert traced == [True, False]
 
 
 @CONSTANT
