@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from chunked_ce.parallel.dtensors import is_dtensor
 from chunked_ce.tracing import not_compiled, run_as_written
 
 __all__ = ["LMHead"]
+
+Model = TypeVar("Model", bound=nn.Module)
 
 # Their hooks gather and release a module's parameters, and so belong around the loss as well as around the logits.
 _ENGINES = ("deepspeed.", "torch.distributed.fsdp.")
@@ -84,12 +86,13 @@ class LMHead(LazyHead):
     # ---- swapping it in ----
 
     @classmethod
-    def wrap(cls, model: nn.Module, module: str | None = None, **keywords: Any) -> LMHead:
-        """Turn the output embedding of ``model`` into an `LMHead`, in place, and return it.
+    def wrap(cls, model: Model, module: str | None = None, **keywords: Any) -> Model:
+        """Turn the output embedding of ``model`` into an `LMHead`, in place, and return the model.
 
         Only the module's class changes. It stays the same object, with its parameters, its hooks and its places in the
         model, so that tied weights stay tied. The output embedding is the module named ``module``; else the one that
-        ``get_output_embeddings()`` returns; else the only ``nn.Linear`` as wide as the model's largest embedding.
+        ``get_output_embeddings()`` returns; else ``model`` itself if it is an ``nn.Linear``; else the only
+        ``nn.Linear`` as wide as the model's largest embedding.
 
         Args:
             model: may be wrapped by an adapter library or an engine.
@@ -100,9 +103,9 @@ class LMHead(LazyHead):
             ValueError: no output embedding was found, or it is not a plain ``nn.Linear``.
 
         >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 10))
-        >>> head = LMHead.wrap(model)
-        >>> head is model[1], LMHead.unwrap(model), type(model[1])
-        (True, 1, <class 'torch.nn.modules.linear.Linear'>)
+        >>> model = LMHead.wrap(model)
+        >>> type(model[1]), type(LMHead.unwrap(model)[1])
+        (<class 'chunked_ce.lm_head.LMHead'>, <class 'torch.nn.modules.linear.Linear'>)
         """
         heads = _output_embeddings(model, module)
         for linear in heads:
@@ -117,7 +120,7 @@ class LMHead(LazyHead):
         for parent in model.modules():
             if getattr(parent, "base_layer", None) in heads:
                 _follow_token_adapter(parent)
-        return heads[0]
+        return model
 
     @classmethod
     def _take(cls, linear: nn.Linear, settings: Settings) -> None:
@@ -125,8 +128,9 @@ class LMHead(LazyHead):
         linear.__class__ = in_front(cls, type(linear), nn.Linear, is_parametrized(linear))
 
     @staticmethod
-    def unwrap(model: nn.Module) -> int:
-        """Undo `wrap`, and return the number of heads that were turned back."""
+    def unwrap(model: Model) -> Model:
+        """Undo `wrap`, in place, and return the model; a model without a wrapped head stays as it is."""
+        _check_model(model)
         heads = [module for module in model.modules() if "_head_class" in vars(module)]
         for head in heads:
             head.__class__ = without(type(head), head._head_class, nn.Linear)
@@ -134,7 +138,7 @@ class LMHead(LazyHead):
         for module in model.modules():
             if isinstance(module, TokenAdapter):
                 module.__class__ = without(type(module), TokenAdapter, nn.Module)
-        return len(heads)
+        return model
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "replaced" and value and not _skipped_by_autotp(sys._getframe(1)):
@@ -188,8 +192,7 @@ class LMHead(LazyHead):
 
 def _output_embeddings(model: nn.Module, name: str | None) -> list[nn.Linear]:
     """The linear layers that make the logits; several where an adapter library keeps copies of one."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, was {type(model).__name__}")
+    _check_model(model)
     if name is not None:
         return _linears_of(_named(model, name))
     for candidate in model.modules():
@@ -197,7 +200,7 @@ def _output_embeddings(model: nn.Module, name: str | None) -> list[nn.Linear]:
         found = method() if callable(method) else None
         if isinstance(found, nn.Module):
             return _linears_of(found)
-    return [_as_wide_as_the_vocabulary(model)]
+    return [model if isinstance(model, nn.Linear) else _as_wide_as_the_vocabulary(model)]
 
 
 def _named(model: nn.Module, name: str) -> nn.Module:
@@ -250,6 +253,11 @@ def _skipped_by_autotp(caller: FrameType) -> bool:
     """Whether AutoTP marks a layer as replaced only because its configuration says to skip that layer."""
     kind = getattr(caller.f_locals.get("spec"), "partition_type", None)
     return getattr(kind, "name", None) == "SKIP"
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, was {type(model).__name__}")
 
 
 def _check_wrappable(linear: nn.Linear) -> None:

@@ -127,7 +127,7 @@ def main() -> None:
         )
     )
     if not options.plain:
-        LMHead.wrap(model)  # the only line of chunked_ce
+        model = LMHead.wrap(model)  # the only line of chunked_ce
 
     rows = options.steps * options.accumulate * options.batch * dist.get_world_size()
     with tempfile.TemporaryDirectory() as folder:

@@ -280,7 +280,7 @@ def _head(**keywords: Any) -> LMHead:
     return LMHead(**{"in_features": D, "vocab_size": V} | keywords)
 
 
-def _wrap(**keywords: Any) -> LMHead:
+def _wrap(**keywords: Any) -> nn.Module:
     return LMHead.wrap(nn.Sequential(nn.Embedding(V, D), nn.Linear(D, V)), **keywords)
 
 

@@ -68,7 +68,7 @@ def test_is_a_linear_layer():
 def test_copies_keep_their_settings(copied, wrapped):
     if wrapped:
         model = nn.Sequential(nn.Linear(WIDTH, VOCAB))
-        head = LMHead.wrap(model, "0", z_loss=0.5)
+        head = LMHead.wrap(model, "0", z_loss=0.5)[0]
     else:
         head = LMHead(WIDTH, VOCAB, z_loss=0.5)
     hidden, target = data()
@@ -187,23 +187,32 @@ def test_wrap_and_unwrap(tied):
     model, ids = Tied(tied), torch.randint(VOCAB, (2, 5))
     kind, expected = gradients(model, ids)
     parameters, out = list(model.parameters()), model.out
-    head = LMHead.wrap(model, options=ChunkOptions(chunk_size=2))
-    assert head is out is model.out
+    assert LMHead.wrap(model, options=ChunkOptions(chunk_size=2)) is model
+    assert model.out is out and type(out) is LMHead
     assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
     assert (model.out.weight is model.embedding.weight) == tied
     lazy, found = gradients(model, ids)
     assert lazy is LazyLogits and kind is torch.Tensor
     assert_close(found, expected)
-    assert LMHead.unwrap(model) == 1 and LMHead.unwrap(model) == 0
+    assert LMHead.unwrap(model) is model
     assert type(model.out) is nn.Linear and vars(model.out).keys() == vars(nn.Linear(1, 1)).keys()
     assert gradients(model, ids)[0] is torch.Tensor
+    assert LMHead.unwrap(model) is model and type(model.out) is nn.Linear
     LMHead.wrap(model)
 
 
 def test_wrap_takes_the_module_named():
     model = nn.ModuleDict({"a": nn.Linear(WIDTH, VOCAB), "b": nn.Sequential(nn.Linear(WIDTH, VOCAB))})
-    assert LMHead.wrap(model, "b.0") is model["b"][0]
-    assert type(model["a"]) is nn.Linear
+    assert LMHead.wrap(model, "b.0") is model
+    assert type(model["a"]) is nn.Linear and type(model["b"][0]) is LMHead
+
+
+@pytest.mark.parametrize("name", [None, ""])
+@pytest.mark.parametrize("cls", [nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear])
+def test_the_model_may_be_the_head_itself(cls, name):
+    linear, (hidden, _) = cls(WIDTH, VOCAB), data()
+    assert LMHead.wrap(linear, name) is linear and type(linear(hidden)) is LazyLogits
+    assert LMHead.unwrap(linear) is linear and type(linear) is cls
 
 
 def test_wrap_finds_what_the_model_says():
@@ -215,9 +224,9 @@ def test_wrap_finds_what_the_model_says():
         def get_output_embeddings(self):
             return self.second
 
-    assert LMHead.wrap(nn.Sequential(Model()))
     inner = Model()
-    assert LMHead.wrap(nn.Sequential(inner)) is inner.second
+    LMHead.wrap(nn.Sequential(inner))
+    assert type(inner.first) is nn.Linear and type(inner.second) is LMHead
 
 
 class Shifted(nn.Linear):
@@ -237,6 +246,8 @@ def test_wrap_refuses_what_it_cannot_follow():
         LMHead.wrap(two, "0")
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, was int"):
         LMHead.wrap(3)
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, was list"):
+        LMHead.unwrap([two])
     with pytest.raises(ValueError, match="was Shifted with a forward of its own"):
         LMHead.wrap(nn.Sequential(Shifted(WIDTH, VOCAB)), "0")
     model = Tied()
