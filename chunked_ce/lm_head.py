@@ -20,6 +20,10 @@ from chunked_ce.lazy.head import LazyHead, Settings
 from chunked_ce.lazy.logits import LazyLogits
 from chunked_ce.lazy.source import Call
 from chunked_ce.parallel.dtensors import is_dtensor
+from chunked_ce.sharded.ddp import check_not_averaged
+from chunked_ce.sharded.gradients import mark
+from chunked_ce.sharded.model import shard_parameters, unshard_parameters
+from chunked_ce.sharded.rows import RowSharding, shardings_of
 from chunked_ce.tracing import not_compiled, run_as_written
 
 __all__ = ["LMHead"]
@@ -123,14 +127,59 @@ class LMHead(LazyHead):
         return model
 
     @classmethod
+    def shard(cls, model: Model, group_or_mesh: Any = None, module: str | None = None, **keywords: Any) -> Model:
+        """Spread the output embedding of ``model`` over ranks that hold different tokens, and return the model.
+
+        Each rank keeps its rows of the head's weight and bias, and of the embeddings tied to it. The head becomes an
+        `LMHead` whose losses are those of this rank's tokens (``VocabShard(..., tokens="own")``), and is never
+        gathered. Every rank of the group calls this, before the model goes into DDP, FSDP2 or DeepSpeed. State dicts
+        hold whole tensors, and are taken on all ranks together.
+
+        Args:
+            model: may be wrapped by an adapter library.
+            group_or_mesh: the ranks; None for all of them.
+            module: the name of the output embedding in ``model``, as in `wrap`.
+            keywords: those of `LMHead` without ``vocab``; a model's own `LMHead` keeps those that are not given.
+
+        Raises:
+            ValueError: no output embedding was found, it cannot be sharded, or it differs between the ranks.
+        """
+        if "vocab" in keywords:
+            raise TypeError("vocab is not a keyword of LMHead.shard, which makes it from group_or_mesh")
+        heads = _output_embeddings(model, module)
+        for linear in heads:
+            if shardings_of(linear):
+                raise ValueError("the output embedding is sharded already: LMHead.unwrap(model) undoes LMHead.shard")
+            if not isinstance(linear, LMHead):
+                _check_wrappable(linear)
+        shardings = [RowSharding.over(linear.out_features, group_or_mesh) for linear in heads]
+        before = [linear._settings if isinstance(linear, LMHead) else Settings() for linear in heads]
+        settings = [
+            mine.replaced(**keywords, vocab=sharding.vocab) for mine, sharding in zip(before, shardings, strict=True)
+        ]
+        for linear, sharding, its_settings in zip(heads, shardings, settings, strict=True):
+            shard_parameters(model, linear, sharding)
+            if isinstance(linear, LMHead):
+                linear._settings = its_settings
+            else:
+                cls._take(linear, its_settings)
+        return model
+
+    @classmethod
     def _take(cls, linear: nn.Linear, settings: Settings) -> None:
         linear._settings, linear._head_class = settings, cls
         linear.__class__ = in_front(cls, type(linear), nn.Linear, is_parametrized(linear))
 
     @staticmethod
     def unwrap(model: Model) -> Model:
-        """Undo `wrap`, in place, and return the model; a model without a wrapped head stays as it is."""
+        """Undo `wrap`, in place, and return the model; a model without a wrapped head stays as it is.
+
+        Undoes `shard` too: every rank of the group calls it, and has the whole parameters then.
+        """
         _check_model(model)
+        for module in unshard_parameters(model):
+            if isinstance(module, LMHead):
+                module._settings = module._settings.replaced(vocab=None)
         heads = [module for module in model.modules() if "_head_class" in vars(module)]
         for head in heads:
             head.__class__ = without(type(head), head._head_class, nn.Linear)
@@ -160,6 +209,9 @@ class LMHead(LazyHead):
 
     @not_compiled
     def _lazy_call(self, *args: Any, **kwargs: Any) -> Any:
+        if shardings_of(self):
+            mark(self)
+            check_not_averaged(self)
         hidden = args[0] if len(args) == 1 and not kwargs else kwargs.get("input") if len(kwargs) == 1 else None
         if not self._can_be_lazy(hidden):
             return super().__call__(*args, **kwargs)

@@ -35,7 +35,8 @@ def without(cls: type, front: type, plain: type) -> type:
     if not issubclass(cls, front):
         return cls
     if "_joined" in vars(cls):
-        return without(cls._joined[1], front, plain)
+        first, second = cls._joined
+        return first if second is front else without(second, front, plain)
     bases = tuple(without(base, front, plain) for base in cls.__bases__)
     return _rebuilt(cls, bases)
 

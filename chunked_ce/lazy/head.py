@@ -48,6 +48,11 @@ class Settings:
         self.logits = Logits(float(logit_scale), None if softcap is None else float(softcap))
         self.vocab, self.lazy = vocab, lazy
 
+    def replaced(self, **keywords: Any) -> Settings:
+        """These settings with ``keywords`` in the place of their own."""
+        mine = {name: getattr(self, name) for name in ("options", "z_loss", "label_smoothing", "vocab", "lazy")}
+        return Settings(**(mine | {"softcap": self.logits.softcap, "logit_scale": self.logits.scale} | keywords))
+
     def __str__(self) -> str:
         shown = {
             "options": self.options,

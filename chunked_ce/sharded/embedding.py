@@ -1,0 +1,52 @@
+"""`ShardedEmbedding`: an embedding of which this rank holds some rows, tied to a sharded head."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from chunked_ce.lazy.classes import joined, without
+from chunked_ce.sharded.ddp import check_not_averaged
+from chunked_ce.sharded.gradients import mark
+from chunked_ce.sharded.lookup import lookup
+from chunked_ce.sharded.rows import shardings_of
+
+__all__ = ["ShardedEmbedding", "check_can_shard"]
+
+_REFUSED = {
+    "max_norm": "renormalises rows in place, which other ranks hold",
+    "scale_grad_by_freq": "needs each token's number of uses on all ranks",
+    "sparse": "its gradient would be sparse, and that of the head is not",
+}
+
+
+class ShardedEmbedding(nn.Embedding):
+    """An ``nn.Embedding`` whose ranks hold different tokens and different rows of its weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        sharding = shardings_of(self)["weight"]
+        mark(self)
+        check_not_averaged(self)
+        return lookup(sharding.local(self.weight), input, sharding.vocab, self.padding_idx)
+
+    @classmethod
+    def take(cls, embedding: nn.Embedding) -> None:
+        # Behind a subclass, which may scale what its ``super().forward`` looks up.
+        plain = type(embedding) is nn.Embedding
+        embedding.__class__ = cls if plain else joined(type(embedding), cls)
+
+    @classmethod
+    def release(cls, embedding: nn.Embedding) -> None:
+        embedding.__class__ = without(type(embedding), cls, nn.Embedding)
+
+
+def check_can_shard(name: str, embedding: nn.Embedding) -> None:
+    """Raise ``ValueError`` for an embedding that does something that is not done across ranks."""
+    for keyword, why in _REFUSED.items():
+        value = getattr(embedding, keyword)
+        if value:
+            raise ValueError(f"the embedding {name!r} is tied to the head, and its {keyword}={value!r} {why}")
+    if "forward" in vars(embedding):
+        raise ValueError(
+            f"the embedding {name!r} is tied to the head and has a forward of its own on the object: shard the model "
+            "before anything replaces the forward"
+        )

@@ -1,0 +1,166 @@
+"""Gradients of rows that are spread over ranks: their norm is that of the rows of all ranks.
+
+`torch.nn.utils.clip_grad_norm_` adds up norms of gradients that are the same on every rank. A gradient of rows differs,
+so it is a tensor whose norm is reduced over the ranks, each rank's rows counted once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from chunked_ce.parallel.collectives import Pending
+from chunked_ce.sharded.rows import RowSharding, shardings_of
+
+__all__ = ["RowGradient", "mark"]
+
+_SHARDING = "_row_sharding"
+
+
+def mark(module: nn.Module) -> None:
+    """Let gradients of the sharded parameters of ``module`` be `RowGradient`; at each call, for parameters change."""
+    for name, sharding in shardings_of(module).items():
+        parameter = module._parameters[name]
+        if not parameter.is_leaf or not parameter.requires_grad:
+            continue
+        if getattr(parameter, _SHARDING, None) is not sharding:
+            setattr(parameter, _SHARDING, sharding)
+            parameter.register_post_accumulate_grad_hook(_reclassify)
+
+
+def _reclassify(parameter: Tensor) -> None:
+    """Runs after a backward has added to the gradient of a parameter, in place if there was one."""
+    if not isinstance(parameter.grad, RowGradient):
+        parameter.grad = RowGradient.of(parameter.grad, getattr(parameter, _SHARDING))
+
+
+class RowGradient(Tensor):
+    """The gradient of this rank's rows; norms of it, and whether it is finite, are those of all ranks' rows."""
+
+    _sharding: RowSharding
+
+    @classmethod
+    def of(cls, gradient: Tensor, sharding: RowSharding) -> RowGradient:
+        found = gradient.as_subclass(cls)
+        found._sharding = sharding
+        return found
+
+    @classmethod
+    def __torch_function__(cls, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            special = _SPECIAL.get(function)
+            if special is not None:
+                return special(*args, **kwargs)
+            found = function(*args, **kwargs)
+            if function in _KEPT and type(found) is Tensor and isinstance(args[0], cls):
+                return cls.of(found, args[0]._sharding)
+            return found
+
+    def __deepcopy__(self, memo: dict) -> RowGradient:
+        if id(self) not in memo:
+            memo[id(self)] = self.clone()
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: int) -> Any:
+        return self.as_subclass(Tensor).__reduce_ex__(protocol)
+
+
+# What code does to gradients before it takes their norm.
+_KEPT = {
+    *(
+        getattr(Tensor, name)
+        for name in ("clone", "detach", "to", "float", "double", "half", "bfloat16", "cpu", "cuda")
+    ),
+    *(getattr(Tensor, name) for name in ("mul", "div", "__mul__", "__rmul__", "__truediv__", "neg", "abs")),
+    *(getattr(torch, name) for name in ("clone", "detach", "mul", "div", "neg", "abs")),
+    Tensor.data.__get__,
+}
+
+
+# ---- norms ----
+
+
+def _norms(gradients: list[Tensor], order: float, norms: list[Tensor]) -> list[Tensor]:
+    """``norms`` of ``gradients``, those of rows reduced over their ranks with one collective a group."""
+    found = list(norms)
+    places: dict[RowSharding, list[int]] = {}
+    for place, gradient in enumerate(gradients):
+        if isinstance(gradient, RowGradient):
+            places.setdefault(gradient._sharding, []).append(place)
+    for sharding, mine in places.items():
+        reduced = _reduced(torch.stack([norms[place] for place in mine]), order, sharding)
+        for place, norm in zip(mine, reduced.unbind(), strict=True):
+            found[place] = norm
+    return found
+
+
+def _reduced(norms: Tensor, order: float, sharding: RowSharding) -> Tensor:
+    """The norms of rows of which every rank has the norms of its own."""
+    operations = {math.inf: dist.ReduceOp.MAX, -math.inf: dist.ReduceOp.MIN}
+    wide = torch.float32 if norms.device.type == "mps" else torch.float64
+    powers = norms.to(wide)
+    has_power = order != 0 and math.isfinite(order)  # a norm of order 0 counts
+    if has_power:
+        powers = powers.pow(order)
+    work = dist.all_reduce(powers, operations.get(order, dist.ReduceOp.SUM), group=sharding.vocab.group, async_op=True)
+    powers = Pending(powers, work, "chunked_ce: the norm of gradients").wait()
+    return (powers.pow(1 / order) if has_power else powers).to(norms.dtype)
+
+
+def _order(order: Any) -> float:
+    return 2.0 if order in (None, "fro") else float(order)
+
+
+def _vector_norm(x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype=None, out=None) -> Tensor:
+    norm = torch.linalg.vector_norm(x, ord, dim, keepdim, dtype=dtype)
+    if isinstance(x, RowGradient) and norm.numel() == 1 and (dim is None or _covers(dim, x)):
+        norm = _norms([x], _order(ord), [norm.reshape(())])[0].view(norm.shape)
+    return norm if out is None else out.copy_(norm)
+
+
+def _covers(dim: Any, x: Tensor) -> bool:
+    dims = dim if isinstance(dim, tuple | list) else (dim,)
+    return len(dims) == x.dim()
+
+
+def _foreach_norm(tensors: list[Tensor], ord: Any = 2, dtype: torch.dtype | None = None) -> list[Tensor]:
+    keywords = {} if dtype is None else {"dtype": dtype}
+    return _norms(list(tensors), _order(ord), list(torch._foreach_norm(tensors, ord, **keywords)))
+
+
+def _norm(x: Tensor, p: Any = "fro", dim: Any = None, keepdim: bool = False, dtype=None, out=None) -> Tensor:
+    return _vector_norm(x, _order(p), dim, keepdim, dtype=dtype, out=out)
+
+
+def _linalg_norm(x: Tensor, ord: Any = None, dim: Any = None, keepdim: bool = False, *, out=None, dtype=None) -> Tensor:
+    if ord is not None and x.dim() != 1:  # the norm of a matrix
+        return torch.linalg.norm(x, ord, dim, keepdim, out=out, dtype=dtype)
+    return _vector_norm(x, _order(ord), dim, keepdim, dtype=dtype, out=out)
+
+
+# ---- a scaler's check ----
+
+
+def _unscale(gradients: list[Tensor], found_inf: Tensor, inverse_scale: Tensor) -> None:
+    """Every rank skips the step if one of them has to."""
+    torch._amp_foreach_non_finite_check_and_unscale_(gradients, found_inf, inverse_scale)
+    for group in {one._sharding.vocab.group for one in gradients if isinstance(one, RowGradient)}:
+        work = dist.all_reduce(found_inf, dist.ReduceOp.MAX, group=group, async_op=True)
+        Pending(found_inf, work, "chunked_ce: whether gradients are finite").wait()
+
+
+_SPECIAL: dict[Callable, Callable] = {
+    torch.linalg.vector_norm: _vector_norm,
+    torch.linalg.norm: _linalg_norm,
+    torch._foreach_norm: _foreach_norm,
+    torch.norm: _norm,
+    torch.functional.norm: _norm,
+    Tensor.norm: _norm,
+    torch._amp_foreach_non_finite_check_and_unscale_: _unscale,
+}

@@ -1,0 +1,144 @@
+"""Spreading a head's parameters, and the embeddings tied to it, over ranks; and gathering them again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from chunked_ce.parallel.checksum import checksum
+from chunked_ce.parallel.collectives import exchange
+from chunked_ce.parallel.dtensors import is_dtensor
+from chunked_ce.parallel.fsdp import is_flattened
+from chunked_ce.sharded import ddp, state
+from chunked_ce.sharded.embedding import ShardedEmbedding, check_can_shard
+from chunked_ce.sharded.rows import RowSharding, forget, record, shardings_of
+
+__all__ = ["shard_parameters", "unshard_parameters"]
+
+
+class Holder(NamedTuple):
+    """A place of a parameter in a model."""
+
+    path: str  # of the module
+    module: nn.Module
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.path}.{self.name}" if self.path else self.name
+
+
+def shard_parameters(model: nn.Module, head: nn.Linear, sharding: RowSharding) -> None:
+    """Put this rank's rows in the place of the weight and bias of ``head`` and of the embeddings tied to it.
+
+    Raises ValueError on every rank of the group if the parameters differ in shape or dtype between ranks or cannot be
+    sharded; nothing is changed then. Where only their values differ, those of the group's first rank are taken.
+    """
+    holders = _holders(model, [head.weight, head.bias])
+    _check_alike(head, [*_problems(head, holders)], sharding, len(holders))
+    replacements: dict[int, nn.Parameter] = {}
+    for holder in holders:
+        whole = holder.module._parameters[holder.name]
+        if id(whole) not in replacements:
+            replacements[id(whole)] = sharding.parameter(sharding.mine(whole), whole.requires_grad)
+    for holder in holders:
+        whole = holder.module._parameters[holder.name]
+        holder.module._parameters[holder.name] = replacements[id(whole)]
+        record(holder.module, holder.name, sharding)
+        state.attach(holder.module)
+        if isinstance(holder.module, nn.Embedding):
+            ShardedEmbedding.take(holder.module)
+    ddp.leave_rows_alone(model)
+
+
+def unshard_parameters(model: nn.Module) -> list[nn.Module]:
+    """Gather every sharded parameter of ``model``, on all ranks together; the modules that had one."""
+    whole: dict[int, nn.Parameter] = {}
+    modules = [module for module in model.modules() if shardings_of(module)]
+    for module in modules:
+        for name, sharding in shardings_of(module).items():
+            parameter = module._parameters[name]
+            if id(parameter) not in whole:
+                gathered = sharding.whole(parameter, f"LMHead.unwrap's whole {name}")
+                whole[id(parameter)] = nn.Parameter(gathered, parameter.requires_grad)
+            module._parameters[name] = whole[id(parameter)]
+        state.detach(module)
+        forget(module)
+        if isinstance(module, ShardedEmbedding):
+            ShardedEmbedding.release(module)
+    ddp.forget_names(model)
+    return modules
+
+
+def _holders(model: nn.Module, parameters: list[Tensor | None]) -> list[Holder]:
+    wanted = {id(parameter) for parameter in parameters if parameter is not None}
+    return [
+        Holder(path, module, name)
+        for path, module in model.named_modules()
+        for name, parameter in module._parameters.items()
+        if id(parameter) in wanted
+    ]
+
+
+def _problems(head: nn.Linear, holders: list[Holder]) -> Iterator[str]:
+    """Why the parameters cannot be sharded."""
+    if is_parametrized(head):
+        yield "the head has a parametrized weight: remove the parametrization, or fold it into the weight, first"
+        return
+    for parameter in (head.weight, head.bias):
+        if parameter is not None:
+            yield from _problems_of_parameter(parameter)
+    for holder in holders:
+        if holder.module is head or holder.name == "bias":
+            continue
+        if not isinstance(holder.module, nn.Embedding):
+            yield (
+                f"{holder} is tied to the head's weight, and {type(holder.module).__name__} is no nn.Embedding: untie "
+                "it first"
+            )
+        else:
+            try:
+                check_can_shard(holder.path, holder.module)
+            except ValueError as error:
+                yield str(error)
+
+
+def _problems_of_parameter(parameter: Tensor) -> Iterator[str]:
+    if hasattr(parameter, "ds_id") or is_flattened(parameter) or is_dtensor(parameter):
+        yield (
+            "an engine has sharded or released the head already (ZeRO-3, FSDP, tensor parallelism): call LMHead.shard "
+            "before the model goes into the engine"
+        )
+    elif parameter.is_meta:
+        yield "the head is on the meta device and has no values: materialise it before LMHead.shard"
+
+
+def _check_alike(head: nn.Linear, problems: list[str], sharding: RowSharding, places: int) -> None:
+    """Raise on every rank what one rank cannot do, or what differs between ranks; then take equal values."""
+    parameters = [parameter for parameter in (head.weight, head.bias) if parameter is not None]
+    facts = {"error": problems[0] if problems else None}
+    if not problems:
+        facts |= {
+            "shapes": [tuple(parameter.shape) for parameter in parameters],
+            "dtypes": [parameter.dtype for parameter in parameters],
+            "requires_grad": [parameter.requires_grad for parameter in parameters],
+            "number of places in the model": places,
+            "values": [checksum(parameter) for parameter in parameters],
+        }
+    everyones = exchange(facts, sharding.vocab.group, "chunked_ce: LMHead.shard's comparison of heads")
+    if problems:
+        raise ValueError(problems[0])
+    for rank, other in enumerate(everyones):
+        if other["error"] is not None:
+            raise ValueError(f"rank {rank} of the group cannot shard its head: {other['error']}")
+    for name in facts:
+        said = [other[name] for other in everyones]
+        if name != "values" and any(one != said[0] for one in said):
+            raise ValueError(f"ranks of the group have different heads; their {name} are {said}")
+    if any(other["values"] != facts["values"] for other in everyones):
+        with torch.no_grad():
+            for parameter in parameters:
+                sharding.broadcast(parameter.data, "LMHead.shard's values of the first rank", source=0)

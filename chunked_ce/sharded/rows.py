@@ -1,0 +1,93 @@
+"""`RowSharding`: a parameter whose rows are spread over ranks: made from a whole tensor, and gathered to one."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from chunked_ce.parallel.collectives import Pending
+from chunked_ce.parallel.groups import checked_group
+from chunked_ce.parallel.vocab import VocabShard
+
+__all__ = ["RowSharding", "forget", "record", "shardings_of"]
+
+_RECORD = "_row_shardings"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RowSharding:
+    """Rows [vocab.start, vocab.stop) of a parameter with ``vocab.total`` rows; the bounds are those of a DTensor.
+
+    The methods are all that differs between a process group, whose ranks hold plain parameters, and a device mesh,
+    whose ranks hold DTensors.
+    """
+
+    vocab: VocabShard
+
+    @classmethod
+    def over(cls, total: int, group_or_mesh: Any) -> RowSharding:
+        """``total`` rows, split evenly over the ranks of a process group; None for all ranks."""
+        if not isinstance(group_or_mesh, dist.ProcessGroup | None):
+            raise TypeError(
+                "group_or_mesh must be None or a torch.distributed.ProcessGroup that this rank is in, was "
+                f"{type(group_or_mesh).__name__}"
+            )
+        own = {"tokens": "own"} if hasattr(VocabShard, "tokens") else {"input_grad": "sequence"}  # until it is there
+        return cls(VocabShard.split(total, checked_group(group_or_mesh), **own))
+
+    def __deepcopy__(self, _memo: dict) -> RowSharding:
+        return self  # it does not change
+
+    def whole_shape(self, parameter: Tensor) -> torch.Size:
+        return torch.Size((self.vocab.total, *parameter.shape[1:]))
+
+    def mine(self, whole: Tensor) -> Tensor:
+        """A copy of this rank's rows of a ``whole`` tensor (V, ...)."""
+        return whole.detach()[self.vocab.start : self.vocab.stop].clone()
+
+    def parameter(self, rows: Tensor, requires_grad: bool) -> nn.Parameter:
+        """The parameter that holds this rank's ``rows`` (V_r, ...)."""
+        return nn.Parameter(rows, requires_grad)
+
+    def local(self, parameter: Tensor) -> Tensor:
+        """This rank's rows (V_r, ...) of a parameter, differentiable."""
+        return parameter
+
+    def bounds(self, rank: int) -> tuple[int, int]:
+        """The rows [start, stop) of a rank of the group."""
+        total, size = self.vocab.total, -(-self.vocab.total // self.vocab.size)
+        return min(rank * size, total), min((rank + 1) * size, total)
+
+    def whole(self, parameter: Tensor, what: str) -> Tensor:
+        """The rows (V, ...) of all ranks, which all of them ask for together."""
+        rows = self.local(parameter).detach()
+        whole = rows.new_empty(self.whole_shape(rows))
+        whole[self.vocab.start : self.vocab.stop] = rows
+        self.broadcast(whole, what)
+        return whole
+
+    def broadcast(self, whole: Tensor, what: str, source: int | None = None) -> None:
+        """Fill in ``whole`` (V, ...) the rows of every rank from that rank, or all from the rank ``source``."""
+        for owner in range(self.vocab.size):
+            start, stop = self.bounds(owner)
+            if start < stop:
+                part, sender = whole[start:stop], owner if source is None else source
+                work = dist.broadcast(part, group=self.vocab.group, group_src=sender, async_op=True)
+                Pending(part, work, f"chunked_ce: {what}").wait()
+
+
+def shardings_of(module: nn.Module) -> dict[str, RowSharding]:
+    """The parameters of a module that hold only this rank's rows, by name."""
+    return vars(module).get(_RECORD, {})
+
+
+def record(module: nn.Module, name: str, sharding: RowSharding) -> None:
+    vars(module).setdefault(_RECORD, {})[name] = sharding
+
+
+def forget(module: nn.Module) -> None:
+    vars(module).pop(_RECORD, None)

@@ -1,0 +1,68 @@
+"""State dicts of modules with sharded parameters hold whole tensors."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import Any
+
+from torch import Tensor, nn
+
+from chunked_ce.sharded.rows import RowSharding, shardings_of
+
+__all__ = ["attach", "detach"]
+
+_HANDLES = "_row_state_hooks"
+_latest = threading.local()  # the state dict that is being filled, and its whole tensors by the id of their parameter
+
+
+def attach(module: nn.Module) -> None:
+    """Let ``state_dict`` give the whole of the module's sharded parameters and ``load_state_dict`` take it."""
+    if _HANDLES not in vars(module):
+        handles = (
+            module.register_state_dict_post_hook(_gather),
+            module.register_load_state_dict_pre_hook(_slice),
+        )
+        vars(module)[_HANDLES] = handles
+
+
+def detach(module: nn.Module) -> None:
+    for handle in vars(module).pop(_HANDLES, ()):
+        handle.remove()
+
+
+def _gather(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: dict[str, Any]) -> None:
+    for name, sharding in shardings_of(module).items():
+        if prefix + name in state:
+            state[prefix + name] = _whole_for(state, module._parameters[name], sharding, prefix + name)
+
+
+def _whole_for(state: dict[str, Any], parameter: nn.Parameter, sharding: RowSharding, key: str) -> Tensor:
+    """The whole of a parameter, gathered once for a state dict that has it under several names."""
+    of = getattr(_latest, "state", None)
+    if of is None or of() is not state:
+        _latest.state, _latest.whole = weakref.ref(state), {}
+    version, whole = parameter._version, _latest.whole.get(id(parameter), (None, lambda: None))
+    found = whole[1]() if whole[0] == version else None
+    if found is None:
+        found = sharding.whole(parameter, f"the state dict's {key}")
+        _latest.whole[id(parameter)] = version, weakref.ref(found)
+    return found
+
+
+def _slice(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *others: Any) -> None:
+    _, _, _, errors = others
+    for name, sharding in shardings_of(module).items():
+        key, parameter = prefix + name, module._parameters[name]
+        given = state.get(key)
+        if given is None:
+            continue
+        expected = sharding.whole_shape(parameter)
+        if given.shape == expected:
+            state[key] = sharding.mine(given)
+        else:
+            errors.append(
+                f"size mismatch for {key}: the state dict has {tuple(given.shape)}, and the whole parameter, of which "
+                f"this rank holds rows {sharding.vocab.start} to {sharding.vocab.stop}, has {tuple(expected)}"
+            )
+            state[key] = parameter.detach()
