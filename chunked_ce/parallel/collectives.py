@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 
-__all__ = ["Collectives", "Issued", "Pending", "all_gather_single", "exchange"]
+__all__ = ["Collectives", "Issued", "Pending", "all_gather_single", "exchange", "reduce_scatter_single"]
 
 # Torch 2.13 warns about the names that older versions have.
 _HAS_SINGLE = hasattr(dist, "all_gather_single")
@@ -24,7 +24,7 @@ def all_gather_single(gathered: Tensor, part: Tensor, **keywords) -> dist.Work |
     return gather(gathered, part, **keywords)
 
 
-def _reduce_scatter_single(mine: Tensor, parts: Tensor, **keywords) -> dist.Work | None:
+def reduce_scatter_single(mine: Tensor, parts: Tensor, **keywords) -> dist.Work | None:
     scatter = dist.reduce_scatter_single if _HAS_SINGLE else dist.reduce_scatter_tensor
     return scatter(mine, parts, **keywords)
 
@@ -75,7 +75,7 @@ class Collectives:
     def reduce_scatter(self, parts: Tensor, what: str) -> Pending:
         """This rank's (n, ...) of the sum of every rank's ``parts`` (R * n, ...)."""
         mine = parts.new_empty(len(parts) // self.size, *parts.shape[1:])
-        return self._start(what, _reduce_scatter_single, mine, parts, result=mine)
+        return self._start(what, reduce_scatter_single, mine, parts, result=mine)
 
     def gather_numbers(self, numbers: list[int], device: torch.device, what: str) -> list[list[int]]:
         """Every rank's integers, as many on each; the host waits for them."""

@@ -1,5 +1,6 @@
 """`chunked-ce plan`'s prediction beside what processes take, one rank and two: within a tenth."""
 
+import itertools
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 
@@ -17,6 +18,7 @@ from chunked_ce import (
 from chunked_ce.cli import memory
 from chunked_ce.objectives import TopKDivergence
 from chunked_ce.plan import predict_memory
+from chunked_ce.sharded.costs import predict_sharded_memory
 from tests.distributed.launch import run
 
 NOT_HERE = memory.why_not_measured("cpu")
@@ -25,12 +27,13 @@ N, D, V = 1024, 128, 32768
 DTYPES = (torch.float32, torch.bfloat16)
 WAYS = ("forward", "backward")
 CASES = [(dtype, {"gradients": way}) for dtype in DTYPES for way in WAYS]
+OWN_CASES = list(CASES)
 CASES += [(torch.bfloat16, {"gradients": way, "logits_dtype": torch.float32}) for way in WAYS]
 
 
-def step(shape, dtype, options):
+def step(shape, dtype, options, tokens="same"):
     n, d, total = shape
-    vocab = VocabShard.split(total)
+    vocab = VocabShard.split(total, tokens=tokens)
     hidden = torch.randn(n, d).to(dtype).requires_grad_()
     head = torch.randn(vocab.stop - vocab.start, d).to(dtype).requires_grad_()
     target = torch.randint(total, (n,), generator=torch.Generator().manual_seed(0))
@@ -41,17 +44,22 @@ def peaks(rank, world_size):
     """Bytes for each case, one after the other in one process."""
     torch.manual_seed(0)
     found = []
-    for dtype, options in CASES:
-        step((64, 64, 8200), dtype, ChunkOptions(**options))()
-        found.append(memory.peak_of(step((N, D, V), dtype, ChunkOptions(**options)), "cpu"))
+    for (dtype, options), tokens in [*itertools.product(CASES, ["same"]), *itertools.product(OWN_CASES, ["own"])]:
+        step((64, 64, 8200), dtype, ChunkOptions(**options), tokens)()
+        n = N if tokens == "same" else N // world_size
+        found.append(memory.peak_of(step((n, D, V), dtype, ChunkOptions(**options), tokens), "cpu"))
     return found
 
 
 @pytest.mark.skipif(NOT_HERE is not None, reason=NOT_HERE or "")
 def test_a_shard_takes_what_the_law_says():
-    for (dtype, options), *ranks in zip(CASES, *run(peaks, 2), strict=True):
-        law = predict_memory(N, V, D, dtype=dtype, options=ChunkOptions(**options), ranks=2)
-        assert max(ranks) == pytest.approx(law.peak, rel=0.1, abs=ALLOCATOR), f"{dtype}, {options}"
+    laws = [predict_memory(N, V, D, dtype=dtype, options=ChunkOptions(**options), ranks=2) for dtype, options in CASES]
+    laws += [
+        predict_sharded_memory(N // 2, V, D, dtype=dtype, options=ChunkOptions(**options), ranks=2)
+        for dtype, options in OWN_CASES
+    ]
+    for case, law, *ranks in zip(CASES + OWN_CASES, laws, *run(peaks, 2), strict=True):
+        assert max(ranks) == pytest.approx(law.peak, rel=0.1, abs=ALLOCATOR), case
 
 
 # ---- losses besides cross-entropy, on one rank ----
