@@ -1,5 +1,7 @@
 """64 ranks in one process: the value, and the collectives against the formula of docs/distributed.md."""
 
+import itertools
+import math
 from typing import NamedTuple
 
 import pytest
@@ -56,32 +58,40 @@ def class_weights(case: Case):
     return torch.linspace(0.5, 1.5, VOCAB) if case.weight else None
 
 
+def parts_of_chunks(counted: torch.Tensor) -> list[list[int]]:
+    """The counted tokens of each rank in each chunk of a sequence: the fewest chunks that are small enough, and as many
+    tokens of a rank in each chunk as it has, divided by the number of chunks."""
+    sizes = counted.view(RANKS, -1).sum(1).tolist()
+    number = next(n for n in itertools.count(1) if sum(math.ceil(size / n) for size in sizes) <= CHUNK)
+    ends = [[min(size, math.ceil(size / number) * at) for size in sizes] for at in range(number + 1)]
+    parts = [[stop - start for start, stop in zip(*pair, strict=True)] for pair in itertools.pairwise(ends)]
+    return [part for part in parts if any(part)]
+
+
 def expected_collectives(case: Case) -> list[Collective]:
     """The formula of docs/distributed.md, what each rank puts in.
 
     Per chunk one all-gather of statistics and one reduction of the hidden gradient (one for all tokens in the backward
-    way); with sequence shards also an all-gather of hidden states for each time a chunk's logits are formed. Sequence
-    shards move all tokens of a chunk, everything else moves those that count.
+    way); with sequence shards also an all-gather of hidden states for each time a chunk's logits are formed, as many as
+    the rank with the most tokens in the chunk has. Tokens that do not count take no part, but in the one reduction.
     """
     counts = the_problem(case).target != -100
     sequence = case.input_grad == "sequence" and case.function != "logits"
-    chunk_tokens = counts.view(RANKS, -1).split(CHUNK // RANKS, dim=1) if sequence else counts[counts].split(CHUNK)
+    number = int(counts.sum())
+    parts = parts_of_chunks(counts) if sequence else [[min(CHUNK, number - at)] for at in range(0, number, CHUNK)]
     if case.function == "logits":
-        chunk_tokens = [counts[counts]]
+        parts = [[number]]
     columns = 3 + 2 * case.smoothing + case.stats + (case.stats and case.function != "logprobs")
     size, reduced = case.dtype.itemsize, (case.reduce_dtype or torch.float32).itemsize
 
-    # As many tokens as are moved for a chunk.
-    all_of = [tokens.numel() for tokens in chunk_tokens]
-    counted_of = [int(tokens.sum()) for tokens in chunk_tokens]
-    gathers = [Collective(GATHER, n // RANKS * HIDDEN * size) for n in all_of] if sequence else []
-    statistics = [Collective(GATHER, n * columns * 4) for n in counted_of]
+    gathers = [Collective(GATHER, max(part) * HIDDEN * size) for part in parts] if sequence else []
+    statistics = [Collective(GATHER, sum(part) * columns * 4) for part in parts]
     if case.input_grad == "partial" or not case.train_input or case.function == "logits":
         reductions = []
     elif sequence:
-        reductions = [Collective(SCATTER, n * HIDDEN * reduced) for n in all_of]
+        reductions = [Collective(SCATTER, RANKS * max(part) * HIDDEN * reduced) for part in parts]
     elif case.way == "forward":
-        reductions = [Collective(REDUCE, n * HIDDEN * reduced) for n in counted_of]
+        reductions = [Collective(REDUCE, sum(part) * HIDDEN * reduced) for part in parts]
     else:
         reductions = [Collective(REDUCE, TOKENS * HIDDEN * reduced)]
     again = gathers if case.way == "backward" else []
