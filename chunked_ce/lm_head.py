@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from chunked_ce.arguments import described
 from chunked_ce.checks import check_layer
+from chunked_ce.integrations.trainer import follow_trainer
 from chunked_ce.lazy.classes import TokenAdapter, in_front, joined, without
 from chunked_ce.lazy.head import LazyHead, Settings
 from chunked_ce.lazy.logits import LazyLogits
@@ -157,6 +158,7 @@ class LMHead(LazyHead):
         settings = [
             mine.replaced(**keywords, vocab=sharding.vocab) for mine, sharding in zip(before, shardings, strict=True)
         ]
+        follow_trainer()
         for linear, sharding, its_settings in zip(heads, shardings, settings, strict=True):
             shard_parameters(model, linear, sharding)
             if isinstance(linear, LMHead):
@@ -212,6 +214,7 @@ class LMHead(LazyHead):
         if shardings_of(self):
             mark(self)
             check_not_averaged(self)
+            follow_trainer()
         hidden = args[0] if len(args) == 1 and not kwargs else kwargs.get("input") if len(kwargs) == 1 else None
         if not self._can_be_lazy(hidden):
             return super().__call__(*args, **kwargs)

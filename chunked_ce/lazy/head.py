@@ -118,9 +118,10 @@ class LazyHead(nn.Linear):
 
     def check_can_compute(self, operation: str) -> None:
         if self.vocab is not None:
+            whole = ". LMHead.unwrap(model), on every rank, makes it whole" if self.vocab.tokens == "own" else ""
             raise NotImplementedError(
                 f"{operation} needs the logits of all words, of which this rank holds {self.vocab.rows} of "
-                f"{self.vocab.total} (vocab): only losses and log-probabilities are taken from a sharded head"
+                f"{self.vocab.total} (vocab): only losses and log-probabilities are taken from a sharded head{whole}"
             )
 
     def extra_repr(self) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+
+import torch
 from torch import Tensor, nn
 
 from chunked_ce.lazy.classes import joined, without
@@ -45,8 +48,29 @@ def check_can_shard(name: str, embedding: nn.Embedding) -> None:
         value = getattr(embedding, keyword)
         if value:
             raise ValueError(f"the embedding {name!r} is tied to the head, and its {keyword}={value!r} {why}")
-    if "forward" in vars(embedding):
+    if "forward" in vars(embedding) or not _looks_up_as_its_base_does(embedding):
         raise ValueError(
-            f"the embedding {name!r} is tied to the head and has a forward of its own on the object: shard the model "
-            "before anything replaces the forward"
+            f"the embedding {name!r} is tied to the head, and {type(embedding).__name__} has a forward that does not "
+            "look its tokens up by super().forward(input): only what that returns can come from other ranks"
         )
+
+
+class _Probe(nn.Embedding):
+    """Stands behind an embedding in the place of `ShardedEmbedding`, and sees whether it is asked."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        vars(self)["was_asked"] = True
+        return super().forward(input)
+
+
+def _looks_up_as_its_base_does(embedding: nn.Embedding) -> bool:
+    if type(embedding).forward is nn.Embedding.forward:
+        return True
+    probe = copy.copy(embedding)
+    probe.__class__ = joined(type(embedding), _Probe)
+    try:
+        with torch.no_grad():
+            probe.forward(torch.empty(0, dtype=torch.long, device=embedding.weight.device))
+    except Exception:  # it takes other arguments, or cannot do without tokens
+        return False
+    return "was_asked" in vars(probe)

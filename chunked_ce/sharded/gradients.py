@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,26 +17,31 @@ from torch import Tensor, nn
 from chunked_ce.parallel.collectives import Pending
 from chunked_ce.sharded.rows import RowSharding, shardings_of
 
-__all__ = ["RowGradient", "mark"]
-
-_SHARDING = "_row_sharding"
+__all__ = ["RowGradient", "mark", "sharding_of"]
 
 
 def mark(module: nn.Module) -> None:
     """Let gradients of the sharded parameters of ``module`` be `RowGradient`; at each call, for parameters change."""
     for name, sharding in shardings_of(module).items():
         parameter = module._parameters[name]
-        if not parameter.is_leaf or not parameter.requires_grad:
-            continue
-        if getattr(parameter, _SHARDING, None) is not sharding:
-            setattr(parameter, _SHARDING, sharding)
-            parameter.register_post_accumulate_grad_hook(_reclassify)
+        if parameter.is_leaf and parameter.requires_grad and sharding_of(parameter) is None:
+            parameter.register_post_accumulate_grad_hook(_Reclassify(sharding))
 
 
-def _reclassify(parameter: Tensor) -> None:
+def sharding_of(parameter: Tensor) -> RowSharding | None:
+    """How the rows of a marked parameter are spread over ranks; None for another one."""
+    hooks = parameter._post_accumulate_grad_hooks or {}
+    return next((hook.sharding for hook in hooks.values() if isinstance(hook, _Reclassify)), None)
+
+
+class _Reclassify(NamedTuple):
     """Runs after a backward has added to the gradient of a parameter, in place if there was one."""
-    if not isinstance(parameter.grad, RowGradient):
-        parameter.grad = RowGradient.of(parameter.grad, getattr(parameter, _SHARDING))
+
+    sharding: RowSharding
+
+    def __call__(self, parameter: Tensor) -> None:
+        if not isinstance(parameter.grad, RowGradient):
+            parameter.grad = RowGradient.of(parameter.grad, self.sharding)
 
 
 class RowGradient(Tensor):
@@ -64,7 +69,7 @@ class RowGradient(Tensor):
 
     def __deepcopy__(self, memo: dict) -> RowGradient:
         if id(self) not in memo:
-            memo[id(self)] = self.clone()
+            memo[id(self)] = self.of(self.clone(), self._sharding)
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: int) -> Any:
@@ -73,13 +78,9 @@ class RowGradient(Tensor):
 
 # What code does to gradients before it takes their norm.
 _KEPT = {
-    *(
-        getattr(Tensor, name)
-        for name in ("clone", "detach", "to", "float", "double", "half", "bfloat16", "cpu", "cuda")
-    ),
-    *(getattr(Tensor, name) for name in ("mul", "div", "__mul__", "__rmul__", "__truediv__", "neg", "abs")),
-    *(getattr(torch, name) for name in ("clone", "detach", "mul", "div", "neg", "abs")),
-    Tensor.data.__get__,
+    *(getattr(Tensor, name) for name in ("detach", "to", "float", "double", "half", "bfloat16", "cpu", "mul", "div")),
+    *(getattr(Tensor, name) for name in ("__mul__", "__rmul__", "__truediv__")),
+    *(torch.detach, torch.mul, torch.div, Tensor.data.__get__),
 }
 
 
@@ -100,17 +101,31 @@ def _norms(gradients: list[Tensor], order: float, norms: list[Tensor]) -> list[T
     return found
 
 
+def _with_rows(gradient: Tensor, order: float) -> Tensor:
+    """A stand-in for a gradient without rows, of which torch takes no maximum, that changes no rank's norm."""
+    if not isinstance(gradient, RowGradient) or gradient.numel():
+        return gradient
+    return gradient.new_full((1,), math.inf if order == -math.inf else 0.0)
+
+
 def _reduced(norms: Tensor, order: float, sharding: RowSharding) -> Tensor:
     """The norms of rows of which every rank has the norms of its own."""
-    operations = {math.inf: dist.ReduceOp.MAX, -math.inf: dist.ReduceOp.MIN}
-    wide = torch.float32 if norms.device.type == "mps" else torch.float64
-    powers = norms.to(wide)
-    has_power = order != 0 and math.isfinite(order)  # a norm of order 0 counts
-    if has_power:
-        powers = powers.pow(order)
-    work = dist.all_reduce(powers, operations.get(order, dist.ReduceOp.SUM), group=sharding.vocab.group, async_op=True)
-    powers = Pending(powers, work, "chunked_ce: the norm of gradients").wait()
-    return (powers.pow(1 / order) if has_power else powers).to(norms.dtype)
+    wide = norms.to(torch.float32 if norms.device.type == "mps" else torch.float64)
+    if math.isinf(order):  # a maximum of which a NaN is no part, so that it travels beside
+        sign = math.copysign(1.0, order)
+        parts = torch.stack([(sign * wide).masked_fill(wide.isnan(), -math.inf), wide.isnan().to(wide.dtype)])
+        largest, is_nan = _all_reduced(parts, dist.ReduceOp.MAX, sharding).unbind()
+        total = (sign * largest).masked_fill(is_nan > 0, math.nan)
+    elif order == 0:  # it counts
+        total = _all_reduced(wide, dist.ReduceOp.SUM, sharding)
+    else:
+        total = _all_reduced(wide.pow(order), dist.ReduceOp.SUM, sharding).pow(1 / order)
+    return total.to(norms.dtype)
+
+
+def _all_reduced(values: Tensor, operation: Any, sharding: RowSharding) -> Tensor:
+    work = dist.all_reduce(values, operation, group=sharding.vocab.group, async_op=True)
+    return Pending(values, work, "chunked_ce: the norm of gradients").wait()
 
 
 def _order(order: Any) -> float:
@@ -118,20 +133,17 @@ def _order(order: Any) -> float:
 
 
 def _vector_norm(x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype=None, out=None) -> Tensor:
-    norm = torch.linalg.vector_norm(x, ord, dim, keepdim, dtype=dtype)
-    if isinstance(x, RowGradient) and norm.numel() == 1 and (dim is None or _covers(dim, x)):
-        norm = _norms([x], _order(ord), [norm.reshape(())])[0].view(norm.shape)
+    if not isinstance(x, RowGradient) or dim is not None or keepdim:  # of each row, perhaps
+        return torch.linalg.vector_norm(x, ord, dim, keepdim, dtype=dtype, out=out)
+    norm = torch.linalg.vector_norm(_with_rows(x, _order(ord)), ord, dtype=dtype)
+    norm = _norms([x], _order(ord), [norm])[0]
     return norm if out is None else out.copy_(norm)
-
-
-def _covers(dim: Any, x: Tensor) -> bool:
-    dims = dim if isinstance(dim, tuple | list) else (dim,)
-    return len(dims) == x.dim()
 
 
 def _foreach_norm(tensors: list[Tensor], ord: Any = 2, dtype: torch.dtype | None = None) -> list[Tensor]:
     keywords = {} if dtype is None else {"dtype": dtype}
-    return _norms(list(tensors), _order(ord), list(torch._foreach_norm(tensors, ord, **keywords)))
+    norms = torch._foreach_norm([_with_rows(one, _order(ord)) for one in tensors], ord, **keywords)
+    return _norms(list(tensors), _order(ord), list(norms))
 
 
 def _norm(x: Tensor, p: Any = "fro", dim: Any = None, keepdim: bool = False, dtype=None, out=None) -> Tensor:

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from chunked_ce.parallel.collectives import Collectives
+from chunked_ce.parallel.collectives import Collectives, Pending
 from chunked_ce.parallel.vocab import VocabShard
 from chunked_ce.tracing import not_compiled
 
 __all__ = ["lookup"]
 
 _BUDGET = 64 * 2**20  # bytes of rows, of all ranks' tokens, in a collective
+_NOTHING = -0.0  # 0 would turn a -0 into 0 where it is added
 _NO_ID = -1  # of the padding behind a rank's tokens
 _BAD_IDS = -1  # as a number of tokens: the rank could not take part
 
@@ -39,9 +40,15 @@ class _Lookup(torch.autograd.Function):
         collectives = Collectives(vocab.group.group_name)
         everyones = _gathered_ids(ids, vocab, collectives)  # (R, n)
         found = rows.new_empty(everyones.shape[1], rows.shape[-1])
+        travelling: tuple[slice, Pending] | None = None
         for tokens in _chunks(everyones, rows):
             values = _own_values(rows, everyones[:, tokens].flatten(), vocab.start)
-            found[tokens] = collectives.reduce_scatter(values, "chunked_ce: embeddings of tokens").wait()
+            started = tokens, collectives.reduce_scatter(values, "chunked_ce: embeddings of tokens")
+            if travelling is not None:
+                found[travelling[0]] = travelling[1].wait()
+            travelling = started
+        if travelling is not None:
+            found[travelling[0]] = travelling[1].wait()
         ctx.save_for_backward(everyones, rows)
         ctx.vocab, ctx.padding_idx, ctx.collectives = vocab, padding_idx, collectives
         return found[: len(ids)]
@@ -96,8 +103,9 @@ def _chunks(everyones: Tensor, rows: Tensor) -> Iterator[slice]:
 
 def _own_values(rows: Tensor, ids: Tensor, start: int) -> Tensor:
     """The values (N, D) of ids whose rows are here, and for others what changes no value when it is added."""
-    values = rows.new_full((len(ids), rows.shape[-1]), -0.0)  # 0 would change -0
     places = ids - start
-    held = (places >= 0) & (places < len(rows))
-    values[held] = rows.detach()[places[held]]
-    return values
+    away = (places < 0) | (places >= len(rows))
+    if len(rows) == 0:
+        return rows.new_full((len(ids), rows.shape[-1]), _NOTHING)
+    values = rows.detach().index_select(0, places.clamp_(0, len(rows) - 1))
+    return values.masked_fill_(away.unsqueeze(-1), _NOTHING)

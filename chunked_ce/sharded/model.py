@@ -73,6 +73,21 @@ def unshard_parameters(model: nn.Module) -> list[nn.Module]:
     return modules
 
 
+def _refuse_replacement(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+    """Runs when a module is put into another: its replacement would be made from this rank's rows alone."""
+    before = vars(parent)["_modules"].get(name)
+    if before is None or not shardings_of(before) or (module is not None and before in module.modules()):
+        return
+    raise RuntimeError(
+        f"{type(module).__name__} would take the place of {name!r}, whose rows are sharded over ranks: call "
+        "LMHead.unwrap(model) on every rank, change the model, resize its embeddings for instance, and call "
+        "LMHead.shard again"
+    )
+
+
+nn.modules.module.register_module_module_registration_hook(_refuse_replacement)
+
+
 def _holders(model: nn.Module, parameters: list[Tensor | None]) -> list[Holder]:
     wanted = {id(parameter) for parameter in parameters if parameter is not None}
     return [
@@ -141,4 +156,4 @@ def _check_alike(head: nn.Linear, problems: list[str], sharding: RowSharding, pl
     if any(other["values"] != facts["values"] for other in everyones):
         with torch.no_grad():
             for parameter in parameters:
-                sharding.broadcast(parameter.data, "LMHead.shard's values of the first rank", source=0)
+                sharding.take_from_first(parameter.data, "LMHead.shard's values of the first rank")

@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from chunked_ce.parallel.collectives import Pending
-from chunked_ce.parallel.groups import checked_group
 from chunked_ce.parallel.vocab import VocabShard
 
 __all__ = ["RowSharding", "forget", "record", "shardings_of"]
@@ -36,8 +35,7 @@ class RowSharding:
                 "group_or_mesh must be None or a torch.distributed.ProcessGroup that this rank is in, was "
                 f"{type(group_or_mesh).__name__}"
             )
-        own = {"tokens": "own"} if hasattr(VocabShard, "tokens") else {"input_grad": "sequence"}  # until it is there
-        return cls(VocabShard.split(total, checked_group(group_or_mesh), **own))
+        return cls(VocabShard.split(total, group_or_mesh, tokens="own"))
 
     def __deepcopy__(self, _memo: dict) -> RowSharding:
         return self  # it does not change
@@ -62,22 +60,30 @@ class RowSharding:
         total, size = self.vocab.total, -(-self.vocab.total // self.vocab.size)
         return min(rank * size, total), min((rank + 1) * size, total)
 
-    def whole(self, parameter: Tensor, what: str) -> Tensor:
-        """The rows (V, ...) of all ranks, which all of them ask for together."""
-        rows = self.local(parameter).detach()
-        whole = rows.new_empty(self.whole_shape(rows))
-        whole[self.vocab.start : self.vocab.stop] = rows
-        self.broadcast(whole, what)
-        return whole
-
-    def broadcast(self, whole: Tensor, what: str, source: int | None = None) -> None:
-        """Fill in ``whole`` (V, ...) the rows of every rank from that rank, or all from the rank ``source``."""
+    def whole(self, rows: Tensor, what: str, *, device: Any = None, keep: bool = True) -> Tensor | None:
+        """The rows (V, ...) of all ranks, each of which calls this with its own; None on those that do not ``keep``."""
+        rows = self.local(rows).detach()
+        whole = rows.new_empty(self.whole_shape(rows), device=device) if keep else None
         for owner in range(self.vocab.size):
             start, stop = self.bounds(owner)
-            if start < stop:
-                part, sender = whole[start:stop], owner if source is None else source
-                work = dist.broadcast(part, group=self.vocab.group, group_src=sender, async_op=True)
-                Pending(part, work, f"chunked_ce: {what}").wait()
+            if start == self.vocab.start and start < stop:
+                part = rows.contiguous()
+            else:  # in place, where that saves memory
+                in_place = whole is not None and whole.device == rows.device
+                part = whole[start:stop] if in_place else rows.new_empty(stop - start, *rows.shape[1:])
+            self._broadcast(part, owner, what)
+            if whole is not None:
+                whole[start:stop] = part
+        return whole
+
+    def take_from_first(self, whole: Tensor, what: str) -> None:
+        """Let every rank's ``whole`` (V, ...) have the values of the group's first rank."""
+        self._broadcast(whole, 0, what)
+
+    def _broadcast(self, part: Tensor, sender: int, what: str) -> None:
+        if part.numel():
+            work = dist.broadcast(part, group=self.vocab.group, group_src=sender, async_op=True)
+            Pending(part, work, f"chunked_ce: {what}").wait()
 
 
 def shardings_of(module: nn.Module) -> dict[str, RowSharding]:

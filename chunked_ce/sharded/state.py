@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
+from chunked_ce.sharded.gathering import whole_of
 from chunked_ce.sharded.rows import RowSharding, shardings_of
 
 __all__ = ["attach", "detach"]
@@ -39,15 +41,21 @@ def _gather(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: di
 
 def _whole_for(state: dict[str, Any], parameter: nn.Parameter, sharding: RowSharding, key: str) -> Tensor:
     """The whole of a parameter, gathered once for a state dict that has it under several names."""
-    of = getattr(_latest, "state", None)
-    if of is None or of() is not state:
-        _latest.state, _latest.whole = weakref.ref(state), {}
-    version, whole = parameter._version, _latest.whole.get(id(parameter), (None, lambda: None))
-    found = whole[1]() if whole[0] == version else None
+    if getattr(_latest, "state", lambda: None)() is not state:
+        _latest.state, _latest.whole = _weakly(state), {}
+    first, whole = _latest.whole.get(id(parameter), (key, None))
+    found = None if first == key else whole()
     if found is None:
-        found = sharding.whole(parameter, f"the state dict's {key}")
-        _latest.whole[id(parameter)] = version, weakref.ref(found)
+        found = whole_of(parameter, sharding, f"the state dict's {key}")
+        _latest.whole[id(parameter)] = key, weakref.ref(found)
     return found
+
+
+def _weakly(state: dict[str, Any]) -> Callable[[], Any]:
+    try:
+        return weakref.ref(state)
+    except TypeError:  # a plain dictionary
+        return lambda: None
 
 
 def _slice(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *others: Any) -> None:

@@ -1,0 +1,48 @@
+"""Whole tensors for state dicts: gathered when they are asked for, or before, so that one rank can save alone."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterable, Iterator
+
+from torch import Tensor, nn
+
+from chunked_ce.sharded.rows import RowSharding, shardings_of
+
+__all__ = ["gathered", "whole_of"]
+
+_before = threading.local()  # whole tensors by the id of the rows that they were gathered from
+
+
+def whole_of(rows: Tensor, sharding: RowSharding, what: str) -> Tensor:
+    """The rows of all ranks, which all of them ask for together unless they are inside of `gathered`."""
+    known = getattr(_before, "whole", {})
+    return known[id(rows)] if id(rows) in known else sharding.whole(rows, what)
+
+
+@contextlib.contextmanager
+def gathered(
+    model: nn.Module, states: Iterable[tuple[str, Tensor, RowSharding]] = (), *, keep: bool = True
+) -> Iterator[None]:
+    """Gather sharded parameters and ``states`` of optimizers on the CPU of the ranks that ``keep`` them.
+
+    Every rank enters it; inside, state dicts need no other rank.
+    """
+    outer = getattr(_before, "whole", {})
+    whole = dict(outer)
+    for module in model.modules():
+        for name, sharding in shardings_of(module).items():
+            _add(whole, module._parameters[name], sharding, name, keep)
+    for name, rows, sharding in states:
+        _add(whole, rows, sharding, name, keep)
+    _before.whole = whole
+    try:
+        yield
+    finally:
+        _before.whole = outer
+
+
+def _add(whole: dict[int, Tensor | None], rows: Tensor, sharding: RowSharding, name: str, keep: bool) -> None:
+    if id(rows) not in whole:
+        whole[id(rows)] = sharding.whole(rows, f"the whole of {name} for a checkpoint", device="cpu", keep=keep)
