@@ -1,0 +1,32 @@
+"""`LMHead.shard` on three ranks: the training of one process, whole state dicts, errors on every rank."""
+
+import pytest
+import torch
+
+from tests.distributed import sharded_head_worker as w
+from tests.distributed.launch import run
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    return run(w.worker, w.RANKS)
+
+
+@pytest.mark.parametrize("case", w.CASES, ids=str)
+def test_training_equals_that_of_one_process(ranks, case):
+    expected = w.train(case, w.LanguageModel(case), list(range(w.RANKS)))
+    found = [result[case] for result in ranks]
+    assert not any(isinstance(one, str) for one in found), found[0]
+    assert [sum(losses) for losses in zip(*(one.losses for one in found), strict=True)] == pytest.approx(
+        expected.losses, rel=1e-6
+    )
+    for one in found:
+        assert one.norms == pytest.approx(expected.norms, rel=1e-6)
+        assert min(one.norms) > case.clip  # gradients are clipped
+        assert one.state.keys() == expected.state.keys()
+        for name, value in expected.state.items():
+            assert (one.state[name] - value).norm() <= 1e-6 * value.norm(), name
+        for index, values in expected.optimizer["state"].items():
+            for name, value in values.items():
+                if value is not None:
+                    torch.testing.assert_close(one.optimizer["state"][index][name], value, rtol=1e-5, atol=1e-8)
