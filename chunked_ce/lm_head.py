@@ -23,7 +23,8 @@ from chunked_ce.lazy.source import Call
 from chunked_ce.parallel.dtensors import is_dtensor
 from chunked_ce.sharded.ddp import check_not_averaged
 from chunked_ce.sharded.gradients import mark
-from chunked_ce.sharded.model import shard_parameters, unshard_parameters
+from chunked_ce.sharded.model import shard_parameters, together, unshard_parameters
+from chunked_ce.sharded.optimizers import follow_steps
 from chunked_ce.sharded.rows import RowSharding, shardings_of
 from chunked_ce.tracing import not_compiled, run_as_written
 
@@ -145,19 +146,13 @@ class LMHead(LazyHead):
         Raises:
             ValueError: no output embedding was found, it cannot be sharded, or it differs between the ranks.
         """
-        if "vocab" in keywords:
-            raise TypeError("vocab is not a keyword of LMHead.shard, which makes it from group_or_mesh")
-        heads = _output_embeddings(model, module)
-        for linear in heads:
-            if shardings_of(linear):
-                raise ValueError("the output embedding is sharded already: LMHead.unwrap(model) undoes LMHead.shard")
-            if not isinstance(linear, LMHead):
-                _check_wrappable(linear)
+        group = RowSharding.over(1, group_or_mesh).vocab.group  # before heads are sought, which a rank may not find
+        heads = together(group, lambda: _heads_to_shard(model, module, keywords))
         shardings = [RowSharding.over(linear.out_features, group_or_mesh) for linear in heads]
-        before = [linear._settings if isinstance(linear, LMHead) else Settings() for linear in heads]
         settings = [
-            mine.replaced(**keywords, vocab=sharding.vocab) for mine, sharding in zip(before, shardings, strict=True)
+            mine.replaced(vocab=sharding.vocab) for mine, sharding in zip(heads.values(), shardings, strict=True)
         ]
+        follow_steps()
         follow_trainer()
         for linear, sharding, its_settings in zip(heads, shardings, settings, strict=True):
             shard_parameters(model, linear, sharding)
@@ -214,6 +209,7 @@ class LMHead(LazyHead):
         if shardings_of(self):
             mark(self)
             check_not_averaged(self)
+            follow_steps()
             follow_trainer()
         hidden = args[0] if len(args) == 1 and not kwargs else kwargs.get("input") if len(kwargs) == 1 else None
         if not self._can_be_lazy(hidden):
@@ -256,6 +252,26 @@ def _output_embeddings(model: nn.Module, name: str | None) -> list[nn.Linear]:
         if isinstance(found, nn.Module):
             return _linears_of(found)
     return [model if isinstance(model, nn.Linear) else _as_wide_as_the_vocabulary(model)]
+
+
+def _heads_to_shard(model: nn.Module, name: str | None, keywords: dict[str, Any]) -> dict[nn.Linear, Settings]:
+    """The linear layers that make the logits, with the settings that they will have but for the ranks."""
+    if "vocab" in keywords:
+        raise TypeError("vocab is not a keyword of LMHead.shard, which makes it from group_or_mesh")
+    heads = _output_embeddings(model, name)
+    for linear in heads:
+        if shardings_of(linear):
+            raise ValueError("the output embedding is sharded already: LMHead.unwrap(model) undoes LMHead.shard")
+        if not isinstance(linear, LMHead):
+            _check_wrappable(linear)
+        elif linear.vocab is not None:
+            raise ValueError(
+                "the output embedding is an LMHead that holds the rows of its vocab: build it without vocab"
+            )
+    return {
+        linear: (linear._settings if isinstance(linear, LMHead) else Settings()).replaced(**keywords)
+        for linear in heads
+    }
 
 
 def _named(model: nn.Module, name: str) -> nn.Module:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
-import torch
-from torch import Tensor, nn
+import torch.distributed as dist
+from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from chunked_ce.parallel.checksum import checksum
@@ -15,9 +15,12 @@ from chunked_ce.parallel.dtensors import is_dtensor
 from chunked_ce.parallel.fsdp import is_flattened
 from chunked_ce.sharded import ddp, state
 from chunked_ce.sharded.embedding import ShardedEmbedding, check_can_shard
+from chunked_ce.sharded.optimizers import retire
 from chunked_ce.sharded.rows import RowSharding, forget, record, shardings_of
 
-__all__ = ["shard_parameters", "unshard_parameters"]
+__all__ = ["shard_parameters", "together", "unshard_parameters"]
+
+_Result = TypeVar("_Result")
 
 
 class Holder(NamedTuple):
@@ -31,19 +34,37 @@ class Holder(NamedTuple):
         return f"{self.path}.{self.name}" if self.path else self.name
 
 
+def together(group: dist.ProcessGroup, find: Callable[[], _Result]) -> _Result:
+    """What ``find`` returns, unless it raises on some rank: then on every one."""
+    result = error = None
+    try:
+        result = find()
+    except Exception as raised:
+        error = raised
+    everyones = exchange(None if error is None else str(error), group, "chunked_ce: LMHead.shard")
+    if error is not None:
+        raise error
+    for rank, other in enumerate(everyones):
+        if other is not None:
+            raise ValueError(f"rank {rank} of the group cannot shard its head: {other}")
+    return result
+
+
 def shard_parameters(model: nn.Module, head: nn.Linear, sharding: RowSharding) -> None:
     """Put this rank's rows in the place of the weight and bias of ``head`` and of the embeddings tied to it.
 
     Raises ValueError on every rank of the group if the parameters differ in shape or dtype between ranks or cannot be
     sharded; nothing is changed then. Where only their values differ, those of the group's first rank are taken.
     """
-    holders = _holders(model, [head.weight, head.bias])
-    _check_alike(head, [*_problems(head, holders)], sharding, len(holders))
+    holders = _holders(model, head)
+    together(sharding.vocab.group, lambda: _check_shardable(model, head, holders))
+    _take_alike(head, sharding, len(holders))
     replacements: dict[int, nn.Parameter] = {}
     for holder in holders:
         whole = holder.module._parameters[holder.name]
         if id(whole) not in replacements:
             replacements[id(whole)] = sharding.parameter(sharding.mine(whole), whole.requires_grad)
+            retire(whole)
     for holder in holders:
         whole = holder.module._parameters[holder.name]
         holder.module._parameters[holder.name] = replacements[id(whole)]
@@ -64,6 +85,7 @@ def unshard_parameters(model: nn.Module) -> list[nn.Module]:
             if id(parameter) not in whole:
                 gathered = sharding.whole(parameter, f"LMHead.unwrap's whole {name}")
                 whole[id(parameter)] = nn.Parameter(gathered, parameter.requires_grad)
+                retire(parameter)
             module._parameters[name] = whole[id(parameter)]
         state.detach(module)
         forget(module)
@@ -88,8 +110,8 @@ def _refuse_replacement(parent: nn.Module, name: str, module: nn.Module | None) 
 nn.modules.module.register_module_module_registration_hook(_refuse_replacement)
 
 
-def _holders(model: nn.Module, parameters: list[Tensor | None]) -> list[Holder]:
-    wanted = {id(parameter) for parameter in parameters if parameter is not None}
+def _holders(model: nn.Module, head: nn.Linear) -> list[Holder]:
+    wanted = {id(parameter) for parameter in map(head._parameters.get, ("weight", "bias")) if parameter is not None}
     return [
         Holder(path, module, name)
         for path, module in model.named_modules()
@@ -98,62 +120,50 @@ def _holders(model: nn.Module, parameters: list[Tensor | None]) -> list[Holder]:
     ]
 
 
-def _problems(head: nn.Linear, holders: list[Holder]) -> Iterator[str]:
-    """Why the parameters cannot be sharded."""
+def _check_shardable(model: nn.Module, head: nn.Linear, holders: list[Holder]) -> None:
+    """Raise ``ValueError`` for parameters that cannot be sharded."""
+    for module in model.modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            raise ValueError(f"model must not be inside {type(module).__name__} yet: call LMHead.shard before")
     if is_parametrized(head):
-        yield "the head has a parametrized weight: remove the parametrization, or fold it into the weight, first"
-        return
-    for parameter in (head.weight, head.bias):
-        if parameter is not None:
-            yield from _problems_of_parameter(parameter)
+        raise ValueError("the head has a parametrized weight: remove the parametrization first")
+    for parameter in _parameters(head):
+        if hasattr(parameter, "ds_id") or is_flattened(parameter) or is_dtensor(parameter):
+            raise ValueError(
+                "an engine has sharded or released the head already (ZeRO-3, FSDP, tensor parallelism): call "
+                "LMHead.shard before the model goes into the engine"
+            )
+        if parameter.is_meta:
+            raise ValueError("the head is on the meta device and has no values: materialise it before LMHead.shard")
     for holder in holders:
-        if holder.module is head or holder.name == "bias":
-            continue
-        if not isinstance(holder.module, nn.Embedding):
-            yield (
+        if isinstance(holder.module, nn.Embedding):
+            check_can_shard(holder.path, holder.module)
+        elif holder.module is not head and holder.name != "bias":  # which some models have in two places
+            raise ValueError(
                 f"{holder} is tied to the head's weight, and {type(holder.module).__name__} is no nn.Embedding: untie "
                 "it first"
             )
-        else:
-            try:
-                check_can_shard(holder.path, holder.module)
-            except ValueError as error:
-                yield str(error)
 
 
-def _problems_of_parameter(parameter: Tensor) -> Iterator[str]:
-    if hasattr(parameter, "ds_id") or is_flattened(parameter) or is_dtensor(parameter):
-        yield (
-            "an engine has sharded or released the head already (ZeRO-3, FSDP, tensor parallelism): call LMHead.shard "
-            "before the model goes into the engine"
-        )
-    elif parameter.is_meta:
-        yield "the head is on the meta device and has no values: materialise it before LMHead.shard"
-
-
-def _check_alike(head: nn.Linear, problems: list[str], sharding: RowSharding, places: int) -> None:
-    """Raise on every rank what one rank cannot do, or what differs between ranks; then take equal values."""
-    parameters = [parameter for parameter in (head.weight, head.bias) if parameter is not None]
-    facts = {"error": problems[0] if problems else None}
-    if not problems:
-        facts |= {
-            "shapes": [tuple(parameter.shape) for parameter in parameters],
-            "dtypes": [parameter.dtype for parameter in parameters],
-            "requires_grad": [parameter.requires_grad for parameter in parameters],
-            "number of places in the model": places,
-            "values": [checksum(parameter) for parameter in parameters],
-        }
-    everyones = exchange(facts, sharding.vocab.group, "chunked_ce: LMHead.shard's comparison of heads")
-    if problems:
-        raise ValueError(problems[0])
-    for rank, other in enumerate(everyones):
-        if other["error"] is not None:
-            raise ValueError(f"rank {rank} of the group cannot shard its head: {other['error']}")
+def _take_alike(head: nn.Linear, sharding: RowSharding, places: int) -> None:
+    """Raise ``ValueError`` for heads that differ between ranks; where only values do, take those of the first rank."""
+    parameters = _parameters(head)
+    facts = {
+        "shapes": [tuple(parameter.shape) for parameter in parameters],
+        "dtypes": [parameter.dtype for parameter in parameters],
+        "requires_grad": [parameter.requires_grad for parameter in parameters],
+        "numbers of places in the model": places,
+    }
+    values = [checksum(parameter) for parameter in parameters]
+    everyones = exchange((facts, values), sharding.vocab.group, "chunked_ce: LMHead.shard's comparison of heads")
     for name in facts:
-        said = [other[name] for other in everyones]
-        if name != "values" and any(one != said[0] for one in said):
+        said = [other[name] for other, _ in everyones]
+        if any(one != said[0] for one in said):
             raise ValueError(f"ranks of the group have different heads; their {name} are {said}")
-    if any(other["values"] != facts["values"] for other in everyones):
-        with torch.no_grad():
-            for parameter in parameters:
-                sharding.take_from_first(parameter.data, "LMHead.shard's values of the first rank")
+    if any(others != values for _, others in everyones):
+        for parameter in parameters:
+            sharding.take_from_first(parameter.data, "LMHead.shard's values of the first rank")
+
+
+def _parameters(head: nn.Linear) -> list[nn.Parameter]:
+    return [parameter for parameter in (head.weight, head.bias) if parameter is not None]

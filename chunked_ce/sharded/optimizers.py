@@ -6,11 +6,12 @@ this optimizer gather them.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -18,7 +19,9 @@ from chunked_ce.sharded.gathering import whole_of
 from chunked_ce.sharded.gradients import sharding_of
 from chunked_ce.sharded.rows import RowSharding
 
-__all__ = ["sharded_states"]
+__all__ = ["follow_steps", "retire", "sharded_states"]
+
+_RETIRED = "_was_sharded"
 
 _followed: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
@@ -34,9 +37,25 @@ def sharded_states(optimizer: Optimizer | None) -> Iterator[tuple[str, Tensor, R
                         yield name, value, sharding
 
 
+@functools.cache
+def follow_steps() -> None:
+    """Look at every optimizer before each of its steps from now on."""
+    register_optimizer_step_pre_hook(_before_step)
+
+
+def retire(parameter: nn.Parameter) -> None:
+    """Let optimizers refuse a parameter in whose place its rows are now."""
+    setattr(parameter, _RETIRED, True)
+
+
 def _before_step(optimizer: Optimizer, *_: Any) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
+            if hasattr(parameter, _RETIRED):
+                raise RuntimeError(
+                    f"{type(optimizer).__name__} has a parameter of the head {tuple(parameter.shape)} in whose place "
+                    "LMHead.shard or LMHead.unwrap has put another one since: make the optimizer afterwards"
+                )
             sharding = sharding_of(parameter)
             if sharding is None:
                 continue
@@ -45,9 +64,6 @@ def _before_step(optimizer: Optimizer, *_: Any) -> None:
             for name, value in state.items():
                 if isinstance(value, Tensor) and value.shape == sharding.whole_shape(parameter) != parameter.shape:
                     state[name] = sharding.mine(value)
-
-
-register_optimizer_step_pre_hook(_before_step)
 
 
 def _follow(optimizer: Optimizer) -> None:

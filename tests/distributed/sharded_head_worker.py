@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import io
 import traceback
 from collections.abc import Callable
 from typing import NamedTuple
@@ -173,4 +171,7 @@ def attempt(function: Callable, *args) -> object:
 
 
 def worker(rank: int, world_size: int) -> dict:
-    return {case: attempt(train_case, case, rank) for case in CASES}
+    from tests.distributed.sharded_head_checks import CHECKS
+
+    trained = {case: attempt(train_case, case, rank) for case in CASES}
+    return trained | {name: attempt(check, rank) for name, check in CHECKS.items()}

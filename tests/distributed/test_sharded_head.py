@@ -5,6 +5,7 @@ import torch
 
 from tests.distributed import sharded_head_worker as w
 from tests.distributed.launch import run
+from tests.distributed.sharded_head_checks import CHECKS
 
 
 @pytest.fixture(scope="module")
@@ -30,3 +31,9 @@ def test_training_equals_that_of_one_process(ranks, case):
             for name, value in values.items():
                 if value is not None:
                     torch.testing.assert_close(one.optimizer["state"][index][name], value, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_on_ranks(ranks, name):
+    failures = [result[name] for result in ranks if result[name] is not None]
+    assert not failures, failures[0]
