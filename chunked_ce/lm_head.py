@@ -22,10 +22,12 @@ from chunked_ce.lazy.logits import LazyLogits
 from chunked_ce.lazy.source import Call
 from chunked_ce.parallel.dtensors import is_dtensor
 from chunked_ce.sharded.ddp import check_not_averaged
+from chunked_ce.sharded.fsdp_units import check_units, compute_dtype, make_unit, refuse_management
 from chunked_ce.sharded.gradients import mark
+from chunked_ce.sharded.mesh import sharding_over
 from chunked_ce.sharded.model import shard_parameters, together, unshard_parameters
 from chunked_ce.sharded.optimizers import follow_steps
-from chunked_ce.sharded.rows import RowSharding, shardings_of
+from chunked_ce.sharded.rows import shardings_of
 from chunked_ce.tracing import not_compiled, run_as_written
 
 __all__ = ["LMHead"]
@@ -146,9 +148,9 @@ class LMHead(LazyHead):
         Raises:
             ValueError: no output embedding was found, it cannot be sharded, or it differs between the ranks.
         """
-        group = RowSharding.over(1, group_or_mesh).vocab.group  # before heads are sought, which a rank may not find
-        heads = together(group, lambda: _heads_to_shard(model, module, keywords))
-        shardings = [RowSharding.over(linear.out_features, group_or_mesh) for linear in heads]
+        groups = sharding_over(1, group_or_mesh).groups  # before heads are sought, which a rank may not find
+        heads = together(groups, lambda: _heads_to_shard(model, module, keywords))
+        shardings = [sharding_over(linear.out_features, group_or_mesh) for linear in heads]
         settings = [
             mine.replaced(vocab=sharding.vocab) for mine, sharding in zip(heads.values(), shardings, strict=True)
         ]
@@ -160,6 +162,8 @@ class LMHead(LazyHead):
                 linear._settings = its_settings
             else:
                 cls._take(linear, its_settings)
+        for part in model.modules():
+            make_unit(part)
         return model
 
     @classmethod
@@ -194,6 +198,8 @@ class LMHead(LazyHead):
                 UserWarning,
                 stacklevel=2,
             )
+        if shardings_of(self):
+            refuse_management(name)
         super().__setattr__(name, value)
 
     # ---- calls ----
@@ -209,11 +215,13 @@ class LMHead(LazyHead):
         if shardings_of(self):
             mark(self)
             check_not_averaged(self)
+            check_units(self)
             follow_steps()
             follow_trainer()
         hidden = args[0] if len(args) == 1 and not kwargs else kwargs.get("input") if len(kwargs) == 1 else None
         if not self._can_be_lazy(hidden):
             return super().__call__(*args, **kwargs)
+        hidden = hidden.to(compute_dtype(self) or hidden.dtype)
         return LazyLogits.of_call(Call(self, hidden), hidden, self.vocab_size, self._settings.logits)
 
     def _can_be_lazy(self, hidden: Any) -> bool:

@@ -21,7 +21,7 @@ from chunked_ce.parallel.fsdp import fsdp_refusal, is_fsdp_shard
 from chunked_ce.parallel.vocab import VocabShard
 from chunked_ce.tracing import assume_constant, not_compiled
 
-__all__ = ["has_dtensor", "is_dtensor", "local_arguments"]
+__all__ = ["has_dtensor", "is_dtensor", "local_arguments", "own_rows"]
 
 
 def local_arguments(
@@ -44,6 +44,21 @@ def local_arguments(
         return _rows(name, value, vocab) if name in ("linear_bias", ADAPTER[1]) else _tokens(name, value, vocab)
 
     return sharded, vocab, {name: local(name, value) for name, value in given.items()}
+
+
+def own_rows(tensor: Any, vocab: VocabShard) -> Tensor:
+    """This rank's rows of a DTensor whose ranks all have tokens of their own (``vocab.tokens == "own"``).
+
+    Their gradient is averaged over the ranks that hold the same rows: those of the mesh's replicated dimensions.
+    """
+    average = _types().Partial("avg")
+    gradient = [average if placement.is_replicate() else placement for placement in tensor.placements]
+    # A redistribution to the placements that it has already: it turns the gradient's placements into these.
+    rows = tensor.redistribute(placements=tensor.placements).to_local(grad_placements=gradient)
+    factor = vocab.row_gradient_factor
+    if factor != 1 and rows.requires_grad:
+        rows.register_hook(lambda gradient: gradient * factor)
+    return rows
 
 
 def has_dtensor(values: Iterable[Any]) -> bool:
@@ -70,9 +85,13 @@ def _vocabulary(name: str, tensor: Any, vocab: VocabShard | None) -> tuple[Tenso
         tensor = tensor.redistribute(placements=placements)
     if all(placement.is_replicate() for placement in placements):
         return tensor.to_local(), vocab
-    if name == "linear_weight":
+    is_own = _has_own_tokens(vocab)
+    if name == "linear_weight" and not is_own:
         _refuse_fsdp(name, tensor)
     shard = _shard_of(name, tensor.device_mesh, placements, tensor.shape[dim], dim)
+    if is_own:
+        _check_rows_of(name, shard, vocab, placements)
+        return own_rows(tensor, vocab), vocab
     return tensor.to_local(), shard if vocab is None else vocab
 
 
@@ -85,9 +104,11 @@ def _tokens(name: str, tensor: Any, vocab: VocabShard | None) -> Tensor:
         return _sequence_shard(name, tensor, placements, mine)
     of_tokens = dict.fromkeys(("target", "token_weight", "temperature"), tensor.dim())
     token_dims = tensor.dim() - 1 if is_hidden else of_tokens.get(name, 0)
+    is_own = _has_own_tokens(vocab)
     for at, placement in enumerate(placements):
-        if at != mine and _shards(placement) and placement.dim < token_dims:
-            raise ValueError(_sharded_tokens(name, tensor, " along other ranks than those of the vocabulary"))
+        if (at != mine or is_own) and _shards(placement) and placement.dim < token_dims:
+            where = "" if is_own else " along other ranks than those of the vocabulary"
+            raise ValueError(_sharded_tokens(name, tensor, where))
     replicated = _replicated(placements)
     gradient = list(replicated)
     if is_hidden and vocab is not None and vocab.input_grad == "partial":
@@ -121,7 +142,8 @@ def _sequence_shard(name: str, tensor: Any, placements: list[Any], mine: int | N
 def _rows(name: str, tensor: Any, vocab: VocabShard | None) -> Tensor:
     """This rank's entries of a bias, or rows of an adapter's weight: those of its rows of the head."""
     placements = _placements(tensor)
-    if any(map(_shards, placements)):
+    is_own = _has_own_tokens(vocab)
+    if any(map(_shards, placements)) and not is_own:
         _refuse_fsdp(name, tensor)
     required = _replicated(placements)
     if vocab is not None:
@@ -133,12 +155,22 @@ def _rows(name: str, tensor: Any, vocab: VocabShard | None) -> Tensor:
             )
         required[mine] = _types().Shard(0)
         bounds = _shard_of(name, tensor.device_mesh, required, tensor.shape[0], 0)
-        if (bounds.start, bounds.stop) != (vocab.start, vocab.stop):
-            raise ValueError(
-                f"{name} must hold the words [{vocab.start}, {vocab.stop}) of vocab on this rank, would hold "
-                f"[{bounds.start}, {bounds.stop}) with placements {tuple(required)}"
-            )
+        _check_rows_of(name, bounds, vocab, required)
+    if is_own and placements == required:
+        return own_rows(tensor, vocab)
     return tensor.redistribute(placements=required).to_local()
+
+
+def _has_own_tokens(vocab: VocabShard | None) -> bool:
+    return vocab is not None and vocab.tokens == "own"
+
+
+def _check_rows_of(name: str, shard: VocabShard, vocab: VocabShard, placements: list[Any]) -> None:
+    if (shard.start, shard.stop) != (vocab.start, vocab.stop):
+        raise ValueError(
+            f"{name} must hold the words [{vocab.start}, {vocab.stop}) of vocab on this rank, would hold "
+            f"[{shard.start}, {shard.stop}) with placements {tuple(placements)}"
+        )
 
 
 def _refuse_fsdp(name: str, tensor: Any) -> None:

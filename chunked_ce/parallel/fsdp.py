@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["fsdp_refusal", "is_flattened", "is_fsdp_shard"]
+__all__ = ["fsdp_refusal", "is_flattened", "is_fsdp_shard", "parameter_groups"]
 
-_HOW_TO_HAVE_IT_WHOLE = (
+_WHAT_TO_DO = (
     "take the loss inside the forward of a module that FSDP shards, or swap the head with LMHead.wrap(model) and make "
-    "it a unit of its own (fully_shard(model.lm_head)), or unshard it around loss and backward (head.unshard())"
+    "it a unit of its own (fully_shard(model.lm_head)), or unshard it around loss and backward (head.unshard()); or "
+    "leave it sharded and let the ranks share their tokens: LMHead.shard(model, mesh) before fully_shard, or "
+    "vocab=VocabShard.from_dtensor(weight, tokens='own')"
 )
 _NODES = 32  # searched in the graph between a parameter and a head computed from it, by a cast for instance
 
@@ -30,7 +33,7 @@ def is_fsdp_shard(tensor: Tensor) -> bool:
 def fsdp_refusal(name: str, tensor: Tensor) -> str:
     return (
         f"{name} is sharded by FSDP over data ranks, which hold different tokens: it is no shard of the vocabulary, "
-        f"had placements {tuple(tensor.placements)}. FSDP has to have it whole: {_HOW_TO_HAVE_IT_WHOLE}"
+        f"had placements {tuple(tensor.placements)}. FSDP has to have it whole: {_WHAT_TO_DO}"
     )
 
 
@@ -52,16 +55,21 @@ def _sharded_parameters() -> Iterator[Tensor]:
 
 
 def _sharded_parameters_of(module: nn.Module) -> Iterator[Tensor]:
-    state = module._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None)
-    if groups is None:  # older versions have one
-        groups = [state._fsdp_param_group] if state._fsdp_param_group is not None else []
+    groups = parameter_groups(module._get_fsdp_state())
     for parameter in (parameter for group in groups for parameter in group.fsdp_params):
         yield parameter.sharded_param
         if parameter.sharded_state.name == "SHARDED":  # `load_state_dict` or `to` may have replaced it
             registered = parameter._module_info.module._parameters.get(parameter._module_info.param_name)
             if registered is not None:
                 yield registered
+
+
+def parameter_groups(state: Any) -> list[Any]:
+    """The groups of parameters that a unit of FSDP2 gathers together."""
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:  # older versions have one
+        groups = [state._fsdp_param_group] if state._fsdp_param_group is not None else []
+    return groups
 
 
 def _memory(tensor: Tensor) -> int:

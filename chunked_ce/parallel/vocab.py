@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -64,6 +64,8 @@ class VocabShard:
     padded_rows: int | None = None
     """Rows of this rank's head with the padding at its end, which never gets probability; None without padding."""
     tokens: Literal["same", "own"] = "same"
+
+    row_gradient_factor: ClassVar[float] = 1.0  # for the rows of DTensors, where FSDP2 has a divide factor of its own
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "group", checked_group(self.group))
@@ -139,10 +141,13 @@ class VocabShard:
 
     @classmethod
     def from_dtensor(cls, weight: Tensor, **keywords: Any):
-        """From a DTensor (V, D) sharded on dim 0 along one dimension of its mesh, by tensor parallelism."""
+        """From a DTensor (V, D) sharded on dim 0 along one dimension of its mesh, by tensor parallelism.
+
+        With ``tokens="own"`` it may be a parameter that ``fully_shard`` has sharded, and is used while it is sharded.
+        """
         if not hasattr(weight, "placements"):
             raise TypeError(f"weight must be a DTensor, was {type(weight).__name__}")
-        if is_fsdp_shard(weight):
+        if keywords.get("tokens") != "own" and is_fsdp_shard(weight):
             raise ValueError(fsdp_refusal("weight", weight))
         return cls.from_placements(weight.device_mesh, tuple(weight.placements), weight.shape, **keywords)
 

@@ -83,8 +83,8 @@ def check_not_averaged(module: nn.Module) -> None:
                 "into DistributedDataParallel, or call LMHead.shard with the outermost module"
             )
         ranks = dist.get_process_group_ranks(engine.process_group)
-        if set(ranks) != set(sharding.vocab.ranks):
+        if set(ranks) != set(sharding.ranks):
             raise RuntimeError(
                 f"DistributedDataParallel averages over ranks {ranks}, and the head is sharded over ranks "
-                f"{list(sharding.vocab.ranks)}: both must be the same group"
+                f"{sharding.ranks}: both must be the same group"
             )

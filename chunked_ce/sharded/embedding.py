@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from chunked_ce.lazy.classes import joined, without
 from chunked_ce.sharded.ddp import check_not_averaged
+from chunked_ce.sharded.fsdp_units import check_units, compute_dtype, refuse_management
 from chunked_ce.sharded.gradients import mark
 from chunked_ce.sharded.lookup import lookup
 from chunked_ce.sharded.rows import shardings_of
@@ -29,7 +31,13 @@ class ShardedEmbedding(nn.Embedding):
         sharding = shardings_of(self)["weight"]
         mark(self)
         check_not_averaged(self)
-        return lookup(sharding.local(self.weight), input, sharding.vocab, self.padding_idx)
+        check_units(self)
+        found = lookup(sharding.local(self.weight), input, sharding.vocab, self.padding_idx)
+        return found.to(compute_dtype(self) or found.dtype)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        refuse_management(name)
+        super().__setattr__(name, value)
 
     @classmethod
     def take(cls, embedding: nn.Embedding) -> None:

@@ -24,7 +24,8 @@ def mark(module: nn.Module) -> None:
     """Let gradients of the sharded parameters of ``module`` be `RowGradient`; at each call, for parameters change."""
     for name, sharding in shardings_of(module).items():
         parameter = module._parameters[name]
-        if parameter.is_leaf and parameter.requires_grad and sharding_of(parameter) is None:
+        is_plain = parameter.is_leaf and parameter.requires_grad and not sharding.has_dtensors
+        if is_plain and sharding_of(parameter) is None:
             parameter.register_post_accumulate_grad_hook(_Reclassify(sharding))
 
 

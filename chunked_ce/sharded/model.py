@@ -15,6 +15,7 @@ from chunked_ce.parallel.dtensors import is_dtensor
 from chunked_ce.parallel.fsdp import is_flattened
 from chunked_ce.sharded import ddp, state
 from chunked_ce.sharded.embedding import ShardedEmbedding, check_can_shard
+from chunked_ce.sharded.fsdp_units import undo_unit
 from chunked_ce.sharded.optimizers import retire
 from chunked_ce.sharded.rows import RowSharding, forget, record, shardings_of
 
@@ -34,20 +35,26 @@ class Holder(NamedTuple):
         return f"{self.path}.{self.name}" if self.path else self.name
 
 
-def together(group: dist.ProcessGroup, find: Callable[[], _Result]) -> _Result:
-    """What ``find`` returns, unless it raises on some rank: then on every one."""
+def together(groups: list[dist.ProcessGroup], find: Callable[[], _Result]) -> _Result:
+    """What ``find`` returns, unless it raises on some rank: then on every one, also of ranks that share no group."""
     result = error = None
     try:
         result = find()
     except Exception as raised:
         error = raised
-    everyones = exchange(None if error is None else str(error), group, "chunked_ce: LMHead.shard")
+    said = None if error is None else str(error)
+    for group in groups:
+        everyones = exchange(said, group, "chunked_ce: LMHead.shard")
+        said = said or next((_of_rank(rank, other) for rank, other in enumerate(everyones) if other is not None), None)
     if error is not None:
         raise error
-    for rank, other in enumerate(everyones):
-        if other is not None:
-            raise ValueError(f"rank {rank} of the group cannot shard its head: {other}")
+    if said is not None:
+        raise ValueError(said)
     return result
+
+
+def _of_rank(rank: int, error: str) -> str:
+    return f"rank {rank} of the group cannot shard its head: {error}"
 
 
 def shard_parameters(model: nn.Module, head: nn.Linear, sharding: RowSharding) -> None:
@@ -57,7 +64,7 @@ def shard_parameters(model: nn.Module, head: nn.Linear, sharding: RowSharding) -
     sharded; nothing is changed then. Where only their values differ, those of the group's first rank are taken.
     """
     holders = _holders(model, head)
-    together(sharding.vocab.group, lambda: _check_shardable(model, head, holders))
+    together(sharding.groups, lambda: _check_shardable(model, head, holders))
     _take_alike(head, sharding, len(holders))
     replacements: dict[int, nn.Parameter] = {}
     for holder in holders:
@@ -87,6 +94,7 @@ def unshard_parameters(model: nn.Module) -> list[nn.Module]:
                 whole[id(parameter)] = nn.Parameter(gathered, parameter.requires_grad)
                 retire(parameter)
             module._parameters[name] = whole[id(parameter)]
+        undo_unit(module)
         state.detach(module)
         forget(module)
         if isinstance(module, ShardedEmbedding):
@@ -133,8 +141,6 @@ def _check_shardable(model: nn.Module, head: nn.Linear, holders: list[Holder]) -
                 "an engine has sharded or released the head already (ZeRO-3, FSDP, tensor parallelism): call "
                 "LMHead.shard before the model goes into the engine"
             )
-        if parameter.is_meta:
-            raise ValueError("the head is on the meta device and has no values: materialise it before LMHead.shard")
     for holder in holders:
         if isinstance(holder.module, nn.Embedding):
             check_can_shard(holder.path, holder.module)
@@ -152,10 +158,14 @@ def _take_alike(head: nn.Linear, sharding: RowSharding, places: int) -> None:
         "shapes": [tuple(parameter.shape) for parameter in parameters],
         "dtypes": [parameter.dtype for parameter in parameters],
         "requires_grad": [parameter.requires_grad for parameter in parameters],
+        "devices": ["meta" if parameter.is_meta else "with values" for parameter in parameters],
         "numbers of places in the model": places,
     }
-    values = [checksum(parameter) for parameter in parameters]
-    everyones = exchange((facts, values), sharding.vocab.group, "chunked_ce: LMHead.shard's comparison of heads")
+    values = [None if parameter.is_meta else checksum(parameter) for parameter in parameters]
+    everyones = [(facts, values)]
+    for group in sharding.groups:  # then everyone has the facts of all ranks
+        parts = exchange(everyones, group, "chunked_ce: LMHead.shard's comparison of heads")
+        everyones = [one for part in parts for one in part]
     for name in facts:
         said = [other[name] for other, _ in everyones]
         if any(one != said[0] for one in said):

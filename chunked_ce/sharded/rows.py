@@ -32,10 +32,25 @@ class RowSharding:
         """``total`` rows, split evenly over the ranks of a process group; None for all ranks."""
         if not isinstance(group_or_mesh, dist.ProcessGroup | None):
             raise TypeError(
-                "group_or_mesh must be None or a torch.distributed.ProcessGroup that this rank is in, was "
+                "group_or_mesh must be None, a ProcessGroup that this rank is in, or a DeviceMesh, was "
                 f"{type(group_or_mesh).__name__}"
             )
         return cls(VocabShard.split(total, group_or_mesh, tokens="own"))
+
+    @property
+    def has_dtensors(self) -> bool:
+        """Whether the parameters are DTensors, whose gradients know their norms."""
+        return False
+
+    @property
+    def groups(self) -> list[dist.ProcessGroup]:
+        """The groups of which every rank has this parameter, or other rows of it."""
+        return [self.vocab.group]
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks over which gradients are averaged."""
+        return list(self.vocab.ranks)
 
     def __deepcopy__(self, _memo: dict) -> RowSharding:
         return self  # it does not change
@@ -50,6 +65,14 @@ class RowSharding:
     def parameter(self, rows: Tensor, requires_grad: bool) -> nn.Parameter:
         """The parameter that holds this rank's ``rows`` (V_r, ...)."""
         return nn.Parameter(rows, requires_grad)
+
+    def loaded(self, given: Tensor) -> Tensor:
+        """What a parameter takes of the tensor that a state dict ``given`` to it has."""
+        return self.mine(given)
+
+    def is_saved_whole(self) -> bool:
+        """Whether a state dict that is asked for now holds whole tensors, not parameters as they are."""
+        return True
 
     def local(self, parameter: Tensor) -> Tensor:
         """This rank's rows (V_r, ...) of a parameter, differentiable."""
@@ -71,18 +94,20 @@ class RowSharding:
             else:  # in place, where that saves memory
                 in_place = whole is not None and whole.device == rows.device
                 part = whole[start:stop] if in_place else rows.new_empty(stop - start, *rows.shape[1:])
-            self._broadcast(part, owner, what)
+            self._broadcast(part, owner, what, self.vocab.group)
             if whole is not None:
                 whole[start:stop] = part
         return whole
 
     def take_from_first(self, whole: Tensor, what: str) -> None:
-        """Let every rank's ``whole`` (V, ...) have the values of the group's first rank."""
-        self._broadcast(whole, 0, what)
+        """Let every rank's ``whole`` (V, ...) have the values of the first rank."""
+        for group in self.groups:
+            self._broadcast(whole, 0, what, group)
 
-    def _broadcast(self, part: Tensor, sender: int, what: str) -> None:
+    @staticmethod
+    def _broadcast(part: Tensor, sender: int, what: str, group: dist.ProcessGroup) -> None:
         if part.numel():
-            work = dist.broadcast(part, group=self.vocab.group, group_src=sender, async_op=True)
+            work = dist.broadcast(part, group=group, group_src=sender, async_op=True)
             Pending(part, work, f"chunked_ce: {what}").wait()
 
 

@@ -35,7 +35,7 @@ def detach(module: nn.Module) -> None:
 
 def _gather(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: dict[str, Any]) -> None:
     for name, sharding in shardings_of(module).items():
-        if prefix + name in state:
+        if prefix + name in state and sharding.is_saved_whole():
             state[prefix + name] = _whole_for(state, module._parameters[name], sharding, prefix + name)
 
 
@@ -67,7 +67,7 @@ def _slice(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict
             continue
         expected = sharding.whole_shape(parameter)
         if given.shape == expected:
-            state[key] = sharding.mine(given)
+            state[key] = sharding.loaded(given)
         else:
             errors.append(
                 f"size mismatch for {key}: the state dict has {tuple(given.shape)}, and the whole parameter, of which "
