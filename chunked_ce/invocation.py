@@ -180,7 +180,7 @@ def agreed_on(
         for at, depth in enumerate(depths):
             found = facts_of_call(depth, keywords, compute_dtype_of(arguments.input), vocab)
             facts |= found if at == 0 else {f"{name} (depth {at})": fact for name, fact in found.items()}
-        facts, objective = facts | facts_of_teacher(arguments.teacher), result[1]
+        facts, objective = facts | facts_of_teacher(arguments.teacher, vocab), result[1]
         return facts if objective is None else facts | {"objective": described_objective(objective)}
 
     return agreed(check, facts, vocab, getattr(arguments.input, "device", None))
@@ -210,7 +210,7 @@ def call_of(
         settings, parts, needed = Settings.of(options, input.dtype, input.device.type), ("logits",), ()
         unpadded = input if vocab is None else input[..., : vocab.rows]
         source = [unpadded.reshape(target.numel(), unpadded.shape[-1])]
-    settings = settings._replace(teacher_dtype=product_dtype(arguments.teacher))
+    settings = settings._replace(teacher_dtype=product_dtype(arguments.teacher, vocab))
     classes = tensors["weight"]
     if classes is not None:
         classes = classes.to(work_dtype(settings.compute_dtype))

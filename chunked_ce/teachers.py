@@ -43,8 +43,6 @@ def check_teacher(
         raise TypeError(f"teacher must be a chunked_ce.Teacher or None, was {described(teacher)}")
     if not needs:
         raise TypeError(f"teacher is given, but {type(objective).__name__} has none: use Divergence")
-    if vocab is not None and vocab.tokens == "own":
-        raise ValueError("teacher must be None with vocab.tokens='own', was a Teacher")
     tensors = teacher.tensors
     for name, tensor in tensors.items():
         _check_local(name, tensor, device)
@@ -63,7 +61,8 @@ def check_teacher(
         allowed = f"teacher.words must be in [0, {size}), the teacher's vocabulary"
         check_values(words, lambda values: (values >= 0) & (values < size), allowed)
         return
-    sizes = [total] if vocab is None else [total, vocab.rows, vocab.padded_rows]
+    own = _is_own(teacher, vocab)  # no other rank has this rank's columns of its tokens
+    sizes = [total] if vocab is None or own else [total, vocab.rows, vocab.padded_rows]
     if not any(size == each for each in sizes):
         name, dim = ("weight", "first") if "weight" in tensors else (_existing(tensors), "last")
         allowed = " or ".join(dict.fromkeys(str(each) for each in sizes if each is not None))
@@ -104,30 +103,42 @@ def _existing(tensors: dict[str, Tensor]) -> str:
     return "logits" if "logits" in tensors else "probabilities"
 
 
-def facts_of_teacher(teacher: Teacher | None) -> dict[str, Any]:
+def _is_own(teacher: Teacher, vocab: VocabShard | None) -> bool:
+    """Whether a teacher has logits or probabilities of tokens that only this rank has."""
+    return vocab is not None and vocab.tokens == "own" and teacher.hidden is None
+
+
+def facts_of_teacher(teacher: Teacher | None, vocab: VocabShard) -> dict[str, Any]:
     """The facts that must be equal on every rank of a vocabulary group, by name: a teacher's entries may differ."""
     if teacher is None:
         return {"teacher": None}
     facts = {"teacher": tuple(teacher.tensors), "teacher's dtypes": tuple(x.dtype for x in teacher.tensors.values())}
     facts |= {f"teacher.{name}": getattr(teacher, name) for name in ("softcap", "logit_scale")}
-    same = {f"teacher.{name}": teacher.tensors[name] for name in ("hidden", "words") if name in teacher.tensors}
-    return facts | checksums(same)
+    if teacher.hidden is not None:
+        facts["teacher.hidden's last dimension"] = teacher.hidden.shape[-1]
+    same = ("words",) if vocab.tokens == "own" else ("hidden", "words")
+    return facts | checksums({f"teacher.{name}": teacher.tensors[name] for name in same if name in teacher.tensors})
 
 
-def product_dtype(teacher: Teacher | None) -> torch.dtype | None:
-    """The dtype of the products of the teacher's head, None without one."""
-    return None if teacher is None or teacher.hidden is None else compute_dtype_of(teacher.hidden)
+def product_dtype(teacher: Teacher | None, vocab: VocabShard | None) -> torch.dtype | None:
+    """The dtype of the teacher's logits that a chunk holds beside the student's, None if they exist on this rank."""
+    if teacher is None:
+        return None
+    if teacher.hidden is not None:
+        return compute_dtype_of(teacher.hidden)
+    return teacher.tensors[_existing(teacher.tensors)].dtype if _is_own(teacher, vocab) else None
 
 
 def of_this_rank(
     teacher: Teacher, vocab: VocabShard | None, logits: Logits, share: float
 ) -> tuple[TeacherSpecification, list[Tensor]]:
-    """What the engine is given: detached tensors, flat in their tokens, with the entries of this rank."""
+    """What the engine is given: detached tensors, flat in their tokens, with the entries of this rank, but all of them
+    where other ranks need theirs."""
     tensors = {name: tensor.detach() for name, tensor in teacher.tensors.items()}
     for name in _PER_TOKEN:
         if name in tensors:
             tensors |= _flat(name, tensors[name])
-    if vocab is not None:
+    if vocab is not None and not _is_own(teacher, vocab):
         mine = slice(vocab.start, vocab.stop)
         if "words" in tensors:
             tensors["words"] = tensors["words"][mine]
@@ -144,7 +155,7 @@ def of_this_rank(
                     tensors[name] = tensors[name][:, mine]
     if "words" in tensors:
         tensors["words"] = tensors["words"].long()
-    dtype = product_dtype(teacher) or teacher.tensors[_existing(teacher.tensors)].dtype
+    dtype = product_dtype(teacher, vocab) or teacher.tensors[_existing(teacher.tensors)].dtype
     return TeacherSpecification(tuple(tensors), logits, dtype, share), list(tensors.values())
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from chunked_ce.engine import gathered, sweep
 from chunked_ce.engine.call import Call
+from chunked_ce.engine.own_teacher import TEACHER, Columns
 from chunked_ce.engine.ranks import HIDDEN_GRADIENT, STATISTICS
 from chunked_ce.engine.sources import HIDDEN
 from chunked_ce.engine.token_shards import TOKENS, JoinedCall, OwnTokens, joined_sequence, sequence_call
@@ -37,8 +38,9 @@ class _Step(NamedTuple):
 
     kind: str  # a method of `Collectives`
     what: str  # as errors name it
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dtype: torch.dtype
+    sizes: tuple[list[int], ...] = ()  # elements for each rank and from each, where they differ
 
 
 def statistics(call: Call) -> RowStatistics:
@@ -48,7 +50,7 @@ def statistics(call: Call) -> RowStatistics:
         return joined.put_rows(sweep.statistics(joined.call))
 
     if call.is_sequence:
-        return _with_tokens(call, lambda sized: _Chunks(sized).steps(combines=True), work)
+        return _with_tokens("statistics", call, lambda sized: _Chunks(sized).steps(combines=True), work)
     return _together(lambda: _Chunks(call).steps(combines=True), call, sweep.statistics, call)
 
 
@@ -63,7 +65,7 @@ def loss_and_gradients(call: Call) -> tuple[Tensor, list[Tensor | None], Tensor 
         return *results, joined.put_rows(rows)
 
     if call.is_sequence:
-        return _with_tokens(call, steps, work)
+        return _with_tokens("a loss with its gradients", call, steps, work)
     return _together(lambda: steps(call), call, sweep.loss_and_gradients, call)
 
 
@@ -81,7 +83,7 @@ def gradients(
         return sweep.gradients(joined.call, known_rows, slopes_rows, weight_sum)
 
     given = *known.named().values(), *(slope / _divisor(call) for slope in slopes.named().values())
-    return _with_tokens(call, lambda sized: _Chunks(sized).steps(reduces=True), work, *given)
+    return _with_tokens("gradients", call, lambda sized: _Chunks(sized).steps(reduces=True), work, *given)
 
 
 def gathered_logits(call: Call) -> Tensor:
@@ -94,7 +96,11 @@ def gathered_logits(call: Call) -> Tensor:
         yield _Step("all_reduce_", gathered.GATHERED, shape, work_dtype(call.specification.settings.compute_dtype))
 
     if call.is_sequence:
-        return _with_tokens(call, steps, lambda joined: joined.put(gathered.logits(joined.call)), ids=call.per_token)
+
+        def work(joined: JoinedCall) -> Tensor:
+            return joined.put(gathered.logits(joined.call))
+
+        return _with_tokens("logits at ids", call, steps, work, ids=call.per_token)
     return _together(lambda: steps(call), call, gathered.logits, call)
 
 
@@ -108,7 +114,7 @@ def gathered_gradients(call: Call, upstream: Tensor) -> list[Tensor | None]:
         return gathered.gradients(joined.call, *joined.others)
 
     steps, given = lambda sized: _Chunks(sized).steps(reduces=True), upstream / _divisor(call)
-    return _with_tokens(call, steps, work, given, ids=call.per_token)
+    return _with_tokens("gradients at ids", call, steps, work, given, ids=call.per_token)
 
 
 def factors(call: Call, factor: Tensor) -> Tensor:
@@ -118,17 +124,19 @@ def factors(call: Call, factor: Tensor) -> Tensor:
 
 
 def _with_tokens(
+    what: str,
     call: Call,
     steps: Callable[[Call], Iterator[_Step]],
     work: Callable[[JoinedCall], _Result],
     *others: Tensor,  # (N, ...) per token
     ids: Iterable[str] = (),
 ) -> _Result:
-    """``work`` of the call over the tokens of all ranks, whose collectives are ``steps``, with ``others`` joined."""
+    """``work`` of the call over the tokens of all ranks, whose collectives are ``steps``, with ``others`` joined;
+    ``what`` it computes."""
     if not call.specification.shard.is_own:
         return _together(lambda: steps(sequence_call(call)), call, lambda: work(joined_sequence(call, *others)))
     named = ids if call.specification.ids is None else (call.specification.ids,)
-    tokens = OwnTokens(call, *others, ids=named)
+    tokens = OwnTokens(what, call, *others, ids=named)
 
     def all_steps() -> Iterator[_Step]:
         yield _Step("all_gather", TOKENS, tokens.shape, torch.uint8)
@@ -173,7 +181,8 @@ class _Chunks:
 
     def __init__(self, call: Call) -> None:
         self._call = call
-        self._ranks = Collectives(call.specification.shard.group_name).size
+        collectives = Collectives(call.specification.shard.group_name)
+        self._ranks, self._rank = collectives.size, collectives.rank
         self._reduced = sum(call.chunk_widths(needed=True))  # columns of the gradients of hidden states
         target, num_tokens = call.target, len(call.target)
         if not call.is_head:
@@ -181,8 +190,8 @@ class _Chunks:
             return
         size = call.plan_by_tokens(num_tokens, sums_head=call.sums_head).tokens
         if call.is_sequence:
-            windows = windows_of(call.specification.shard.sizes, size, 0)
-            self._rows, self._widths = [sum(window.counts) for window in windows], [window.width for window in windows]
+            self._windows = windows_of(call.specification.shard.sizes, size, self._rank)
+            self._rows = [sum(window.counts) for window in self._windows]
         else:
             (counted,) = self._num_moved(target, [num_tokens])
             self._rows = [min(size, counted - at) for at in range(0, counted, size)]
@@ -194,8 +203,8 @@ class _Chunks:
         return [int((chunk != self._call.ignore_index).sum()) for chunk in target.split(sizes)]
 
     def steps(self, *, combines: bool = False, reduces: bool = False) -> Iterator[_Step]:
-        """The collectives in order: hidden states are gathered a chunk ahead, and their gradients, if needed, are
-        reduced a chunk behind the statistics, if these are combined."""
+        """The collectives in order: hidden states are gathered a chunk ahead, but a teacher's with their chunk, and
+        their gradients, if needed, are reduced a chunk behind the statistics, if these are combined."""
         reduces = reduces and self._reduced > 0 and self._call.specification.shard.input_grad != "partial"
         last = len(self._rows) - 1
         if last >= 0 and self._call.is_sequence:
@@ -203,6 +212,8 @@ class _Chunks:
         for at in range(last + 1):
             if at < last and self._call.is_sequence:
                 yield self._hidden(at + 1)
+            if self._call.is_sequence and self._call.specification.shard.is_own and self._call.teacher:
+                yield self._teacher(at)
             if combines:
                 yield self._statistics(at, 0)
             if at >= combines:
@@ -224,13 +235,22 @@ class _Chunks:
         return _Step("all_gather", STATISTICS, shape, work_dtype(specification.settings.compute_dtype))
 
     def _hidden(self, at: int) -> _Step:
-        shape = self._widths[at], sum(self._call.chunk_widths())
+        shape = self._windows[at].width, sum(self._call.chunk_widths())
         return _Step("all_gather", HIDDEN, shape, self._call.specification.settings.compute_dtype)
+
+    def _teacher(self, at: int) -> _Step:
+        window, teacher = self._windows[at], self._call.teacher
+        if "hidden" in teacher:
+            shape = window.width, teacher["hidden"].shape[1]
+            return _Step("all_gather", TEACHER, shape, self._call.specification.teacher.dtype)
+        sizes = Columns.of(window, self._call.specification.shard.bounds, self._rank)
+        dtype = teacher["logits" if "logits" in teacher else "probabilities"].dtype
+        return _Step("all_to_all", TEACHER, (sum(sizes.sent),), dtype, tuple(sizes))
 
     def _reduction(self, at: int) -> _Step:
         kind, rows = "all_reduce_", self._rows[at]
         if self._call.is_sequence:
-            kind, rows = "reduce_scatter", self._ranks * self._widths[at]
+            kind, rows = "reduce_scatter", self._ranks * self._windows[at].width
         return _Step(kind, HIDDEN_GRADIENT, (rows, self._reduced), self._call.reduce_dtype())
 
 
@@ -257,5 +277,5 @@ def _together(steps: Callable[[], Iterator[_Step]], call: Call, work: Callable[.
 
 
 def _go_through(steps: Iterator[_Step], collectives: Collectives, like: Tensor) -> None:
-    for kind, what, shape, dtype in steps:
-        getattr(collectives, kind)(like.new_full(shape, torch.nan, dtype=dtype), what).wait()
+    for kind, what, shape, dtype, sizes in steps:
+        getattr(collectives, kind)(like.new_full(shape, torch.nan, dtype=dtype), what, *sizes).wait()

@@ -315,20 +315,20 @@ def _backward_of_loss(ctx, upstream):
         return _plain_gradients(lambda: [plain.loss(call)], [grad], call, needed), *none
     if any(need and not had for need, had in zip(needed, specification.needed, strict=True)):
         return _unprepared_gradients(call, grad, needed), *none
+    rows, at = None, specification.parts.index("weight")
+    if of_head and needed[at]:
+        totals[at] = HeadTerms(ctx.filter_kernels, *of_head)
     if specification.shard is not None and specification.shard.is_own:
         if runs_at_once(*source):
-            return _of_own_tokens(call, totals[:num_tensors], grad, needed), *none
+            return _of_own_tokens(call, totals, grad, needed), *none
         call = call._replace(specification=specification._replace(needed=tuple(needed)))
-        return _own_gradients(list(source), totals[:num_tensors], grad, list(extra), *_rest(call)), *none
-    rows, at = None, specification.parts.index("weight")
+        return _own_gradients(list(source), totals, grad, list(extra), *_rest(call)), *none
     if needed[at] and targets.numel() > 0 and not of_head:
         column = columns_of(target, call.start, call.rows, targets != 0)
         terms = TargetGradients(column, targets)
         (hidden,) = call.named("hidden")
         entries, rows = terms.summed_rows(totals[at], hidden, specification.settings.compute_dtype)
     backend = specification.settings.backend
-    if of_head and needed[at]:
-        totals[at] = HeadTerms(ctx.filter_kernels, *of_head)
     grads = [
         _rescaled(total, grad, tensor.dtype, backend) if need else None
         for total, tensor, need in zip(totals, source, needed, strict=True)

@@ -15,6 +15,7 @@ from chunked_ce.engine.call import Call
 from chunked_ce.engine.counted_tokens import CountedTokens, Places, check_range, columns_of, rows_at
 from chunked_ce.engine.depth_rows import DepthRows
 from chunked_ce.engine.head_gradients import HIDDEN_PARTS
+from chunked_ce.engine.own_teacher import OwnTeacher
 from chunked_ce.engine.products import project
 from chunked_ce.engine.scratch import cast_with_room, logits_scratch
 from chunked_ce.engine.specification import TOKEN
@@ -108,7 +109,7 @@ class Source:
             check_range(call.specification.ids, self.ids, call.ignore_index, call.vocab_size)
             ids = self.ids.where(self.ids != call.ignore_index, -1)
             self.ids = self.tokens.select(self.in_chunk_order(ids))  # (n, K) -1 for none
-        self.teacher = None if call.specification.teacher is None else TeacherSource(call, self.tokens, self._index())
+        self.teacher = None if call.specification.teacher is None else self._teacher()
 
     def per_row(self, rows: slice, start: int, size: int) -> PerRow:
         """What is known about the tokens ``rows`` for the ``size`` vocabulary entries from ``start`` on."""
@@ -123,6 +124,9 @@ class Source:
     def _places(self) -> Places | None:
         """Where the counted tokens are in the order of the chunks, if the call says so."""
         return self.call.places
+
+    def _teacher(self) -> TeacherSource:
+        return TeacherSource(self.call, self.tokens, self._index())
 
     def _room(self, rows: slice) -> tuple[int, int]:
         """The most tokens of a block, and the blocks that exist at a time."""
@@ -370,13 +374,17 @@ class SequenceSource(HeadSource):
             gathered = pending.wait()  # (R, width, D + r)
             pending = None if following is None else gather(following)
             x, *adapter = self.tokens.mask(window.joined(gathered), window.rows).split(widths, 1)
+            if isinstance(self.teacher, OwnTeacher):
+                self.teacher.start(window)
             yield Chunk(window.rows, (), x, window, adapter[0] if adapter else None)
 
     def _places(self) -> None:
         return None  # those of the call are of this rank's hidden states
 
-    def _index(self) -> Tensor:
-        return self.in_chunk_order(self.call.per_token[TOKEN])
+    def _teacher(self) -> TeacherSource:
+        if self.call.specification.shard.is_own:
+            return OwnTeacher(self.call, self.tokens, self._local, self._collectives)
+        return TeacherSource(self.call, self.tokens, self.in_chunk_order(self.call.per_token[TOKEN]))
 
     def _largest_chunk(self) -> int:
         return max((sum(window.counts) for window in self._windows), default=0)

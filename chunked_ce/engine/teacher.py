@@ -23,7 +23,7 @@ class TeacherSource:
         self,
         call: Call,
         tokens: CountedTokens,
-        index: Tensor | None,  # (n,) of each counted token, None where all count in order
+        index: Tensor | None = None,  # (n,) of each counted token, None where all count in order
     ) -> None:
         specification, tensors = call.specification.teacher, call.teacher
         self._logits, self._dtype, self._share = specification.logits, specification.dtype, specification.share
@@ -45,9 +45,8 @@ class TeacherSource:
         It is valid until that of the ``in_flight``-th block after it.
         """
         if self._existing is None:
-            return TeacherRows(
-                self._products(rows, entries, most, in_flight), self._logits, overwrite=True, share=self._share
-            )
+            products = self._products(rows, entries, most, in_flight)
+            return TeacherRows(products, self._logits, overwrite=True, share=self._share)
         existing, columns = self._existing[:, entries], None
         if self._words is not None:
             existing, columns = self._existing, self._words[entries]
@@ -57,10 +56,13 @@ class TeacherSource:
         kinds = {"are_probabilities": self._are_probabilities, "share": self._share}
         return TeacherRows(existing, self._logits, index, columns, counted, **kinds)
 
+    def _hidden_of(self, rows: slice) -> Tensor:
+        """The hidden states (C, D_t) of the counted tokens ``rows``."""
+        return self._hidden[rows] if self._index is None else self._hidden.index_select(0, self._index[rows])
+
     def _products(self, rows: slice, entries: slice, most: int, in_flight: int) -> Tensor:
         """The products (C, B) of the teacher's head."""
-        hidden = self._hidden[rows] if self._index is None else self._hidden.index_select(0, self._index[rows])
-        mask = self._tokens.kept_mask(rows)
+        hidden, mask = self._hidden_of(rows), self._tokens.kept_mask(rows)
         hidden = (hidden if mask is None else hidden.where(mask.unsqueeze(-1), 0)).to(self._dtype)
         whole = entries == slice(0, self._num_entries)
         weight, bias = self._whole_head if whole else self._head(entries)

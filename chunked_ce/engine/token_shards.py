@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from chunked_ce.engine.call import Call
 from chunked_ce.engine.counted_tokens import CountedTokens, Places, check_range, rows_at
 from chunked_ce.engine.specification import TOKEN
 from chunked_ce.parallel.collectives import Collectives
+from chunked_ce.parallel.vocab import check_facts
 from chunked_ce.rows.statistics import RowStatistics
 
 __all__ = ["TOKENS", "JoinedCall", "OwnTokens", "joined_sequence", "sequence_call"]
@@ -75,11 +77,12 @@ def joined_sequence(call: Call, *others: Tensor) -> JoinedCall:
 class OwnTokens:
     """The tokens of this rank, once all ranks know how many the others have.
 
-    ``ids`` names the tensors per token that hold ids. Raises on every rank if one of them has a target or an id out of
-    range, or fails before the exchange of numbers.
+    ``ids`` names the tensors per token that hold ids, ``work`` what is done with the tokens. Raises on every rank if
+    one of them has a target or an id out of range, or fails before the exchange of numbers, and if they do not compute
+    the same.
     """
 
-    def __init__(self, call: Call, *others: Tensor, ids: Iterable[str] = ()) -> None:
+    def __init__(self, work: str, call: Call, *others: Tensor, ids: Iterable[str] = ()) -> None:
         self._call, self._ranks = call, Collectives(call.specification.shard.group_name)
         self._tensors = [call.target, *call.per_token.values(), *others]  # (N, ...) each
         self._places: Places | None = None
@@ -94,15 +97,15 @@ class OwnTokens:
             failure = error
         self._columns = columns
         self._widths = [column.shape[1] for column in columns]
-        numbers = [int(failure is not None), len(columns[0]) if columns else 0, sum(self._widths)]
-        found = self._ranks.gather_numbers(numbers, call.target.device, TOKENS)
+        facts = _facts(work, call, self._tensors)
+        numbers = [int(failure is not None), len(columns[0]) if columns else 0, call.start, call.start + call.rows]
+        found = self._ranks.gather_numbers([*numbers, crc32(repr(facts).encode())], call.target.device, TOKENS)
         if any(failed for failed, *_ in found):
             self._ranks.raise_together(failure)
-        if len({width for *_, width in found}) > 1:
-            said = ", ".join(f"rank {rank} has {width}" for rank, (*_, width) in enumerate(found))
-            raise ValueError(f"vocab: tensors per token must be as wide on every rank, in bytes: {said}")
-        self.sizes = tuple(number for _, number, _ in found)
-        self.call = _sized(call, self.sizes)
+        if len({checksum for *_, checksum in found}) > 1:
+            check_facts(self._ranks.gather_objects(facts))
+        self.sizes = tuple(number for _, number, *_ in found)
+        self.call = _sized(call, self.sizes, tuple((start, stop) for *_, start, stop, _ in found))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -117,7 +120,7 @@ class OwnTokens:
         gathered = self._ranks.all_gather(filled_up, TOKENS).wait()  # (R, n, B)
         whole = torch.cat([part[:size] for part, size in zip(gathered, self.sizes, strict=True)])
         target, *values = [
-            part.contiguous().view(like.dtype).view(len(whole), *like.shape[1:])
+            _dense(part).view(like.dtype).view(len(whole), *like.shape[1:])
             for part, like in zip(whole.split(self._widths, 1), self._tensors, strict=True)
         ]
         per_token = dict(zip(self._call.per_token, values, strict=False))
@@ -147,7 +150,28 @@ def _sizes(call: Call, kept: Places | None) -> tuple[int, ...]:
     return tuple(stop - start for start, stop in itertools.pairwise(bounds))
 
 
-def _sized(call: Call, sizes: tuple[int, ...]) -> Call:
+def _facts(work: str, call: Call, per_token: list[Tensor]) -> dict[str, Any]:
+    """What must be the same on all ranks for their collectives to belong to each other, by name."""
+    specification = call.specification
+    settings, teacher = specification.settings, specification.teacher
+    facts = {
+        "what they compute": work,
+        "statistics": specification.names,
+        "objective": str(specification.objective),
+        "logits": specification.logits,
+        "gradients": (specification.needed, specification.slopes),
+        "hidden states": (specification.parts, call.chunk_widths()),
+        "tensors per token": ("target", *specification.per_token),
+        "their dtypes and widths": [(tensor.dtype, tuple(tensor.shape[1:])) for tensor in per_token],
+        "options": settings._replace(ignored="mask" if settings.ignored == "mask" else "drop"),
+    }
+    if teacher is not None:
+        of_tokens = [name for name in teacher.parts if name in ("hidden", "logits", "probabilities")]
+        facts["teacher"] = teacher[1:], [(name, tuple(call.teacher[name].shape[1:])) for name in of_tokens]
+    return facts
+
+
+def _sized(call: Call, sizes: tuple[int, ...], bounds: tuple[tuple[int, int], ...] = ()) -> Call:
     """The call with the number of tokens of each rank, and the dtype of the head's sum, whatever their number."""
     specification = call.specification
     settings = specification.settings
@@ -156,7 +180,7 @@ def _sized(call: Call, sizes: tuple[int, ...]) -> Call:
         settings = settings._replace(head_sum_dtype=settings.head_sum_dtype or dtype)
     if settings.ignored == "drop":
         settings = settings._replace(ignored="none")
-    shard = specification.shard._replace(sizes=sizes)
+    shard = specification.shard._replace(sizes=sizes, bounds=bounds)
     return call._replace(specification=specification._replace(settings=settings, shard=shard))
 
 
@@ -172,4 +196,9 @@ def _joined(
 
 def _as_bytes(values: Tensor) -> Tensor:
     """``values`` (n, ...) as bytes (n, B)."""
-    return values.reshape(len(values), values.shape[1:].numel()).contiguous().view(torch.uint8)
+    return _dense(values.reshape(len(values), values.shape[1:].numel())).view(torch.uint8)
+
+
+def _dense(values: Tensor) -> Tensor:
+    """A copy whose strides and place allow views of other dtypes: one or no row may be contiguous with any."""
+    return values.clone(memory_format=torch.contiguous_format)

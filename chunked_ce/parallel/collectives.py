@@ -77,6 +77,21 @@ class Collectives:
         mine = parts.new_empty(len(parts) // self.size, *parts.shape[1:])
         return self._start(what, reduce_scatter_single, mine, parts, result=mine)
 
+    def all_to_all(self, part: Tensor, what: str, sent: list[int], received: list[int]) -> Pending:
+        """What all ranks send to this one, one after another: each sends ``part`` (n,), ``sent[r]`` elements to rank r.
+
+        Sizes differ between ranks, so that a rank takes part that has nothing to send or to get.
+        """
+        size = part.element_size()
+        mine, parts = part.new_empty(sum(received)), part.contiguous().view(torch.uint8)
+        splits = [number * size for number in received], [number * size for number in sent]
+        self._count()
+        try:
+            work = dist.all_to_all_single(mine.view(torch.uint8), parts, *splits, group=self._group, async_op=True)
+        except RuntimeError as error:
+            raise _broken(what, error) from error
+        return Pending(mine, work, what)
+
     def gather_numbers(self, numbers: list[int], device: torch.device, what: str) -> list[list[int]]:
         """Every rank's integers, as many on each; the host waits for them."""
         mine = torch.tensor(numbers, device=device)
@@ -119,10 +134,14 @@ class Collectives:
         finally:
             _counting.issued = before
 
-    def _start(self, what: str, collective, *tensors: Tensor, result: Tensor) -> Pending:
+    @staticmethod
+    def _count() -> None:
         issued = getattr(_counting, "issued", None)
         if issued is not None:
             issued.number += 1
+
+    def _start(self, what: str, collective, *tensors: Tensor, result: Tensor) -> Pending:
+        self._count()
         if result.numel() == 0 and all(tensor.numel() == 0 for tensor in tensors):
             return Pending(result, None, what)  # empty on every rank, since sizes are equal
         try:

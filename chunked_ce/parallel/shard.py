@@ -18,6 +18,7 @@ class Shard(NamedTuple):
     reduce_dtype: torch.dtype | None
     tokens: str = "same"
     sizes: tuple[int, ...] = ()  # counted tokens of each rank, once ranks that hold different hidden states know them
+    bounds: tuple[tuple[int, int], ...] = ()  # of each rank's rows, where ranks that have tokens of their own know them
     hidden_factor: float = 1.0  # of the gradients of hidden states, once they are summed
 
     @property

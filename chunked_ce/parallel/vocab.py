@@ -15,7 +15,7 @@ from chunked_ce.parallel.fsdp import fsdp_refusal, is_fsdp_shard
 from chunked_ce.parallel.groups import checked_group, group_of_ranks
 from chunked_ce.parallel.shard import Shard
 
-__all__ = ["WEIGHT_VALUES", "WHOLE_WEIGHT", "VocabShard"]
+__all__ = ["WEIGHT_VALUES", "WHOLE_WEIGHT", "VocabShard", "check_facts"]
 
 WHOLE_WEIGHT = "weight, of the whole vocabulary or not"
 WEIGHT_VALUES = "weight's values (a checksum)"
@@ -230,7 +230,7 @@ class VocabShard:
         if (0, self.total) in bounds:  # then one rank's shard of the class weights is the whole
             of_weight = (WHOLE_WEIGHT, WEIGHT_VALUES)
             calls = [{name: value for name, value in call.items() if name not in of_weight} for call in calls]
-        _check_calls(calls)
+        check_facts(calls)
         _check_cover(bounds, self.total)
         object.__setattr__(self, "_bounds", bounds)
 
@@ -259,7 +259,8 @@ def _unpickled(cls: type[VocabShard], ranks: list[int], group_name: str, values:
     return cls(group_of_ranks(ranks, group_name), **values)
 
 
-def _check_calls(calls: list[dict[str, Any]]) -> None:
+def check_facts(calls: list[dict[str, Any]]) -> None:
+    """Raise if the facts that each rank has about its call, by name, are not the same on all."""
     for name in dict.fromkeys(name for call in calls for name in call):
         values = [call.get(name) for call in calls]
         if any(value != values[0] and (value == value or values[0] == values[0]) for value in values):  # NaNs are equal

@@ -4,10 +4,12 @@ A case is a dict of options (see `DIMENSIONS`). `check` runs it on this rank and
 the gradients of this rank's tensors with the float64 reference of the whole problem.
 """
 
+import dataclasses
 import itertools
 import random
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,7 +17,7 @@ from torch import Tensor
 from chunked_ce import ChunkOptions, VocabShard, cross_entropy, linear_cross_entropy, linear_logprobs
 from tests.cases import array, arrays, assert_close, loss_dtype, problem, random_like
 from tests.distributed.covering import Case, covering
-from tests.reference import rows
+from tests.reference import Rows, rows
 
 VOCAB = 11
 # The rows of each rank, by the size of the group. "padded": an even split whose last shards are filled up.
@@ -24,6 +26,8 @@ SHARDS = {
     3: {"even": (4, 4, 3), "uneven": (1, 8, 2), "one empty": (5, 0, 6), "padded": (4, 4, 3)},
     4: {"even": (3, 3, 3, 2), "uneven": (5, 1, 3, 2), "one empty": (4, 3, 4, 0), "padded": (3, 3, 3, 2)},
 }
+# The tokens of each rank, by the size of the group, where each has its own: as many together as 6 for each.
+OWN = {2: (9, 3), 3: (11, 0, 7), 4: (9, 1, 14, 0)}
 ROUNDS = 3
 JUNK = float("nan")  # in rows of padding, which nobody may read
 
@@ -44,7 +48,7 @@ _COMMON = {
 }
 _CALLS = (("mean", "forward"), ("mean", "backward"), ("sum", "forward"), ("sum", "backward"), ("none", "backward"))
 _INPUT = {
-    "input_grad": ("complete", "partial", "sequence"),
+    "input_grad": ("complete", "partial", "sequence", "own"),
     "bias": (False, True),
     "chunk_size": (1, 4, "auto"),
 }
@@ -86,9 +90,31 @@ class Mine(NamedTuple):
     head: Tensor
     bias: Tensor | None
 
+    @property
+    def is_own(self) -> bool:
+        return self.vocab.tokens == "own"
+
+    @property
+    def target(self) -> Tensor:
+        return self.whole.target[self.tokens] if self.is_own else self.whole.target
+
+    def share(self, expected: Rows, rank: int | None = None) -> Rows:
+        """Of the reference's rows, those of a rank's own tokens, by default this one's."""
+        if not self.is_own:
+            return expected
+        tokens = _own_tokens(self.vocab.size, dist.get_rank(self.vocab.group) if rank is None else rank)
+        return Rows(**{field.name: getattr(expected, field.name)[tokens] for field in dataclasses.fields(expected)})
+
+
+def _own_tokens(ranks: int, rank: int) -> slice:
+    first = sum(OWN[ranks][:rank])
+    return slice(first, first + OWN[ranks][rank])
+
 
 def shard(case: Case, group: dist.ProcessGroup, **keywords) -> tuple[VocabShard, slice]:
-    keywords = {"input_grad": case.get("input_grad", "complete"), "check": case.get("check", "auto")} | keywords
+    way = case.get("input_grad", "complete")
+    of_tokens = {"tokens": "own"} if way == "own" else {"input_grad": way}
+    keywords = of_tokens | {"check": case.get("check", "auto")} | keywords
     sizes = SHARDS[case["ranks"]][case["shards"]]
     start = sum(sizes[: dist.get_rank(group)])
     stop = start + sizes[dist.get_rank(group)]
@@ -116,6 +142,7 @@ def mine(case: Case, group: dist.ProcessGroup, seed: int) -> Mine:
     )
     vocab, words = shard(case, group)
     tokens = slice(6 * rank, 6 * rank + 6) if vocab.input_grad == "sequence" else slice(None)
+    tokens = _own_tokens(ranks, rank) if vocab.tokens == "own" else tokens
     return Mine(
         whole,
         vocab,
@@ -156,6 +183,8 @@ def check(function: str, case: Case, group: dist.ProcessGroup, seed: int) -> Non
     terms = {name: case[name] for name in ("label_smoothing", "z_loss", "softcap", "logit_scale") if name in case}
     tensors = weights(case, seed)
     given = dict(tensors)
+    if part.is_own and "token_weight" in given:
+        given["token_weight"] = given["token_weight"][part.tokens]
     if case.get("weight") == "shard":
         given["weight"] = padded(tensors["weight"][part.words], part.vocab)
     keywords = terms | given | {"ignore_index": part.whole.ignore_index, "vocab": part.vocab}
@@ -167,7 +196,7 @@ def _check_loss(case: Case, part: Mine, keywords: dict, terms: dict) -> None:
     value = linear_cross_entropy(
         part.hidden,
         part.head,
-        part.whole.target,
+        part.target,
         linear_bias=part.bias,
         reduction=reduction,
         num_tokens=case["num_tokens"],
@@ -176,32 +205,40 @@ def _check_loss(case: Case, part: Mine, keywords: dict, terms: dict) -> None:
         **keywords,
     )
     value, stats = value if case["stats"] else (value, None)
-    upstream = random_like(value)
-    found = _gradients(case, part, (value * upstream).sum())
+    upstreams = _upstreams(part, value, differ=reduction == "none" or case["num_tokens"] is None)
+    found = _gradients(case, part, (value * upstreams[dist.get_rank(part.vocab.group)]).sum())
     expected = part.whole.rows(**terms)
-    _check_stats(stats, expected, case)
-    _check_value(value, *expected.reduce(reduction, case["num_tokens"]), case)
-    coefficient = array(upstream) * expected.coefficient(reduction, case["num_tokens"])
-    _check_gradients(case, part, found, [("loss", coefficient)], expected)
+    mine = part.share(expected)
+    _check_stats(stats, mine, case)
+    _check_value(value, *mine.reduce(reduction, case["num_tokens"]), case)
+    shares = [part.share(expected, rank) for rank in range(len(upstreams) if part.is_own else 1)]
+    coefficients = [
+        array(upstream) * share.coefficient(reduction, case["num_tokens"])
+        for upstream, share in zip(upstreams, shares, strict=False)
+    ]
+    _check_gradients(case, part, found, [("loss", np.concatenate(coefficients))], expected)
 
 
 def _check_logprobs(case: Case, part: Mine, keywords: dict, terms: dict) -> None:
     values = linear_logprobs(
         part.hidden,
         part.head,
-        part.whole.target,
+        part.target,
         linear_bias=part.bias,
         options=ChunkOptions(chunk_size=case["chunk_size"]),
         return_entropy=case["entropy"],
         **keywords,
     )
     values = dict(zip(("logprob", "entropy"), values if case["entropy"] else (values,), strict=False))
-    upstreams = {of: random_like(value, seed=len(of)) for of, value in values.items()}
-    found = _gradients(case, part, sum((values[of] * upstream).sum() for of, upstream in upstreams.items()))
+    upstreams = {of: _upstreams(part, value, seed=len(of)) for of, value in values.items()}
+    rank = dist.get_rank(part.vocab.group)
+    found = _gradients(case, part, sum((values[of] * upstreams[of][rank]).sum() for of in values))
     expected = part.whole.rows(**terms)
+    mine = part.share(expected)
     for of, value in values.items():
-        _check_value(value, getattr(expected, of), getattr(expected, f"{of}_scale"), case)
-    _check_gradients(case, part, found, [(of, array(upstream)) for of, upstream in upstreams.items()], expected)
+        _check_value(value, getattr(mine, of), getattr(mine, f"{of}_scale"), case)
+    of_all = [(of, array(torch.cat(parts) if part.is_own else parts[0])) for of, parts in upstreams.items()]
+    _check_gradients(case, part, found, of_all, expected)
 
 
 def _check_logits(case: Case, part: Mine, keywords: dict, terms: dict) -> None:
@@ -233,6 +270,15 @@ def _check_logits(case: Case, part: Mine, keywords: dict, terms: dict) -> None:
     )
 
 
+def _upstreams(part: Mine, value: Tensor, *, seed: int = 0, differ: bool = True) -> list[Tensor]:
+    """The upstream gradients of the value on each rank; they are equal unless tokens are own and they ``differ``."""
+    ranks, dtype = part.vocab.size, value.dtype
+    if not part.is_own:
+        return [random_like(value, seed)] * ranks
+    sizes = OWN[ranks] if value.dim() else [()] * ranks
+    return [random_like(torch.empty(size, dtype=dtype), seed + differ * rank) for rank, size in enumerate(sizes)]
+
+
 _CHECKS = {"loss": _check_loss, "logprobs": _check_logprobs, "logits": _check_logits}
 
 
@@ -245,7 +291,7 @@ def _check_stats(stats, expected, case: Case) -> None:
         "loss_sum": expected.loss_scale.sum(),
         "num_tokens": exact["num_tokens"],
         "entropy_sum": expected.entropy_scale.sum(),
-        "lse_max": expected.logprob_scale.max(),
+        "lse_max": expected.logprob_scale.max(initial=0.0),
     }
     for name, scale in scales.items():
         assert_close(getattr(stats, name), exact[name], scale, what=name, **near)
@@ -287,6 +333,8 @@ def _check_gradients(case: Case, part: Mine, found: dict[str, Tensor], upstreams
             assert not gradient[part.vocab.rows :].any(), "rows of padding got a gradient"
             gradient = gradient[: part.vocab.rows]
         exact, scale = (sum(parts[at][i][mine] for parts in sums) for i in range(2))
+        if part.is_own and name != "input":
+            exact, scale = exact / part.vocab.size, scale / part.vocab.size
         assert_close(gradient, exact, scale, case["dtype"], f"gradient of {name}")
 
 
