@@ -24,6 +24,7 @@ from chunked_ce.parallel.dtensors import is_dtensor
 from chunked_ce.sharded.ddp import check_not_averaged
 from chunked_ce.sharded.fsdp_units import check_units, compute_dtype, make_unit, refuse_management
 from chunked_ce.sharded.gradients import mark
+from chunked_ce.sharded.low_rank import LowRankHead
 from chunked_ce.sharded.mesh import sharding_over
 from chunked_ce.sharded.model import shard_parameters, together, unshard_parameters
 from chunked_ce.sharded.optimizers import follow_steps
@@ -125,9 +126,7 @@ class LMHead(LazyHead):
                     f"vocab must hold as many words as the head, {linear.out_features}, held {settings.vocab.rows}"
                 )
             cls._take(linear, settings)
-        for parent in model.modules():
-            if getattr(parent, "base_layer", None) in heads:
-                _follow_token_adapter(parent)
+        cls._follow_adapters(model, heads)
         return model
 
     @classmethod
@@ -164,7 +163,14 @@ class LMHead(LazyHead):
                 cls._take(linear, its_settings)
         for part in model.modules():
             make_unit(part)
+        cls._follow_adapters(model, list(heads))
         return model
+
+    @staticmethod
+    def _follow_adapters(model: nn.Module, heads: list[nn.Linear]) -> None:
+        for parent in model.modules():
+            if getattr(parent, "base_layer", None) in heads:
+                _follow_adapter(parent, parent.base_layer)
 
     @classmethod
     def _take(cls, linear: nn.Linear, settings: Settings) -> None:
@@ -186,8 +192,8 @@ class LMHead(LazyHead):
             head.__class__ = without(type(head), head._head_class, nn.Linear)
             del head._head_class, head._settings
         for module in model.modules():
-            if isinstance(module, TokenAdapter):
-                module.__class__ = without(type(module), TokenAdapter, nn.Module)
+            for front in (TokenAdapter, LowRankHead):
+                module.__class__ = without(type(module), front, nn.Module)
         return model
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -212,17 +218,34 @@ class LMHead(LazyHead):
 
     @not_compiled
     def _lazy_call(self, *args: Any, **kwargs: Any) -> Any:
+        self._prepare_rows()
+        hidden = args[0] if len(args) == 1 and not kwargs else kwargs.get("input") if len(kwargs) == 1 else None
+        if not self._can_be_lazy(hidden):
+            return super().__call__(*args, **kwargs)
+        hidden = hidden.to(compute_dtype(self) or hidden.dtype)
+        return LazyLogits.of_call(Call(self, hidden), hidden, self.vocab_size, self._settings.logits)
+
+    @not_compiled
+    def with_low_rank(self, hidden: Tensor, low_rank_hidden: Tensor, low_rank_weight: Tensor) -> LazyLogits:
+        """The logits of a sharded head plus the product of a low-rank adapter's factors (..., r) and (V_r, r)."""
+        self._prepare_rows()
+        if not self._can_be_lazy(hidden):
+            self.check_can_compute("this call of the head")
+        dtype = compute_dtype(self) or hidden.dtype
+        joint = torch.cat([hidden.to(dtype), low_rank_hidden.to(dtype)], -1)
+        if low_rank_weight.requires_grad and not joint.requires_grad:
+            joint.requires_grad_()
+        call = Call(self, joint, low_rank_weight)
+        return LazyLogits.of_call(call, joint, self.vocab_size, self._settings.logits)
+
+    def _prepare_rows(self) -> None:
+        """What a call of a sharded head needs before it."""
         if shardings_of(self):
             mark(self)
             check_not_averaged(self)
             check_units(self)
             follow_steps()
             follow_trainer()
-        hidden = args[0] if len(args) == 1 and not kwargs else kwargs.get("input") if len(kwargs) == 1 else None
-        if not self._can_be_lazy(hidden):
-            return super().__call__(*args, **kwargs)
-        hidden = hidden.to(compute_dtype(self) or hidden.dtype)
-        return LazyLogits.of_call(Call(self, hidden), hidden, self.vocab_size, self._settings.logits)
 
     def _can_be_lazy(self, hidden: Any) -> bool:
         """Whether the logits can wait: nothing has to see them now, and the loss can be computed later."""
@@ -349,11 +372,15 @@ def _check_wrappable(linear: nn.Linear) -> None:
         )
 
 
-def _follow_token_adapter(module: nn.Module) -> None:
-    """Let ``module`` call its head if it is PEFT's layer of trainable tokens, so that the logits stay lazy."""
-    peft = sys.modules.get("peft.tuners.trainable_tokens.layer")
-    if peft is not None and isinstance(module, peft.TrainableTokensLayer) and not isinstance(module, TokenAdapter):
+def _follow_adapter(module: nn.Module, head: LMHead) -> None:
+    """Let ``module`` call its head if it is PEFT's layer of trainable tokens or LoRA, so that the logits stay lazy."""
+    tokens = sys.modules.get("peft.tuners.trainable_tokens.layer")
+    if tokens is not None and isinstance(module, tokens.TrainableTokensLayer) and not isinstance(module, TokenAdapter):
         module.__class__ = joined(TokenAdapter, type(module))
+    lora = sys.modules.get("peft.tuners.lora.layer")
+    is_lora = lora is not None and isinstance(module, lora.Linear) and not isinstance(module, LowRankHead)
+    if is_lora and head.vocab is not None:
+        module.__class__ = joined(LowRankHead, type(module))
 
 
 @run_as_written
@@ -363,7 +390,7 @@ def _new_place(parent: nn.Module, name: str, module: nn.Module | None) -> None:
     Resizing the embeddings of a model is one way to replace its head.
     """
     if isinstance(module, LMHead):
-        _follow_token_adapter(parent)
+        _follow_adapter(parent, module)
         return
     before = vars(parent)["_modules"].get(name)
     if module is None or not isinstance(before, LMHead) or _is_autotp(module):  # AutoTP has caused a warning already

@@ -158,15 +158,21 @@ def _loss(
         return cross_entropy(lazy.materialize().movedim(lazy._vocab_dim, -1), target, **keywords)
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return linear_cross_entropy(hidden, weight, target, **_maths(lazy, bias), **keywords)
+        hidden, maths = _maths(lazy, hidden, bias)
+        return linear_cross_entropy(hidden, weight, target, **maths, **keywords)
 
     return lazy.request(loss)
 
 
-def _maths(lazy: Lazy, bias: Tensor | None) -> dict[str, Any]:
-    """The keywords by which a loss forms the logits of a lazy tensor."""
+def _maths(lazy: Lazy, hidden: Tensor, bias: Tensor | None) -> tuple[Tensor, dict[str, Any]]:
+    """The hidden states (..., D) and the keywords by which a loss forms the logits of a lazy tensor."""
     scale, softcap = lazy._logits
-    return {"linear_bias": bias, "softcap": softcap, "logit_scale": scale, "vocab": lazy.head.vocab}
+    keywords = {"linear_bias": bias, "softcap": softcap, "logit_scale": scale, "vocab": lazy.head.vocab}
+    low_rank_weight = lazy._root.call.low_rank_weight
+    if low_rank_weight is None:
+        return hidden, keywords
+    width = lazy.head.in_features
+    return hidden[..., :width], keywords | {"linear_adapter": (hidden[..., width:], low_rank_weight)}
 
 
 # ---- log-probabilities ----
@@ -232,8 +238,9 @@ def _take_along_dim(lazy: Lazy, indices: Tensor, dim: int | None = None) -> Tens
 
 def _logprobs(lazy: LazyLogProbs, index: Tensor) -> Tensor:
     def logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        keywords = _maths(lazy, bias) | {"ignore_index": _NOTHING_IGNORED, "options": lazy.head.options}
-        found = linear_logprobs(hidden, weight, index, **keywords)
+        hidden, maths = _maths(lazy, hidden, bias)
+        keywords = {"ignore_index": _NOTHING_IGNORED, "options": lazy.head.options}
+        found = linear_logprobs(hidden, weight, index, **maths, **keywords)
         return found if lazy._factor == 1 else found * lazy._factor
 
     return lazy.request(logprobs)
@@ -250,8 +257,9 @@ def _sum(lazy: Lazy, dim: Any = None, keepdim: bool = False, *, dtype: torch.dty
         target = torch.zeros(hidden.shape[:-1], dtype=torch.long, device=hidden.device)
         remember(target, -100, None)
         # With a label smoothing of 1 the loss is the mean of -log p over the vocabulary.
-        keywords = _maths(lazy, bias) | {"reduction": "none", "label_smoothing": 1.0, "options": lazy.head.options}
-        return linear_cross_entropy(hidden, weight, target, **keywords) * (-lazy._factor * lazy.shape[dim])
+        hidden, maths = _maths(lazy, hidden, bias)
+        keywords = {"reduction": "none", "label_smoothing": 1.0, "options": lazy.head.options}
+        return linear_cross_entropy(hidden, weight, target, **maths, **keywords) * (-lazy._factor * lazy.shape[dim])
 
     found = lazy.request(total)
     found = found.unsqueeze(dim) if keepdim else found

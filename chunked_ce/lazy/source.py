@@ -26,8 +26,9 @@ __all__ = ["Call", "Operation", "Root", "version"]
 class Call:
     """One call of a head: its parameters and precision at that time, and the lazy tensors that came of it."""
 
-    def __init__(self, head: LazyHead, hidden: Tensor) -> None:
-        self.head = head
+    def __init__(self, head: LazyHead, hidden: Tensor, low_rank_weight: Tensor | None = None) -> None:
+        """``low_rank_weight`` (V_r, r) is multiplied by the last r entries of the hidden states."""
+        self.head, self.low_rank_weight = head, low_rank_weight
         self.hidden, self.hidden_version = hidden.detach(), version(hidden)
         # Not by attribute: ZeRO-3 gathers a parameter that is looked up.
         self.parameters = head.own_parameters()

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from chunked_ce.sharded.rows import shardings_of
+from chunked_ce.tracing import run_as_written
 
 __all__ = ["check_not_averaged", "follow_parent", "leave_rows_alone"]
 
@@ -45,7 +46,7 @@ def leave_rows_alone(model: nn.Module) -> None:
 def _name_ignored(module: nn.Module) -> None:
     before = vars(module).get(_IGNORED, ())
     if not isinstance(before, IgnoredNames):
-        setattr(module, _IGNORED, IgnoredNames(module, before))
+        vars(module)[_IGNORED] = IgnoredNames(module, before)  # a module that is being built may have no `__setattr__`
 
 
 def forget_names(model: nn.Module) -> None:
@@ -53,11 +54,12 @@ def forget_names(model: nn.Module) -> None:
     for module in model.modules():
         names = vars(module).get(_IGNORED)
         if isinstance(names, IgnoredNames) and not any(map(shardings_of, module.modules())):
-            delattr(module, _IGNORED)
+            del vars(module)[_IGNORED]
             if names._others:
-                setattr(module, _IGNORED, names._others)
+                vars(module)[_IGNORED] = names._others
 
 
+@run_as_written
 def follow_parent(parent: nn.Module, name: str, module: nn.Module | None) -> None:
     """Runs when a module is put into another, which may become the root then."""
     if module is not None and isinstance(vars(module).get(_IGNORED), IgnoredNames):

@@ -18,6 +18,7 @@ from chunked_ce.sharded.embedding import ShardedEmbedding, check_can_shard
 from chunked_ce.sharded.fsdp_units import undo_unit
 from chunked_ce.sharded.optimizers import retire
 from chunked_ce.sharded.rows import RowSharding, forget, record, shardings_of
+from chunked_ce.tracing import run_as_written
 
 __all__ = ["shard_parameters", "together", "unshard_parameters"]
 
@@ -103,6 +104,7 @@ def unshard_parameters(model: nn.Module) -> list[nn.Module]:
     return modules
 
 
+@run_as_written
 def _refuse_replacement(parent: nn.Module, name: str, module: nn.Module | None) -> None:
     """Runs when a module is put into another: its replacement would be made from this rank's rows alone."""
     before = vars(parent)["_modules"].get(name)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import threading
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,6 +19,7 @@ from chunked_ce.parallel.vocab import VocabShard
 __all__ = ["RowSharding", "forget", "record", "shardings_of"]
 
 _RECORD = "_row_shardings"
+_PATIENCE = 20.0  # seconds
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,6 +90,10 @@ class RowSharding:
 
     def whole(self, rows: Tensor, what: str, *, device: Any = None, keep: bool = True) -> Tensor | None:
         """The rows (V, ...) of all ranks, each of which calls this with its own; None on those that do not ``keep``."""
+        with _impatient(what):
+            return self._gathered(rows, what, device, keep)
+
+    def _gathered(self, rows: Tensor, what: str, device: Any, keep: bool) -> Tensor | None:
         rows = self.local(rows).detach()
         whole = rows.new_empty(self.whole_shape(rows), device=device) if keep else None
         for owner in range(self.vocab.size):
@@ -109,6 +118,22 @@ class RowSharding:
         if part.numel():
             work = dist.broadcast(part, group=group, group_src=sender, async_op=True)
             Pending(part, work, f"chunked_ce: {what}").wait()
+
+
+@contextlib.contextmanager
+def _impatient(what: str) -> Iterator[None]:
+    """Warn if other ranks let this one wait: code for models that are whole on every rank saves on one rank alone."""
+    warning = (
+        f"chunked_ce: {what} is gathered from all ranks of a sharded head, and some have let this one wait for "
+        f"{_PATIENCE:g} s: call it on every rank, then save on one"
+    )
+    timer = threading.Timer(_PATIENCE, warnings.warn, (warning, UserWarning))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def shardings_of(module: nn.Module) -> dict[str, RowSharding]:

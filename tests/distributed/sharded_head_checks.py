@@ -6,6 +6,8 @@ import contextlib
 import copy
 import io
 import math
+import time
+import warnings
 
 import pytest
 import torch
@@ -197,6 +199,44 @@ def check_gathering_before(rank: int) -> None:
             found = optimizer.state_dict()["state"]
             assert all(torch.equal(found[i]["momentum_buffer"], of_optimizer[i]["momentum_buffer"]) for i in found)
     dist.barrier()
+
+
+def check_waiting_is_noticed(rank: int) -> None:
+    from chunked_ce.sharded import rows
+
+    model, _ = sharded()
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        patch.setattr(rows, "_PATIENCE", 0.05)
+        if rank == 0:
+            time.sleep(0.5)
+        model.state_dict()
+    assert rank == 0 or any("state dict's embed.weight is gathered from all" in str(one.message) for one in caught)
+
+
+def check_a_bias_in_two_places(rank: int) -> None:
+    """As BERT's."""
+    from chunked_ce import LMHead
+
+    model = LanguageModel(Case(bias=True))
+    model.bias = model.lm_head.bias
+    expected = copy.deepcopy(model.state_dict())
+    LMHead.shard(model)
+    assert model.bias is model.lm_head.bias and model.bias.numel() < 11
+    assert_same_state(model, expected)
+    model.load_state_dict({name: value + 1 for name, value in expected.items()})
+    assert_same_state(LMHead.unwrap(model), expected, change=1)
+    assert model.bias is model.lm_head.bias
+
+
+def check_compiled_models(rank: int) -> None:
+    model, plain = sharded()
+    compiled = torch.compile(model, backend="eager")
+    ids = torch.arange(11)[None]
+    for one, logits in ((model, compiled(ids)), (plain, plain(ids))):
+        F.cross_entropy(logits[0], ids[0]).backward()
+        found = one.body[0].weight.grad
+    torch.testing.assert_close(model.body[0].weight.grad, found)
 
 
 # ---- lookups ----
@@ -411,6 +451,8 @@ def check_what_needs_all_words(rank: int) -> None:
 
 
 def check_replacements_and_late_optimizers(rank: int) -> None:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
     from chunked_ce import LMHead
 
     model = LanguageModel()
@@ -418,6 +460,10 @@ def check_replacements_and_late_optimizers(rank: int) -> None:
     LMHead.shard(model)
     with raises_everywhere(RuntimeError, "make the optimizer afterwards"):
         early.step()
+    model.embed(torch.zeros(1, dtype=torch.long))
+    partitioned = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
+    with raises_everywhere(RuntimeError, "ZeroRedundancyOptimizer gives every rank"):
+        partitioned.step()
     for name, module in {"embed": nn.Embedding(12, WIDTH), "lm_head": nn.Linear(WIDTH, 12)}.items():
         with raises_everywhere(RuntimeError, f"would take the place of '{name}'.*unwrap"):
             setattr(model, name, module)

@@ -42,7 +42,7 @@ class Case(NamedTuple):
     norm: float = 2.0
     clip: float = 0.05
     set_to_none: bool = True
-    ddp: str = "root"  # or inside of "a wrapper", or "none"
+    ddp: str = "root"  # or inside of "a wrapper", "none", or an option of it
     keywords: tuple[tuple[str, float], ...] = ()
 
     def __str__(self) -> str:
@@ -60,6 +60,9 @@ CASES = [
     Case(bias=True, optimizer="foreach adamw", foreach=True),
     Case(optimizer="fused adamw", foreach=False, norm=1.0),
     Case(norm=float("inf"), foreach=False, ddp="a wrapper"),
+    Case(accumulation=3, ddp="find_unused_parameters"),
+    Case(tied=False, ddp="static_graph"),
+    Case(bias=True, ddp="gradient_as_bucket_view"),
     Case(tied=False, ddp="none", bias=True, keywords=(("z_loss", 0.1), ("label_smoothing", 0.1))),
 ]
 
@@ -117,7 +120,8 @@ def train(case: Case, model: nn.Module, ranks: list[int]) -> Result:
     optimizer = OPTIMIZERS[case.optimizer](model.parameters())
     engine = model
     if not alone and case.ddp != "none":
-        engine = nn.parallel.DistributedDataParallel(Wrapper(model) if case.ddp == "a wrapper" else model)
+        options = {case.ddp: True} if case.ddp not in ("root", "a wrapper") else {}
+        engine = nn.parallel.DistributedDataParallel(Wrapper(model) if case.ddp == "a wrapper" else model, **options)
     for step in range(STEPS):
         window = [[tokens(case, rank, step, part) for rank in range(RANKS)] for part in range(case.accumulation)]
         total = sum(int((labels != -100).sum()) for parts in window for _, labels in parts)

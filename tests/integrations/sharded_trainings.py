@@ -143,15 +143,17 @@ def run_peft(place: str, ranks: int) -> tuple[list[float], dict[str, torch.Tenso
 
     model = new_model(Training(tied=place == "tied"))
     options = {"modules_to_save": ["lm_head"]} if place == "copy" else {}
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False, **options)
-    if ranks > 1 and place != "copy":
+    on_head = ["lm_head"] if place.startswith("on the head") else []
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj", *on_head], init_lora_weights=False, **options)
+    late = place in ("copy", "on the head, late")
+    if ranks > 1 and not late:
         LMHead.shard(model)
     torch.manual_seed(1)
     model = peft.get_peft_model(model, config)
-    if ranks > 1 and place == "copy":
+    if ranks > 1 and late:
         LMHead.shard(model)
     engine = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
-    optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], 0.5)
+    optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], 0.05)
     rank = torch.distributed.get_rank() if ranks > 1 else 0
     losses = []
     for step in range(2):
@@ -161,5 +163,8 @@ def run_peft(place: str, ranks: int) -> tuple[list[float], dict[str, torch.Tenso
         losses.append(loss.item())
         optimizer.step()
         optimizer.zero_grad()
-    adapters = peft.get_peft_model_state_dict(model)
+    adapters = {name: value.clone() for name, value in peft.get_peft_model_state_dict(model).items()}
+    if on_head:
+        model.merge_adapter()
+        adapters["merged"] = model.state_dict()["base_model.model.lm_head.base_layer.weight"]
     return losses, adapters, [name for name, one in model.named_parameters() if one.requires_grad]

@@ -14,7 +14,7 @@ pytest.importorskip("peft")
 from tests.integrations import sharded_trainings as s  # noqa: E402
 
 SAVED = [training for training in s.TRAININGS if "save_steps" in dict(training.settings)]
-PLACES = ["tied", "untied", "copy"]
+PLACES = ["tied", "untied", "copy", "on the head", "on the head, late"]
 
 
 def on_rank(rank, world_size, folder):
