@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from chunked_ce.arguments import described
 from chunked_ce.checks import check_layer
+from chunked_ce.integrations.deepspeed_initialize import follow_deepspeed
 from chunked_ce.integrations.trainer import follow_trainer
 from chunked_ce.lazy.classes import TokenAdapter, in_front, joined, without
 from chunked_ce.lazy.head import LazyHead, Settings
@@ -22,6 +23,7 @@ from chunked_ce.lazy.logits import LazyLogits
 from chunked_ce.lazy.source import Call
 from chunked_ce.parallel.dtensors import is_dtensor
 from chunked_ce.sharded.ddp import check_not_averaged
+from chunked_ce.sharded.deepspeed import check_out_of_sight
 from chunked_ce.sharded.fsdp_units import check_units, compute_dtype, make_unit, refuse_management
 from chunked_ce.sharded.gradients import mark
 from chunked_ce.sharded.low_rank import LowRankHead
@@ -155,6 +157,7 @@ class LMHead(LazyHead):
         ]
         follow_steps()
         follow_trainer()
+        follow_deepspeed()
         for linear, sharding, its_settings in zip(heads, shardings, settings, strict=True):
             shard_parameters(model, linear, sharding)
             if isinstance(linear, LMHead):
@@ -207,6 +210,9 @@ class LMHead(LazyHead):
         if shardings_of(self):
             refuse_management(name)
         super().__setattr__(name, value)
+
+    def set_deepspeed_parallelism(self, *_args: Any) -> None:
+        check_out_of_sight(self)
 
     # ---- calls ----
 

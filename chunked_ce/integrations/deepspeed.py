@@ -1,14 +1,4 @@
-"""The token-weighted mean under DeepSpeed, with the divisor read off its engine.
-
-Between the loss and the gradient that the optimizer sees, DeepSpeed (0.19.8) divides by
-
-- the accumulation steps, in `engine.backward` unless scale_wrt_gas=False, and in `loss.backward()`;
-- the ranks that gradients are reduced over, unless gradient_allreduce_op is "sum". Sequence-parallel ranks
-  add up and are not divided by, except under ZeRO-3 with reduce_scatter (its default), which averages over
-  them as over any other. Tensor-parallel ranks are not reduced over.
-
-Loss scaling, prescale_gradients and gradient_predivide_factor cancel out (but see `_check_predivide`).
-"""
+"""DeepSpeed: the token-weighted mean with the divisor read off its engine, and an engine with a sharded head."""
 
 from __future__ import annotations
 
@@ -19,14 +9,14 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 from torch import Tensor
 
+from chunked_ce.integrations.deepspeed_divisor import WEIGHTS, ranks_divided_by, reduction_group, scatters
+from chunked_ce.integrations.deepspeed_initialize import initialize, install, uninstall
 from chunked_ce.parallel.tokens import TokenMean
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-__all__ = ["token_mean"]
-
-WEIGHTS = 3  # the ZeRO stage that partitions the weights
+__all__ = ["initialize", "install", "token_mean", "uninstall"]
 
 
 def token_mean(
@@ -66,37 +56,13 @@ def token_mean(
     if not isinstance(targets_of_the_window, Tensor) and isinstance(targets_of_the_window, Iterable):
         targets_of_the_window = list(targets_of_the_window)
         _check_window(engine, len(targets_of_the_window))
-    group = _reduction_group(engine)
+    group = reduction_group(engine)
     _check_sequence_ranks(engine, group)
     _check_predivide(engine, group)
     steps = engine.gradient_accumulation_steps() if scale_wrt_gas else 1
-    divisor = _ranks_divided_by(engine, group) * steps
+    divisor = ranks_divided_by(engine, group) * steps
     means = {"group": group, "divisor": divisor, "ignore_index": ignore_index, "weights": weights}
     return TokenMean.over(targets_of_the_window, **means)
-
-
-def _reduction_group(engine: DeepSpeedEngine) -> dist.ProcessGroup:
-    """The ranks whose gradients are reduced. Experts have groups of their own, with the same divisor."""
-    if engine.zero_optimization_stage() == WEIGHTS:
-        for parameter in engine.module.parameters():
-            replicated = getattr(parameter, "ds_zero_placement_family", "replicated") == "replicated"
-            if replicated and hasattr(parameter, "ds_process_group"):
-                return parameter.ds_process_group
-    return engine.seq_data_parallel_group
-
-
-def _ranks_divided_by(engine: DeepSpeedEngine, group: dist.ProcessGroup) -> float:
-    if not engine.gradient_average:
-        return 1
-    ranks = dist.get_world_size(group)
-    if engine.zero_optimization_stage() == WEIGHTS and _scatters(engine):
-        return ranks
-    return ranks / engine.sequence_parallel_size
-
-
-def _scatters(engine: DeepSpeedEngine) -> bool:
-    """Whether ZeRO-3 reduce-scatters its gradients, rather than all-reduce a contiguous bucket of them."""
-    return engine.zero_reduce_scatter() or not engine.zero_contiguous_gradients()
 
 
 def _check_engine(engine: object) -> None:
@@ -130,7 +96,7 @@ def _check_sequence_ranks(engine: DeepSpeedEngine, group: dist.ProcessGroup) -> 
             "data_parallel_size. Give deepspeed.initialize an mpu instead, such as "
             "deepspeed.runtime.sequence_parallel.parallel_state_sp"
         )
-    if engine.zero_optimization_stage() == WEIGHTS and not _scatters(engine):
+    if engine.zero_optimization_stage() == WEIGHTS and not scatters(engine):
         # A gradient that does not fit the bucket is reduce-scattered after all.
         bucket = engine.zero_reduce_bucket_size()
         largest = max(getattr(parameter, "ds_numel", 0) for parameter in engine.module.parameters())

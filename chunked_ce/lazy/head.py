@@ -85,8 +85,8 @@ class LazyHead(nn.Linear):
 
     def own_parameters(self) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias as they are, gathered or not; None for a weight that is not a parameter (parametrized)."""
-        # A replica that `nn.DataParallel` makes holds its copies as attributes.
-        attributes = vars(self) if getattr(self, "_is_replica", False) else {}
+        # They are attributes in a replica that `nn.DataParallel` makes, and where DeepSpeed shall not see them.
+        attributes = vars(self)
         return tuple(dict.get(self._parameters, name, attributes.get(name)) for name in ("weight", "bias"))
 
     @property

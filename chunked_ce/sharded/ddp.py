@@ -78,7 +78,7 @@ def check_not_averaged(module: nn.Module) -> None:
         return
     managed = {id(parameter) for parameter in engine._module_parameters}
     for name, sharding in shardings_of(module).items():
-        if id(module._parameters[name]) in managed:
+        if id(module._parameters.get(name)) in managed:
             raise RuntimeError(
                 "DistributedDataParallel has taken the rows of a sharded head for the same on every rank, and has "
                 "overwritten them with those of its first rank: build the model around the sharded one before it goes "

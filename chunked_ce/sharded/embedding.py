@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from chunked_ce.lazy.classes import joined, without
 from chunked_ce.sharded.ddp import check_not_averaged
+from chunked_ce.sharded.deepspeed import check_out_of_sight
 from chunked_ce.sharded.fsdp_units import check_units, compute_dtype, refuse_management
 from chunked_ce.sharded.gradients import mark
 from chunked_ce.sharded.lookup import lookup
@@ -38,6 +39,9 @@ class ShardedEmbedding(nn.Embedding):
     def __setattr__(self, name: str, value: Any) -> None:
         refuse_management(name)
         super().__setattr__(name, value)
+
+    def set_deepspeed_parallelism(self, *_args: Any) -> None:
+        check_out_of_sight(self)
 
     @classmethod
     def take(cls, embedding: nn.Embedding) -> None:

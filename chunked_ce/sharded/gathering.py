@@ -33,7 +33,8 @@ def gathered(
     whole = dict(outer)
     for module in model.modules():
         for name, sharding in shardings_of(module).items():
-            _add(whole, module._parameters[name], sharding, name, keep)
+            if name in module._parameters:  # and not kept out of an engine's sight
+                _add(whole, module._parameters[name], sharding, name, keep)
     for name, rows, sharding in states:
         _add(whole, rows, sharding, name, keep)
     _before.whole = whole

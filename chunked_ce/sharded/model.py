@@ -89,7 +89,11 @@ def unshard_parameters(model: nn.Module) -> list[nn.Module]:
     modules = [module for module in model.modules() if shardings_of(module)]
     for module in modules:
         for name, sharding in shardings_of(module).items():
-            parameter = module._parameters[name]
+            parameter = module._parameters.get(name)
+            if parameter is None:
+                raise ValueError(
+                    "a DeepSpeed engine trains the sharded head: call engine.destroy() before LMHead.unwrap(model)"
+                )
             if id(parameter) not in whole:
                 gathered = sharding.whole(parameter, f"LMHead.unwrap's whole {name}")
                 whole[id(parameter)] = nn.Parameter(gathered, parameter.requires_grad)

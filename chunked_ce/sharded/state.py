@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from chunked_ce.sharded.gathering import whole_of
 from chunked_ce.sharded.rows import RowSharding, shardings_of
 
-__all__ = ["attach", "detach"]
+__all__ = ["attach", "detach", "whole_for"]
 
 _HANDLES = "_row_state_hooks"
 _latest = threading.local()  # the state dict that is being filled, and its whole tensors by the id of their parameter
@@ -36,10 +36,10 @@ def detach(module: nn.Module) -> None:
 def _gather(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: dict[str, Any]) -> None:
     for name, sharding in shardings_of(module).items():
         if prefix + name in state and sharding.is_saved_whole():
-            state[prefix + name] = _whole_for(state, module._parameters[name], sharding, prefix + name)
+            state[prefix + name] = whole_for(state, module._parameters[name], sharding, prefix + name)
 
 
-def _whole_for(state: dict[str, Any], parameter: nn.Parameter, sharding: RowSharding, key: str) -> Tensor:
+def whole_for(state: dict[str, Any], parameter: nn.Parameter, sharding: RowSharding, key: str) -> Tensor | None:
     """The whole of a parameter, gathered once for a state dict that has it under several names."""
     if getattr(_latest, "state", lambda: None)() is not state:
         _latest.state, _latest.whole = _weakly(state), {}
@@ -47,7 +47,8 @@ def _whole_for(state: dict[str, Any], parameter: nn.Parameter, sharding: RowShar
     found = None if first == key else whole()
     if found is None:
         found = whole_of(parameter, sharding, f"the state dict's {key}")
-        _latest.whole[id(parameter)] = key, weakref.ref(found)
+        if found is not None:  # as on a rank that keeps no whole tensors
+            _latest.whole[id(parameter)] = key, weakref.ref(found)
     return found
 
 
@@ -61,9 +62,9 @@ def _weakly(state: dict[str, Any]) -> Callable[[], Any]:
 def _slice(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *others: Any) -> None:
     _, _, _, errors = others
     for name, sharding in shardings_of(module).items():
-        key, parameter = prefix + name, module._parameters[name]
+        key, parameter = prefix + name, module._parameters.get(name)
         given = state.get(key)
-        if given is None:
+        if given is None or parameter is None:
             continue
         expected = sharding.whole_shape(parameter)
         if given.shape == expected:

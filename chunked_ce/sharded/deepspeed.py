@@ -1,0 +1,22 @@
+"""DeepSpeed would broadcast, average and partition rows that differ between its ranks: its engine must not get them."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from chunked_ce.sharded.rows import shardings_of
+
+__all__ = ["check_out_of_sight"]
+
+
+def check_out_of_sight(module: nn.Module) -> None:
+    """Raise ``ValueError`` if the engine that is being made would take the rows of ``module`` for its own.
+
+    A `DeepSpeedEngine` calls `set_deepspeed_parallelism` of each module that has it, before it touches a parameter.
+    """
+    if any(name in module._parameters for name in shardings_of(module)):
+        raise ValueError(
+            "deepspeed.initialize would broadcast, average and partition the rows of a sharded head: import deepspeed "
+            "before LMHead.shard(model), and call it as deepspeed.initialize, which LMHead.shard has replaced then; or "
+            "call chunked_ce.integrations.deepspeed.initialize with the same arguments"
+        )
