@@ -51,7 +51,7 @@ def initialize(*args: Any, **keywords: Any) -> tuple:
     rows = rows_of(model) if isinstance(model, nn.Module) else []
     if not rows:
         return original(*args, **keywords)
-    _check_model(model)
+    _check_model(model, rows)
     _leave_optimizer(rows, call.arguments)
     for one in rows:
         one.hide()
@@ -166,9 +166,14 @@ def _before_optimizer(separate: SeparateRows, engine: Any, optimizer: Optimizer,
     separate.before_optimizer(engine, optimizer)
 
 
-def _check_model(model: nn.Module) -> None:
+def _check_model(model: nn.Module, rows: list[Rows]) -> None:
     from deepspeed.pipe import PipelineModule
 
+    if any(one.sharding.has_dtensors for one in rows):
+        raise ValueError(
+            "the head must be sharded over a process group for DeepSpeed, was over a device mesh: give LMHead.shard "
+            "mesh.get_group()"
+        )
     if isinstance(model, PipelineModule):
         raise ValueError(
             "model must not be a PipelineModule with a head that LMHead.shard has sharded: give the last stage the "

@@ -1,5 +1,6 @@
 """DeepSpeed on two ranks trains as one process does on the whole batch, whatever it divides by."""
 
+import gc
 import importlib.util
 import logging
 import subprocess
@@ -150,6 +151,7 @@ def quiet_deepspeed():
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would compile this, for a minute
     deepspeed.utils.logger.setLevel(logging.ERROR)
+    gc.freeze()  # ZeRO-3 collects garbage for every engine, which would look at all that was imported each time
 
 
 def end(engine):
