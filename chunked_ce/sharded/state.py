@@ -61,6 +61,7 @@ def _weakly(state: dict[str, Any]) -> Callable[[], Any]:
 
 def _slice(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *others: Any) -> None:
     _, _, _, errors = others
+    assigns = metadata.get("assign_to_params_buffers", False)
     for name, sharding in shardings_of(module).items():
         key, parameter = prefix + name, module._parameters.get(name)
         given = state.get(key)
@@ -68,10 +69,20 @@ def _slice(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict
             continue
         expected = sharding.whole_shape(parameter)
         if given.shape == expected:
-            state[key] = sharding.loaded(given)
+            state[key] = _assigned(given, sharding) if assigns else sharding.loaded(given)
         else:
             errors.append(
                 f"size mismatch for {key}: the state dict has {tuple(given.shape)}, and the whole parameter, of which "
                 f"this rank holds rows {sharding.vocab.start} to {sharding.vocab.stop}, has {tuple(expected)}"
             )
             state[key] = parameter.detach()
+
+
+def _assigned(given: Tensor, sharding: RowSharding) -> Tensor:
+    """What a parameter becomes by a whole tensor: the same memory for all that are given the same tensor, so that
+    ``load_state_dict(assign=True)`` ties them no less than torch does."""
+    of, versions, rows = getattr(_latest, "assigned", (lambda: None, None, None))
+    if of() is not given or versions != (given._version, rows._version):
+        rows = sharding.loaded(given)
+        _latest.assigned = weakref.ref(given), (given._version, rows._version), rows
+    return rows

@@ -74,12 +74,18 @@ def check_whole_state_dicts(rank: int) -> None:
 
 def check_loading_by_assignment(rank: int) -> None:
     model, plain = sharded(Case())
-    whole = {name: value + 1 for name, value in plain.state_dict().items()}
-    model.load_state_dict(whole, assign=True)
-    assert_same_state(model, whole)
-    assert model.lm_head.weight.untyped_storage().nbytes() < whole["lm_head.weight"].nbytes
+    state = {name: value + 1 for name, value in plain.state_dict().items()}
+    state["lm_head.weight"] = state["embed.weight"]
+    for one in (model, plain):
+        one.load_state_dict(state, assign=True)
+        assert one.lm_head.weight.data_ptr() == one.embed.weight.data_ptr()  # tied by their memory alone
+    assert_same_state(model, state)
+    assert model.lm_head.weight.untyped_storage().nbytes() < state["lm_head.weight"].nbytes
     model.embed(ids_of(rank, 11)).sum().backward()
     assert type(model.embed.weight.grad).__name__ == "RowGradient"  # it is a new parameter
+    state["embed.weight"].add_(1)
+    model.load_state_dict(state)
+    assert_same_state(model, state)
 
 
 def check_states_that_do_not_fit(rank: int) -> None:
@@ -230,13 +236,8 @@ def check_a_bias_in_two_places(rank: int) -> None:
 
 
 def check_compiled_models(rank: int) -> None:
-    model, plain = sharded()
-    compiled = torch.compile(model, backend="eager")
-    ids = torch.arange(11)[None]
-    for one, logits in ((model, compiled(ids)), (plain, plain(ids))):
-        F.cross_entropy(logits[0], ids[0]).backward()
-        found = one.body[0].weight.grad
-    torch.testing.assert_close(model.body[0].weight.grad, found)
+    compiled = torch.compile(sharded()[0], backend="eager")  # `test_compiled` calls one
+    assert set(compiled._ddp_params_and_buffers_to_ignore) == {"_orig_mod.embed.weight", "_orig_mod.lm_head.weight"}
 
 
 # ---- lookups ----

@@ -179,3 +179,13 @@ def worker(rank: int, world_size: int) -> dict:
 
     trained = {case: attempt(train_case, case, rank) for case in CASES}
     return trained | {name: attempt(check, rank) for name, check in CHECKS.items()}
+
+
+def train_compiled(rank: int, world_size: int) -> tuple[float, Tensor]:
+    from chunked_ce import LMHead
+
+    model = LMHead.shard(LanguageModel())
+    ids, labels = tokens(Case(), rank, 0, 0)
+    loss = F.cross_entropy(torch.compile(model, backend="eager")(ids)[0], labels[0], reduction="sum")
+    loss.backward()
+    return loss.item(), model.body[0].weight.grad

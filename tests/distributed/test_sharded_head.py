@@ -37,3 +37,14 @@ def test_training_equals_that_of_one_process(ranks, case):
 def test_on_ranks(ranks, name):
     failures = [result[name] for result in ranks if result[name] is not None]
     assert not failures, failures[0]
+
+
+@pytest.mark.thorough
+def test_compiled():
+    for rank, (loss, gradient) in enumerate(run(w.train_compiled, w.RANKS)):
+        model = w.LanguageModel()
+        ids, labels = w.tokens(w.Case(), rank, 0, 0)
+        expected = torch.nn.functional.cross_entropy(model(ids)[0], labels[0], reduction="sum")
+        expected.backward()
+        assert loss == pytest.approx(expected.item(), rel=1e-6)
+        torch.testing.assert_close(gradient, model.body[0].weight.grad)
