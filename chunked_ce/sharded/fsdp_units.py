@@ -78,7 +78,11 @@ def undo_unit(module: nn.Module) -> None:
 
 def check_units(module: nn.Module) -> None:
     """Raise ``ValueError`` unless FSDP2 averages over the ranks that share the rows; in a call of the model."""
-    if not isinstance(module, RowsUnit) or vars(module).get(_CHECKED):
+    if not isinstance(module, RowsUnit):
+        return
+    for name, sharding in shardings_of(module).items():
+        sharding.refresh(module._parameters[name])
+    if vars(module).get(_CHECKED):
         return
     mesh = next(iter(shardings_of(module).values())).mesh
     meshes = [group.mesh_info.mesh for state in _states_around(module) for group in parameter_groups(state)]

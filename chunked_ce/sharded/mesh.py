@@ -58,8 +58,15 @@ class MeshSharding(RowSharding):
     def loaded(self, given: Tensor) -> Tensor:
         return given if is_dtensor(given) else self._distributed(self.mine(given))
 
-    def is_saved_whole(self) -> bool:
-        return _is_read_by_accelerate()
+    def refresh(self, parameter: Tensor) -> None:
+        dtype, local = parameter.dtype, parameter._local_tensor
+        if local.dtype != dtype:  # ``parameter.data = parameter.data.to(dtype)`` changes only what is around a DTensor
+            meta = parameter._spec.tensor_meta._replace(dtype=dtype)
+            parameter._spec = dataclasses.replace(parameter._spec, tensor_meta=meta)
+            parameter._local_tensor = local.to(dtype)
+
+    def is_saved_whole(self, parameter: Tensor) -> bool:
+        return not parameter.is_meta and _is_broadcast_by_accelerate()
 
     def _distributed(self, rows: Tensor) -> Tensor:
         from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -77,10 +84,10 @@ def sharding_over(total: int, group_or_mesh: Any) -> RowSharding:
     return (MeshSharding if is_mesh else RowSharding).over(total, group_or_mesh)
 
 
-def _is_read_by_accelerate() -> bool:
-    """Whether Accelerate asks for the state dict that it broadcasts from rank 0 (``cpu_ram_efficient_loading``).
+def _is_broadcast_by_accelerate() -> bool:
+    """Whether Accelerate asks for the state dict of which it broadcasts rank 0's (``cpu_ram_efficient_loading``).
 
-    It takes the local part of a DTensor for the whole.
+    It takes the local part of a DTensor in it for the whole, and puts the model on the meta device afterwards.
     """
     frame = sys._getframe(1)
     while frame is not None:

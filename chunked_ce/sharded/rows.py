@@ -75,8 +75,11 @@ class RowSharding:
         """What a parameter takes of the tensor that a state dict ``given`` to it has."""
         return self.mine(given)
 
-    def is_saved_whole(self) -> bool:
-        """Whether a state dict that is asked for now holds whole tensors, not parameters as they are."""
+    def refresh(self, parameter: Tensor) -> None:
+        """Called with a parameter before its rows are used, which others may have changed."""
+
+    def is_saved_whole(self, parameter: Tensor) -> bool:
+        """Whether a state dict that is asked for now holds the whole of a parameter, not the parameter as it is."""
         return True
 
     def local(self, parameter: Tensor) -> Tensor:

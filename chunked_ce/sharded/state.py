@@ -35,8 +35,10 @@ def detach(module: nn.Module) -> None:
 
 def _gather(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: dict[str, Any]) -> None:
     for name, sharding in shardings_of(module).items():
-        if prefix + name in state and sharding.is_saved_whole():
-            state[prefix + name] = whole_for(state, module._parameters[name], sharding, prefix + name)
+        parameter = module._parameters[name]
+        sharding.refresh(parameter)
+        if prefix + name in state and sharding.is_saved_whole(parameter):
+            state[prefix + name] = whole_for(state, parameter, sharding, prefix + name)
 
 
 def whole_for(state: dict[str, Any], parameter: nn.Parameter, sharding: RowSharding, key: str) -> Tensor | None:

@@ -83,9 +83,7 @@ class LanguageModel(nn.Module):
         if advantage is not None:
             objective = PolicyGradient(kind="reinforce", entropy=0.1)
             keywords = {"vocab": getattr(head, "vocab", None), "linear_bias": head.bias, "options": OPTIONS}
-            return linear_loss(
-                objective, hidden, head.weight, labels, reduction="sum", advantage=advantage, **keywords
-            )
+            return linear_loss(objective, hidden, head.weight, labels, reduction="sum", advantage=advantage, **keywords)
         logits = head(hidden)
         return F.cross_entropy(logits.view(-1, logits.shape[-1]), labels.view(-1), reduction="sum")
 
@@ -168,6 +166,7 @@ def under_fsdp(case: Case, mesh: DeviceMesh, model: nn.Module) -> nn.Module:
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)  # the one that gloo has
     return model
 
 

@@ -11,9 +11,12 @@ transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
 pytest.importorskip("peft")
 
+from tests.integrations import sharded_fsdp_trainings as f  # noqa: E402
 from tests.integrations import sharded_trainings as s  # noqa: E402
 
 SAVED = [training for training in s.TRAININGS if "save_steps" in dict(training.settings)]
+FSDP = [s.Training(), s.Training(tied=False)]
+LOADED = [(tied, *how) for tied in (True, False) for how in (("bf16", True), ("no", True), ("bf16", False))]
 PLACES = ["tied", "untied", "copy", "on the head", "on the head, late"]
 
 
@@ -38,6 +41,13 @@ def on_rank(rank, world_size, folder):
         )
     for tied in (True, False):
         attempt(tied, s.run_accelerate, tied, folder / f"accelerate {tied}")
+    for case in LOADED:
+        attempt(case, f.loaded_with_accelerate, *case)
+    for training in FSDP:
+        under = folder / f"fsdp {training}"
+        attempt(("fsdp", training), f.run_trainer_with_fsdp, training, under)
+        again = lambda *args, start=under / "checkpoint-2": f.run_trainer_with_fsdp(*args, start)  # noqa: E731
+        attempt(("fsdp", training, "resumed"), again, training, folder / "again")
     return found
 
 
@@ -106,6 +116,24 @@ def test_accelerate(ranks, tmp_path, tied):
         assert found[0] == pytest.approx(losses, rel=1e-6)
         assert found[1] == pytest.approx(norms, rel=1e-5)
         assert_same_state(found[2], state)
+
+
+@pytest.mark.parametrize("case", LOADED, ids=str)
+def test_accelerate_with_fsdp2_loads_the_rows(ranks, case):
+    results(ranks, case)
+
+
+@pytest.mark.parametrize("training", FSDP, ids=str)
+def test_trainer_with_fsdp2(ranks, folder, tmp_path, training):
+    expected = f.run_trainer_with_fsdp(training, tmp_path, 1)
+    for name in (("fsdp", training), ("fsdp", training, "resumed")):
+        first, *_ = found = results(ranks, name)
+        for one in found:
+            assert one.losses == pytest.approx(expected.losses, rel=1e-6)
+            assert one.norms == pytest.approx(expected.norms, rel=1e-5)
+        assert_same_state(first.state, expected.state)  # gathered on the main process
+    loaded = type(s.new_model(training)).from_pretrained(folder / f"fsdp {training}" / "final")
+    assert_same_state(loaded.state_dict(), expected.state)
 
 
 @pytest.mark.parametrize("place", PLACES)
