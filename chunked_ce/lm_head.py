@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -17,10 +16,20 @@ from chunked_ce.arguments import described
 from chunked_ce.checks import check_layer
 from chunked_ce.integrations.deepspeed_initialize import follow_deepspeed
 from chunked_ce.integrations.trainer import follow_trainer
+from chunked_ce.lazy.autotp import autotp_of, is_autotp
 from chunked_ce.lazy.classes import TokenAdapter, in_front, joined, without
+from chunked_ce.lazy.colwise import (
+    colwise_of,
+    has_forward_of_a_style,
+    is_a_styles,
+    other_style_of,
+    set_class,
+    sharding_of,
+)
 from chunked_ce.lazy.head import LazyHead, Settings
+from chunked_ce.lazy.layout import Layout
 from chunked_ce.lazy.logits import LazyLogits
-from chunked_ce.lazy.source import Call
+from chunked_ce.lazy.source import Call, user_stacklevel
 from chunked_ce.parallel.dtensors import is_dtensor
 from chunked_ce.sharded.ddp import check_not_averaged
 from chunked_ce.sharded.deepspeed import check_out_of_sight
@@ -39,12 +48,12 @@ Model = TypeVar("Model", bound=nn.Module)
 
 # Their hooks gather and release a module's parameters, and so belong around the loss as well as around the logits.
 _ENGINES = ("deepspeed.", "torch.distributed.fsdp.")
+_FEATURES = ("in_features", "out_features")
 
 _AUTOTP = (
-    "What works: AutoTP leaves the head alone (a partition_config that has no spec for it, or one that skips it), and "
-    "LMHead.wrap(model) comes before or after it; or DeepSpeed's configuration sets vocab_parallel_lm_head of "
-    "tensor_parallel, and linear_cross_entropy(hidden, layer.weight, target, vocab=VocabShard.from_deepspeed(layer)) "
-    "takes the loss of the VocabParallelLinear that is the head then"
+    "Losses are taken in chunks from a VocabParallelLinear (vocab_parallel_lm_head of tensor_parallel in DeepSpeed's "
+    "configuration), from a column-parallel head that gathers its output, and from a head that AutoTP leaves alone (a "
+    "partition_config that has no spec for it, or one that skips it)"
 )
 
 
@@ -103,7 +112,8 @@ class LMHead(LazyHead):
         Only the module's class changes. It stays the same object, with its parameters, its hooks and its places in the
         model, so that tied weights stay tied. The output embedding is the module named ``module``; else the one that
         ``get_output_embeddings()`` returns; else ``model`` itself if it is an ``nn.Linear``; else the only
-        ``nn.Linear`` as wide as the model's largest embedding.
+        ``nn.Linear`` as wide as the model's largest embedding. Tensor parallelism may shard it over the vocabulary,
+        before or after: ``ColwiseParallel`` of torch or Transformers, or DeepSpeed's AutoTP.
 
         Args:
             model: may be wrapped by an adapter library or an engine.
@@ -111,7 +121,7 @@ class LMHead(LazyHead):
             keywords: those of `LMHead`.
 
         Raises:
-            ValueError: no output embedding was found, or it is not a plain ``nn.Linear``.
+            ValueError: no output embedding was found, or it is not a plain ``nn.Linear``, sharded or not.
 
         >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 10))
         >>> model = LMHead.wrap(model)
@@ -123,7 +133,7 @@ class LMHead(LazyHead):
             _check_wrappable(linear)
         settings = Settings(**keywords)
         for linear in heads:
-            if settings.vocab is not None and linear.out_features != settings.vocab.rows:
+            if settings.vocab is not None and not is_autotp(linear) and linear.out_features != settings.vocab.rows:
                 raise ValueError(
                     f"vocab must hold as many words as the head, {linear.out_features}, held {settings.vocab.rows}"
                 )
@@ -177,8 +187,12 @@ class LMHead(LazyHead):
 
     @classmethod
     def _take(cls, linear: nn.Linear, settings: Settings) -> None:
+        layer = autotp_of(linear)
+        if layer is not None:  # its parameters do not tell how it is sharded
+            settings = settings.of_layout(layer)
+            linear.in_features, linear.out_features = layer.in_features, layer.rows
         linear._settings, linear._head_class = settings, cls
-        linear.__class__ = in_front(cls, type(linear), nn.Linear, is_parametrized(linear))
+        set_class(linear, in_front(cls, type(linear), nn.Linear, is_parametrized(linear)))
 
     @staticmethod
     def unwrap(model: Model) -> Model:
@@ -192,21 +206,15 @@ class LMHead(LazyHead):
                 module._settings = module._settings.replaced(vocab=None)
         heads = [module for module in model.modules() if "_head_class" in vars(module)]
         for head in heads:
-            head.__class__ = without(type(head), head._head_class, nn.Linear)
-            del head._head_class, head._settings
+            set_class(head, without(type(head), head._head_class, nn.Linear))
+            for name in ("_head_class", "_settings", "_told", *(() if isinstance(head, nn.Linear) else _FEATURES)):
+                vars(head).pop(name, None)
         for module in model.modules():
             for front in (TokenAdapter, LowRankHead):
                 module.__class__ = without(type(module), front, nn.Module)
         return model
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "replaced" and value and not _skipped_by_autotp(sys._getframe(1)):
-            warnings.warn(
-                "DeepSpeed's AutoTP puts a layer of its own in the place of this LMHead, and losses of its logits are "
-                f"no longer taken in chunks. {_AUTOTP}",
-                UserWarning,
-                stacklevel=2,
-            )
         if shardings_of(self):
             refuse_management(name)
         super().__setattr__(name, value)
@@ -218,7 +226,8 @@ class LMHead(LazyHead):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         settings = self._settings
-        if not self.training and settings.lazy != "always" and settings.vocab is None:
+        is_layers = settings.vocab is None or settings.layout is not None
+        if not self.training and settings.lazy != "always" and is_layers:
             return super().__call__(*args, **kwargs)
         return self._lazy_call(*args, **kwargs)
 
@@ -227,7 +236,9 @@ class LMHead(LazyHead):
         self._prepare_rows()
         hidden = args[0] if len(args) == 1 and not kwargs else kwargs.get("input") if len(kwargs) == 1 else None
         if not self._can_be_lazy(hidden):
+            self._say_why_not(hidden)
             return super().__call__(*args, **kwargs)
+        hidden = hidden if self.layout is None else self.layout.whole(hidden)
         hidden = hidden.to(compute_dtype(self) or hidden.dtype)
         return LazyLogits.of_call(Call(self, hidden), hidden, self.vocab_size, self._settings.logits)
 
@@ -255,20 +266,46 @@ class LMHead(LazyHead):
 
     def _can_be_lazy(self, hidden: Any) -> bool:
         """Whether the logits can wait: nothing has to see them now, and the loss can be computed later."""
+        layout = self.layout
         return (
-            type(hidden) in (Tensor, nn.Parameter)
+            isinstance(hidden, Tensor)
+            and (self._takes(hidden) if layout is None else layout.takes(hidden))
             and hidden.is_floating_point()
             and not hidden.is_meta
-            and hidden.shape[-1:] == (self.in_features,)
             and not torch._C._are_functorch_transforms_active()
             and forward_ad._current_level < 0
             and not torch.compiler.is_compiling()
             and not torch.jit.is_tracing()
             and type(self).forward is LMHead.forward
-            and "forward" not in vars(self)
+            and ("forward" not in vars(self) or has_forward_of_a_style(self))
             and self.own_parameters()[0] is not None
-            and (not is_dtensor(self.own_parameters()[0]) or _is_fsdp(self))
+            and (layout is not None or not self._is_dtensor())
             and all(map(_is_engines, self._hooks()))
+        )
+
+    def _takes(self, hidden: Tensor) -> bool:
+        return type(hidden) in (Tensor, nn.Parameter) and hidden.shape[-1:] == (self.in_features,)
+
+    def _is_dtensor(self) -> bool:
+        return is_dtensor(self.own_parameters()[0]) and not _is_fsdp(self)
+
+    def _say_why_not(self, hidden: Any) -> None:
+        """Warn once that a sharded head computes the logits of all tokens."""
+        layout = self.layout
+        if "_told" in vars(self) or not (self._is_dtensor() or layout is not None):
+            return
+        vars(self)["_told"] = True
+        if self._is_dtensor() and (layout is None or not layout.takes(hidden)):
+            why = (
+                f"the head {sharding_of(self)}: losses are taken in chunks where ColwiseParallel shards it, with "
+                "output_layouts Replicate() or Shard(-1)"
+            )
+        else:
+            why = "something must see them at once: a hook on the head, or a transform of its call"
+        warnings.warn(
+            f"an LMHead that is sharded over ranks computes its logits, because {why}",
+            UserWarning,
+            stacklevel=user_stacklevel(),
         )
 
     def _hooks(self) -> Iterator[Callable]:
@@ -301,7 +338,12 @@ def _heads_to_shard(model: nn.Module, name: str | None, keywords: dict[str, Any]
             raise ValueError("the output embedding is sharded already: LMHead.unwrap(model) undoes LMHead.shard")
         if not isinstance(linear, LMHead):
             _check_wrappable(linear)
-        elif linear.vocab is not None:
+        if _layout_of(linear) is not None:
+            raise ValueError(
+                "the output embedding is sharded by tensor parallelism, over ranks with the same tokens: "
+                "LMHead.shard is for ranks with different tokens, and LMHead.wrap(model) takes it as it is"
+            )
+        if isinstance(linear, LMHead) and linear.vocab is not None:
             raise ValueError(
                 "the output embedding is an LMHead that holds the rows of its vocab: build it without vocab"
             )
@@ -326,7 +368,7 @@ def _as_wide_as_the_vocabulary(model: nn.Module) -> nn.Linear:
     width = max((one.num_embeddings for one in modules.values() if isinstance(one, nn.Embedding)), default=None)
     fitting = {name: one for name, one in modules.items() if isinstance(one, nn.Linear) and one.out_features == width}
     if len(fitting) != 1:
-        has_autotp = any(map(_is_autotp, modules.values()))
+        has_autotp = any(map(is_autotp, modules.values()))
         raise ValueError(
             f"no output embedding found: the model has no get_output_embeddings(), and {len(fitting)} of its linear "
             f"layers have the {width} outputs of its largest embedding ({', '.join(fitting) or 'none'}): name it, "
@@ -338,7 +380,7 @@ def _as_wide_as_the_vocabulary(model: nn.Module) -> nn.Linear:
 
 def _linears_of(module: nn.Module) -> list[nn.Linear]:
     """The linear layers inside whatever an adapter library has put around them."""
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) or autotp_of(module) is not None:
         return [module]
     copies = getattr(module, "modules_to_save", None)
     if isinstance(copies, nn.ModuleDict):
@@ -347,20 +389,8 @@ def _linears_of(module: nn.Module) -> list[nn.Linear]:
         module = module.token_adapter
     if callable(getattr(module, "get_base_layer", None)):
         return _linears_of(module.get_base_layer())
-    pointer = f" of DeepSpeed's AutoTP. {_AUTOTP}" if _is_autotp(module) else ""
+    pointer = f" of DeepSpeed's AutoTP. {_AUTOTP}" if is_autotp(module) else ""
     raise ValueError(f"the output embedding must be an nn.Linear, was {type(module).__name__}{pointer}")
-
-
-def _is_autotp(module: nn.Module) -> bool:
-    # No such layer exists before somebody has imported its module, which is slow.
-    layers = sys.modules.get("deepspeed.module_inject.layers")
-    return layers is not None and isinstance(module, layers.TensorParallel_Layer)
-
-
-def _skipped_by_autotp(caller: FrameType) -> bool:
-    """Whether AutoTP marks a layer as replaced only because its configuration says to skip that layer."""
-    kind = getattr(caller.f_locals.get("spec"), "partition_type", None)
-    return getattr(kind, "name", None) == "SKIP"
 
 
 def _check_model(model: Any) -> None:
@@ -368,10 +398,23 @@ def _check_model(model: Any) -> None:
         raise TypeError(f"model must be a torch.nn.Module, was {type(model).__name__}")
 
 
+def _layout_of(linear: nn.Linear) -> Layout | None:
+    """How tensor parallelism has sharded a layer that may be a head."""
+    return linear.layout if isinstance(linear, LMHead) else autotp_of(linear) or colwise_of(linear)
+
+
 def _check_wrappable(linear: nn.Linear) -> None:
     if isinstance(linear, LMHead):
         raise ValueError("the output embedding is an LMHead already: LMHead.unwrap(model) undoes wrap")
-    if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
+    if autotp_of(linear) is not None:
+        return
+    if other_style_of(linear) is not None:
+        raise ValueError(
+            f"the output embedding must be sharded by ColwiseParallel, if at all, but {sharding_of(linear)}: a loss in "
+            "chunks needs whole rows of the head on each rank"
+        )
+    own_forward = "forward" in vars(linear) and not has_forward_of_a_style(linear)
+    if type(linear).forward is not nn.Linear.forward or own_forward:
         raise ValueError(
             f"the output embedding must compute what nn.Linear does, was {type(linear).__name__} with a forward of its "
             "own: wrap the model before anything replaces the forward"
@@ -385,7 +428,7 @@ def _follow_adapter(module: nn.Module, head: LMHead) -> None:
         module.__class__ = joined(TokenAdapter, type(module))
     lora = sys.modules.get("peft.tuners.lora.layer")
     is_lora = lora is not None and isinstance(module, lora.Linear) and not isinstance(module, LowRankHead)
-    if is_lora and head.vocab is not None:
+    if is_lora and head.vocab is not None and head.layout is None:
         module.__class__ = joined(LowRankHead, type(module))
 
 
@@ -399,11 +442,19 @@ def _new_place(parent: nn.Module, name: str, module: nn.Module | None) -> None:
         _follow_adapter(parent, module)
         return
     before = vars(parent)["_modules"].get(name)
-    if module is None or not isinstance(before, LMHead) or _is_autotp(module):  # AutoTP has caused a warning already
+    if module is None or not isinstance(before, LMHead):
         return
-    if type(module) is nn.Linear and module.in_features == before.in_features and before.vocab is None:
+    is_like = type(module) is nn.Linear and module.in_features == before.in_features
+    if (is_like or autotp_of(module) is not None) and before.vocab is None:
         vars(before).get("_head_class", LMHead)._take(module, before._settings)
         module.train(before.training)
+    elif is_autotp(module):
+        warnings.warn(
+            f"DeepSpeed's AutoTP puts a {type(module).__name__} in the place of this LMHead, and losses of its logits "
+            f"are no longer taken in chunks. {_AUTOTP}",
+            UserWarning,
+            stacklevel=3,
+        )
     elif not isinstance(module, nn.Identity) and before not in module.modules():  # as a head is inside an adapter
         warnings.warn(
             f"{type(module).__name__} takes the place of the LMHead {name!r}, and its logits are not lazy: call "
@@ -417,7 +468,7 @@ nn.modules.module.register_module_module_registration_hook(_new_place)
 
 
 def _is_engines(hook: Callable) -> bool:
-    return f"{getattr(hook, '__module__', None)}.".startswith(_ENGINES)
+    return f"{getattr(hook, '__module__', None)}.".startswith(_ENGINES) or is_a_styles(hook)
 
 
 def _is_fsdp(module: nn.Module) -> bool:

@@ -13,7 +13,8 @@ __all__ = ["TokenAdapter", "in_front", "joined", "without"]
 @functools.cache
 def joined(front: type, back: type) -> type:
     """A class that inherits from both, ``front`` first."""
-    return type(f"{front.__name__}{back.__name__}", (front, back), {"__reduce_ex__": _reduce, "_joined": (front, back)})
+    names = {"__module__": __name__, "__reduce_ex__": _reduce, "_joined": (front, back)}
+    return type(f"{front.__name__}{back.__name__}", (front, back), names)
 
 
 def _reduce(module: Any, protocol: int) -> tuple:

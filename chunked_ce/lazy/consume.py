@@ -222,9 +222,8 @@ def _gather(lazy: Lazy, dim: int, index: Tensor, *, sparse_grad: bool = False) -
         return NotImplemented
     if isinstance(lazy, LazyLogProbs):
         return NotImplemented if index.shape[-1] != 1 else _logprobs(lazy, index.squeeze(-1)).unsqueeze(dim)
-    if lazy._root.call.is_cheap:
+    if not _can_read(lazy):
         return NotImplemented
-    lazy.head.check_can_compute("gather")
     values.check_index(index, lazy.shape[dim])
     flat = index.reshape(-1, index.shape[-1])  # (N, k)
     logits, _ = _of_rows(lazy, lambda rows, places: (rows.gather(-1, flat[places]), flat[places]))
@@ -294,15 +293,20 @@ def _of_rows(
     return tuple(part.view((*tokens, *part.shape[1:])) for part in lazy.request(of_rows))
 
 
-def _best(lazy: Lazy, dim: Any, name: str, find: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Any:
+def _can_read(lazy: Lazy, *, values: bool = True) -> bool:
+    """Whether logits can be read a few rows at a time; also their ``values``, which need the bits of all logits."""
+    head = lazy.head
+    return not lazy._root.call.is_cheap and (not head.is_sharded or (head.has_all_words and not values))
+
+
+def _best(lazy: Lazy, dim: Any, find: Callable[[Tensor], tuple[Tensor, Tensor]], *, values: bool = True) -> Any:
     """The logits and entries that ``find`` finds in rows (m, V), each with k in the vocabulary's place."""
-    if not isinstance(lazy, LazyLogits) or not _is_vocab(lazy, dim) or lazy._root.call.is_cheap:
+    if not isinstance(lazy, LazyLogits) or not _is_vocab(lazy, dim) or not _can_read(lazy, values=values):
         return NotImplemented
-    lazy.head.check_can_compute(name)
     return tuple(found.movedim(-1, dim) for found in _of_rows(lazy, lambda rows, _: find(rows)))
 
 
-def _entries(lazy: Lazy, dim: Any, keepdim: bool, name: str, find: Callable[..., Tensor]) -> Tensor:
+def _entries(lazy: Lazy, dim: Any, keepdim: bool, find: Callable[..., Tensor]) -> Tensor:
     """The vocabulary entry that ``find`` finds in each row."""
 
     def twice(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -310,31 +314,31 @@ def _entries(lazy: Lazy, dim: Any, keepdim: bool, name: str, find: Callable[...,
         return entries, entries
 
     with torch.no_grad():
-        found = _best(lazy, dim, name, twice)
+        found = _best(lazy, dim, twice, values=False)
     return found if found is NotImplemented else found[1] if keepdim else found[1].squeeze(dim)
 
 
 @follows("argmax")
 def _argmax(lazy: Lazy, dim: int | None = None, keepdim: bool = False) -> Tensor:
-    return _entries(lazy, dim, keepdim, "argmax", torch.argmax)
+    return _entries(lazy, dim, keepdim, torch.argmax)
 
 
 @follows("argmin")
 def _argmin(lazy: Lazy, dim: int | None = None, keepdim: bool = False) -> Tensor:
-    return _entries(lazy, dim, keepdim, "argmin", torch.argmin)
+    return _entries(lazy, dim, keepdim, torch.argmin)
 
 
 @follows("topk")
 def _topk(lazy: Lazy, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
     if not _is_vocab(lazy, dim) or not 1 <= k <= lazy.shape[dim]:
         return NotImplemented
-    found = _best(lazy, dim, "topk", lambda rows: rows.topk(k, largest=largest, sorted=sorted))
+    found = _best(lazy, dim, lambda rows: rows.topk(k, largest=largest, sorted=sorted))
     return found if found is NotImplemented else torch.return_types.topk(found)
 
 
 @follows("max")
 def _max(lazy: Lazy, dim: Any = None, keepdim: bool = False) -> Any:
-    found = _best(lazy, dim, "max", lambda rows: rows.max(-1, keepdim=True))
+    found = _best(lazy, dim, lambda rows: rows.max(-1, keepdim=True))
     if found is NotImplemented:
         return found
     return torch.return_types.max(found if keepdim else tuple(part.squeeze(dim) for part in found))
@@ -343,9 +347,8 @@ def _max(lazy: Lazy, dim: Any = None, keepdim: bool = False) -> Any:
 @follows("logsumexp", torch, Tensor, torch.special)
 def _logsumexp(lazy: Lazy, dim: Any, keepdim: bool = False) -> Tensor:
     dim = _only(dim)
-    if not isinstance(lazy, LazyLogits) or not _is_vocab(lazy, dim) or lazy._root.call.is_cheap:
+    if not isinstance(lazy, LazyLogits) or not _is_vocab(lazy, dim) or not _can_read(lazy):
         return NotImplemented
-    lazy.head.check_can_compute("logsumexp")
 
     differentiable = functools.partial(values.logsumexp, options=lazy.head.options)
     found, _ = _of_rows(lazy, values.logsumexp_and_best, differentiable)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -11,8 +12,11 @@ from torch import Tensor, nn
 
 from chunked_ce.arguments import described, is_one_of
 from chunked_ce.checks import check_keywords, check_options, check_vocab
+from chunked_ce.lazy.colwise import colwise_of
+from chunked_ce.lazy.layout import Layout
 from chunked_ce.options import ChunkOptions
 from chunked_ce.parallel.dtensors import is_dtensor
+from chunked_ce.parallel.fsdp import is_fsdp_shard
 from chunked_ce.parallel.vocab import VocabShard
 from chunked_ce.rows.statistics import Logits
 
@@ -21,6 +25,8 @@ __all__ = ["LazyHead", "Settings", "check_whole", "is_whole"]
 
 class Settings:
     """The keywords of a head, checked."""
+
+    layout: Layout | None = None  # of a layer whose parameters do not tell it
 
     def __init__(
         self,
@@ -53,6 +59,14 @@ class Settings:
         mine = {name: getattr(self, name) for name in ("options", "z_loss", "label_smoothing", "vocab", "lazy")}
         return Settings(**(mine | {"softcap": self.logits.softcap, "logit_scale": self.logits.scale} | keywords))
 
+    def of_layout(self, layout: Layout) -> Settings:
+        """The same for a head that is sharded as ``layout`` says."""
+        if self.vocab is not None:
+            raise ValueError(f"vocab must be left out for a head that a tensor-parallel layer shards, was {self.vocab}")
+        settings = copy.copy(self)
+        settings.layout, settings.vocab = layout, layout.vocab
+        return settings
+
     def __str__(self) -> str:
         shown = {
             "options": self.options,
@@ -73,14 +87,20 @@ class LazyHead(nn.Linear):
 
     def run(self, hidden: Tensor, request: Callable[..., Any]) -> Any:
         """``request(hidden, weight, bias)`` inside a call of this module, so that all of its hooks run."""
-        return super().__call__(hidden, request=request)
+        layout = self.layout
+        called = self if layout is None else layout.without_its_steps(self)
+        return super(LazyHead, called).__call__(hidden, request=request)
 
     def forward(self, input: Tensor, request: Callable[..., Any] | None = None) -> Any:
         if request is not None:
             if self.vocab is None:
                 check_whole(self.weight)
             return request(input, self.weight, self.bias)
-        self.check_can_compute("this call of the head")
+        layout = self._settings.layout
+        if layout is not None:
+            return self._settings.logits(layout.forward(self, input))
+        if self.vocab is not None:
+            self.check_can_compute("this call of the head")
         return self._settings.logits(F.linear(input, self.weight, self.bias))
 
     def own_parameters(self) -> tuple[Tensor | None, Tensor | None]:
@@ -96,6 +116,21 @@ class LazyHead(nn.Linear):
     @property
     def vocab(self) -> VocabShard | None:
         return self._settings.vocab
+
+    @property
+    def layout(self) -> Layout | None:
+        """How a tensor-parallel layer has sharded the head, if one has."""
+        return self._settings.layout or colwise_of(self)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether this rank holds the rows of some words only."""
+        return self.vocab is not None or self.layout is not None
+
+    @property
+    def has_all_words(self) -> bool:
+        """Whether the logits of all words may be computed on this rank."""
+        return self.vocab is None if self.layout is None else self.layout.has_all_words
 
     @property
     def vocab_size(self) -> int:
@@ -118,12 +153,15 @@ class LazyHead(nn.Linear):
         return self.loss_keywords | {"label_smoothing": label_smoothing or mine, "options": self.options}
 
     def check_can_compute(self, operation: str) -> None:
-        if self.vocab is not None:
-            whole = ". LMHead.unwrap(model), on every rank, makes it whole" if self.vocab.tokens == "own" else ""
-            raise NotImplementedError(
-                f"{operation} needs the logits of all words, of which this rank holds {self.vocab.rows} of "
-                f"{self.vocab.total} (vocab): only losses and log-probabilities are taken from a sharded head{whole}"
-            )
+        if self.has_all_words:
+            return
+        held = f"some of {self.vocab_size}" if self.vocab is None else f"{self.vocab.rows} of {self.vocab.total}"
+        is_own = self.vocab is not None and self.vocab.tokens == "own"
+        whole = ". LMHead.unwrap(model), on every rank, makes it whole" if is_own else ""
+        raise NotImplementedError(
+            f"{operation} needs the logits of all words, of which this rank holds {held} (vocab): only losses and "
+            f"log-probabilities are taken from a sharded head{whole}"
+        )
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}{self._settings}"
@@ -136,7 +174,7 @@ def is_whole(weight: Tensor) -> bool:
 
 
 def check_whole(weight: Tensor) -> None:
-    if not is_whole(weight):
+    if not is_whole(weight) and (not is_dtensor(weight) or is_fsdp_shard(weight)):
         raise RuntimeError(
             f"the head's weight, of shape {tuple(_whole_shape(weight))}, is not whole here but "
             f"{type(weight).__name__} {tuple(weight.shape)}: a loss outside the forward of the module that an "

@@ -22,10 +22,17 @@ class Product:
 
     A matrix product may round a row differently when other rows stand beside it. Every row is therefore computed in the
     same block of rows each time: the largest logits of a chunk are then among the logits that are computed later.
+    ``linear`` computes a block.
     """
 
-    def __init__(self, hidden: Tensor, rows_per_block: int, autocast: torch.dtype | None) -> None:
-        self.hidden = hidden.detach()  # (..., D)
+    def __init__(
+        self,
+        hidden: Tensor,
+        rows_per_block: int,
+        autocast: torch.dtype | None,
+        linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear,
+    ) -> None:
+        self.hidden, self.linear = hidden.detach(), linear  # (..., D)
         self.num_rows = hidden.shape[:-1].numel()
         self.rows_per_block, self.autocast = rows_per_block, autocast
 
@@ -46,7 +53,7 @@ class Product:
         in_order = torch.equal(numbers, torch.arange(self.num_rows))
         numbers, places = (numbers, None) if in_order else numbers.sort(stable=True)
         if not len(numbers):
-            yield slice(0, 0), weight.new_empty(0, len(weight), dtype=hidden.dtype)
+            yield slice(0, 0), self.linear(hidden.reshape(-1, hidden.shape[-1])[:0], weight, bias)
         starts = range(0, self.num_rows, max(1, self.rows_per_block))
         ends = torch.searchsorted(numbers, torch.tensor([*starts, self.num_rows])).tolist()
         for start, first, last in zip(starts, ends, ends[1:], strict=False):
@@ -65,15 +72,16 @@ class Product:
         for places, block in self.rows(numbers, weight, bias, dtype):
             if len(block) == len(numbers) and isinstance(places, slice):
                 return block
-            found = block.new_empty(len(numbers), len(weight)) if found is None else found
+            found = block.new_empty(len(numbers), block.shape[-1]) if found is None else found
             found[places] = block
         return found
 
     def _block(self, hidden: Tensor, start: int, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.num_rows <= self.rows_per_block:  # in the shape of the call, with the bits of the layer itself
-            return unsafe_view(F.linear(hidden, weight, bias), (self.num_rows, len(weight)))
+            found = self.linear(hidden, weight, bias)
+            return unsafe_view(found, (self.num_rows, found.shape[-1]))
         rows = slice(start, start + self.rows_per_block)
-        return F.linear(hidden.reshape(self.num_rows, hidden.shape[-1])[rows], weight, bias)
+        return self.linear(hidden.reshape(self.num_rows, hidden.shape[-1])[rows], weight, bias)
 
 
 def rows_per_block(

@@ -20,7 +20,7 @@ from chunked_ce.lazy.product import Product, rows_per_block, unsafe_view, with_g
 from chunked_ce.options import ChunkOptions
 from chunked_ce.rows.statistics import Logits
 
-__all__ = ["Call", "Operation", "Root", "version"]
+__all__ = ["Call", "Operation", "Root", "user_stacklevel", "version"]
 
 
 class Call:
@@ -28,7 +28,7 @@ class Call:
 
     def __init__(self, head: LazyHead, hidden: Tensor, low_rank_weight: Tensor | None = None) -> None:
         """``low_rank_weight`` (V_r, r) is multiplied by the last r entries of the hidden states."""
-        self.head, self.low_rank_weight = head, low_rank_weight
+        self.head, self.layout, self.low_rank_weight = head, head.layout, low_rank_weight
         self.hidden, self.hidden_version = hidden.detach(), version(hidden)
         # Not by attribute: ZeRO-3 gathers a parameter that is looked up.
         self.parameters = head.own_parameters()
@@ -136,7 +136,7 @@ class Call:
         warnings.warn(
             f"LazyLogits does not follow {operation}: the logits {tuple(shape)} were computed.{only}",
             UserWarning,
-            stacklevel=_user_stacklevel(),
+            stacklevel=user_stacklevel(),
         )
 
 
@@ -173,7 +173,8 @@ class Root:
     @classmethod
     def of_call(cls, call: Call, hidden: Tensor, logits: Logits, stand_in: Tensor, has_graph: bool) -> Root:
         """The root of the logits that ``call`` returns for ``hidden`` (..., D)."""
-        product = Product(call.hidden, call.rows_per_block, call.dtype if call.autocast else None)
+        linear = F.linear if call.layout is None else call.layout.logits
+        product = Product(call.hidden, call.rows_per_block, call.dtype if call.autocast else None, linear)
         numbers = torch.arange(product.num_rows).view(*hidden.shape[:-1], 1)
         of_rows = (logits, lambda x: x.to(stand_in.dtype))
         return cls(call, product, numbers, hidden, hidden.dim() - 1, of_rows, stand_in, has_graph)
@@ -218,7 +219,10 @@ class Root:
         values = functools.partial(self.product.whole, numbers, weight, bias, hidden.dtype)
         with self._for_values(tracked):
             factors = map(self.product.factor, (hidden.reshape(tokens.numel(), hidden.shape[-1]), weight, bias))
-            found = with_gradient(values, *factors) if tracked else values()  # (n, V)
+            if self.call.layout is not None and tracked:
+                found = self.call.layout.logits(*factors)  # (n, V)
+            else:
+                found = with_gradient(values, *factors) if tracked else values()
             for operation in self.of_rows:
                 found = operation(found)
             return unsafe_view(found, (*tokens, found.shape[-1]))
@@ -252,7 +256,7 @@ def _count_step(*_: Any) -> None:
 register_optimizer_step_post_hook(_count_step)
 
 
-def _user_stacklevel() -> int:
+def user_stacklevel() -> int:
     """The stack level of the first frame that is neither in this package nor in torch."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("chunked_ce", "torch"):
