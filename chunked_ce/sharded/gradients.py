@@ -6,6 +6,7 @@ so it is a tensor whose norm is reduced over the ranks, each rank's rows counted
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils import _foreach_utils
 
 from chunked_ce.parallel.collectives import Pending
 from chunked_ce.sharded.rows import RowSharding, shardings_of
@@ -27,7 +29,16 @@ def mark(module: nn.Module) -> None:
         if parameter is None or not parameter.is_leaf or not parameter.requires_grad:
             continue
         if not sharding.has_dtensors and sharding_of(parameter) is None:
+            _allow_foreach()
             parameter.register_post_accumulate_grad_hook(_Reclassify(sharding))
+
+
+@functools.cache
+def _allow_foreach() -> None:
+    """Let clipping take norms of all gradients at once, as it does where no gradient is of a class of its own."""
+    supported = getattr(_foreach_utils, "_foreach_supported_types", None)
+    if isinstance(supported, list):
+        supported.append(RowGradient)
 
 
 def sharding_of(parameter: Tensor) -> RowSharding | None:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._foreach_utils import _has_foreach_support
 
 from tests.distributed.sharded_head_worker import RANKS, WIDTH, Case, Direct, LanguageModel, Scaled, Wrapper
 
@@ -295,6 +296,7 @@ def check_norms(rank: int) -> None:
         names = ["lm_head.weight", "lm_head.bias"] if case.bias else ["lm_head.weight"]
         mine, whole = ([one.get_parameter(name).grad for name in names] for one in (model, plain))
         other = torch.tensor([0.5, 2.0])
+        assert _has_foreach_support([other, *mine], other.device)
         for order in ORDERS:
             expected = nn.utils.get_total_norm([other, *whole], order)
             for foreach in (True, False, None):
@@ -394,6 +396,9 @@ def check_names_after_changes(rank: int) -> None:
 
 
 def check_models_that_are_refused(rank: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     from chunked_ce import LMHead
 
     def refused(match: str, model: nn.Module, *args, kind=ValueError, **keywords) -> None:
@@ -419,6 +424,12 @@ def check_models_that_are_refused(rank: int) -> None:
     model = LanguageModel(Case(tied=False))
     nn.utils.parametrizations.weight_norm(model.lm_head)
     refused("parametrized weight", model)
+    model = LanguageModel()
+    model.lm_head.weight.ds_id = 0  # ZeRO-3's
+    refused("an engine has sharded or released the head", model)
+    model = LanguageModel(Case(tied=False))
+    fully_shard(model, mesh=init_device_mesh("cpu", (RANKS,)))
+    refused("an engine has sharded or released the head", model)
     model, _ = sharded()
     with raises_everywhere(ValueError, "sharded already: LMHead.unwrap"):
         LMHead.shard(model)
