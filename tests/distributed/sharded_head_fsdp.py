@@ -17,7 +17,7 @@ from chunked_ce import ChunkOptions, LMHead, linear_loss
 from chunked_ce.objectives import PolicyGradient
 from tests.distributed.sharded_head_worker import attempt
 
-WIDTH, STEPS = 6, 2
+WIDTH = 6
 OPTIONS = ChunkOptions(chunk_size=4)
 
 
@@ -31,6 +31,7 @@ class Case(NamedTuple):
     empty: bool = False  # whether some ranks have no tokens
     loss: str = "labels"  # of the model's own code, or "policy gradient"
     setting: str = ""
+    steps: int = 2
     clip: float = 0.05
 
     def __str__(self) -> str:
@@ -40,12 +41,13 @@ class Case(NamedTuple):
 
 def grid(mesh: str) -> list[Case]:
     choices = itertools.product([True, False], [1, 3], [False, True], ["labels", "policy gradient"])
-    return [Case(mesh, 11, *choice) for choice in choices]
+    return [Case(mesh, 11, *choice, steps=1) for choice in choices]
 
 
 SETTINGS = [
-    *(Case(setting=setting) for setting in ("ignored", "offload", "reshard", "no reshard", "default mesh", "divided")),
-    *(Case(setting=setting, accumulation=3) for setting in ("sync once", "whole step")),
+    *(Case(setting=setting, steps=1) for setting in ("ignored", "offload", "reshard", "no reshard", "default mesh")),
+    *(Case(setting=setting, accumulation=3) for setting in ("sync once", "every part")),
+    Case(setting="divided"),
     Case(setting="head first", tied=False),
     Case(setting="root only"),
 ]
@@ -112,16 +114,16 @@ def train(case: Case, model: nn.Module, ranks: list[int], number: int) -> Result
     """Some steps on the tokens of ``ranks``: of one of ``number`` ranks, or of all on one process."""
     losses, norms = [], []
     optimizer = torch.optim.SGD(model.parameters(), 0.5, momentum=0.9)
-    for step in range(STEPS):
+    for step in range(case.steps):
         window = [[tokens(case, rank, step, part) for rank in range(number)] for part in range(case.accumulation)]
         total = sum(int((labels != -100).sum()) for parts in window for _, labels, *_ in parts)
         optimizer.zero_grad()
         loss_sum = 0.0
         for part, parts in enumerate(window):
-            if isinstance(model, FSDPModule) and case.setting in ("sync once", "whole step"):
+            if isinstance(model, FSDPModule) and case.setting in ("sync once", "every part"):
                 is_last = part == case.accumulation - 1
                 model.set_is_last_backward(is_last)
-                model.set_requires_gradient_sync(is_last or case.setting == "whole step")
+                model.set_requires_gradient_sync(is_last or case.setting == "every part")
             for rank in ranks:
                 loss = model(*parts[rank]) / total
                 loss_sum += loss.item()
