@@ -249,6 +249,26 @@ def message_of(call: Callable[[], Any]) -> str:
     return "nothing was raised"
 
 
+# ---- FSDP2 over ranks with other tokens ----
+
+
+def data_batch(data_rank: int) -> tuple[Tensor, Tensor]:
+    ids = torch.randint(SIZES[OF_LOSSES.size], (BATCH, LENGTH), generator=torch.Generator().manual_seed(data_rank))
+    return ids, ids.roll(-1, 1)
+
+
+def run_with_fsdp(rank: int, world_size: int) -> dict[str, Step]:
+    mesh = init_device_mesh("cpu", (2, RANKS), mesh_dim_names=("data", "tensor"))
+    found = {}
+    for unit, order in (("model", "before"), ("head", "after")):
+        model = parallelized(OF_LOSSES, order, mesh["tensor"], options=OPTIONS)
+        if unit == "head":
+            fully_shard(model.head, mesh=mesh["data"])
+        fully_shard(model, mesh=mesh["data"])
+        found[unit] = step(model, lambda model: model(*data_batch(mesh.get_local_rank("data"))))
+    return found
+
+
 def run_all(rank: int, world_size: int) -> dict:
     mesh = init_device_mesh("cpu", (RANKS,))
     found = {(name, order): trained(CASES[name], order, mesh) for name in CASES for order in ("before", "after")}

@@ -17,9 +17,11 @@ from tests.distributed.tensor_parallel import (
     Case,
     Step,
     batch,
+    data_batch,
     loss_with,
     new_model,
     run_all,
+    run_with_fsdp,
     step,
 )
 
@@ -112,3 +114,12 @@ def test_whole_logits_are_told_once(results, name, reason):
         assert reason in message
         if name != "sharded tokens":
             assert_same(found, plain_step(case))
+
+
+@pytest.mark.thorough
+def test_fsdp_over_ranks_with_other_tokens():
+    steps = [step(new_model(OF_LOSSES), lambda model, rank=rank: model(*data_batch(rank))) for rank in range(2)]
+    mean = {name: (gradient + steps[1].gradients[name]) / 2 for name, gradient in steps[0].gradients.items()}
+    for rank, result in enumerate(run(run_with_fsdp, 2 * RANKS)):
+        for found in result.values():
+            assert_same(found, Step(steps[rank // RANKS].loss, mean))
