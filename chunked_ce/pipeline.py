@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -33,6 +32,8 @@ from chunked_ce.parallel.tokens import TokenMean
 from chunked_ce.parallel.vocab import VocabShard
 
 __all__ = ["DeferredLoss", "SpreadGPipe", "SpreadHead"]
+
+_SUM = functools.partial(linear_cross_entropy, reduction="sum")
 
 Labels = Tensor | tuple[Tensor, ...]  # of a micro-batch: its targets, or these and other tensors for the loss
 
@@ -90,7 +91,7 @@ class SpreadHead(nn.Module):
         shard: VocabShard,
         *,
         mean: Callable[[list[Labels]], TokenMean],
-        loss: Callable[..., Tensor] = functools.partial(linear_cross_entropy, reduction="sum"),
+        loss: Callable[..., Tensor] = _SUM,
         tied: bool = False,
     ) -> None:
         super().__init__()
@@ -110,7 +111,7 @@ class SpreadHead(nn.Module):
         self.weight = nn.Parameter(weight.detach().clone())
         self.shard, self.mean, self.loss, self.tied = shard, mean, loss, tied
         self._deferred: list[DeferredLoss] = []
-        self._tokens: tuple[Tensor, ...] = ()  # of each micro-batch, from `embed` to `finish`
+        self._tokens: list[Tensor] = []  # of each micro-batch, from `embed` to `finish`
         self._gradient: Tensor | None = None  # of the rows, from `meet` to `finish`
 
     @property
@@ -123,12 +124,15 @@ class SpreadHead(nn.Module):
         """Whether this is the last stage."""
         return dist.get_rank(self.shard.group) == self.shard.size - 1
 
-    def embed(self, tokens: Tensor | None, micro_batches: int) -> Tensor | None:
-        """The embedded tokens (B, ..., D) on the first stage, from its ``tokens`` (B, ...); None on all others."""
-        if self.is_first:
-            check_tensor("tokens", tokens, INDICES)
-        (tokens,) = self._broadcast([tokens] if self.is_first else None, source=0)
-        self._tokens, embedded = tokens.tensor_split(micro_batches), []
+    def embed(self, tokens: Sequence[Tensor] | None) -> list[Tensor]:
+        """The embedded tokens (..., D) of each micro-batch, on the first stage; an empty list on all others.
+
+        Args:
+            tokens: on the first stage, of each micro-batch: int32 or int64 (...).
+        """
+        for of_batch in tokens or ():
+            check_tensor("tokens", of_batch, INDICES)
+        self._tokens, embedded = list(self._broadcast(tokens, source=0)), []
         for of_batch in self._tokens:
             part = self.weight.new_zeros(*of_batch.shape, self.weight.shape[1])
             if self.shard.rows:
@@ -137,7 +141,7 @@ class SpreadHead(nn.Module):
             dist.reduce(part, group_dst=0, group=self.shard.group)
             if self.is_first:
                 embedded.append(part)
-        return torch.cat(embedded).requires_grad_(torch.is_grad_enabled()) if self.is_first else None
+        return embedded
 
     def defer(self, hidden: Tensor, labels: Labels) -> Tensor:
         """The last stage's loss function: 0 until `meet` fills in the value, and the gradient with it."""
@@ -162,7 +166,7 @@ class SpreadHead(nn.Module):
         labels = self._broadcast_labels(deferred, micro_batches)
         mean, trains = self.mean(labels), torch.is_grad_enabled()
         rows = self.weight.detach().requires_grad_(trains and self.weight.requires_grad)
-        arriving = self._broadcast([one.hidden for one in deferred] if self.is_last else None, source=-1)
+        arriving = self._broadcast([one.hidden for one in deferred], source=self.shard.size - 1)
         for at, (hidden, of_batch) in enumerate(zip(arriving, labels, strict=True)):
             hidden.requires_grad_(trains)
             tensors = of_batch if isinstance(of_batch, tuple) else (of_batch,)
@@ -175,19 +179,18 @@ class SpreadHead(nn.Module):
         self._gradient = rows.grad
         return deferred
 
-    def finish(self, embedded: Tensor | None = None) -> None:
+    def finish(self, embedded: Sequence[Tensor] | None = None) -> None:
         """Adds the step's gradient of the rows to ``weight.grad``. Every stage calls it, after its backward passes.
 
         Args:
-            embedded: if tied, on the first stage: what `embed` returned, which has its gradient now.
+            embedded: if tied, on the first stage: the gradients (..., D) of what `embed` returned.
         """
         rows, self._gradient = self._gradient, None
-        tokens, self._tokens = self._tokens, ()
+        tokens, self._tokens = self._tokens, []
         if rows is None:
             return
         if self.tied:
-            parts = embedded.grad.tensor_split(len(tokens)) if self.is_first else None
-            for of_batch, part in zip(tokens, self._broadcast(parts, source=0), strict=True):
+            for of_batch, part in zip(tokens, self._broadcast(embedded, source=0), strict=True):
                 if self.shard.rows:
                     at, held = self._held(of_batch)
                     rows.index_add_(0, at.flatten(), (part * held[..., None]).flatten(0, -2))
@@ -203,36 +206,39 @@ class SpreadHead(nn.Module):
         problem = f"the step has {micro_batches} micro-batches, but the last stage deferred {len(deferred)} losses"
         tuples = any(isinstance(one.labels, tuple) for one in deferred)
         header = (None if len(deferred) == micro_batches else problem, tuples, [len(of_batch) for of_batch in labels])
-        problem, tuples, lengths = self._announce(header, source=-1)
+        problem, tuples, lengths = self._announce(header, source=self.shard.size - 1)
         if problem is not None:
             raise ValueError(problem)
         flat = [tensor for of_batch in labels for tensor in of_batch]
-        arriving = iter(self._broadcast(flat if self.is_last else None, source=-1))
+        arriving = self._broadcast(flat, source=self.shard.size - 1)
         labels = [tuple(itertools.islice(arriving, length)) for length in lengths]
         return labels if tuples else [target for (target,) in labels]
 
     def _announce(self, value: Any, source: int) -> Any:
         """The value of the stage ``source``, on every stage."""
         values = [value]
-        dist.broadcast_object_list(values, group_src=source % self.shard.size, group=self.shard.group)
+        dist.broadcast_object_list(values, group_src=source, group=self.shard.group)
         return values[0]
 
     def _broadcast(self, tensors: Sequence[Tensor] | None, source: int) -> Iterator[Tensor]:
-        """The tensors of the stage ``source``, one after another on every stage; the next one travels meanwhile."""
-        kinds = self._announce(tensors and [(tuple(tensor.shape), tensor.dtype) for tensor in tensors], source)
+        """The ``tensors`` of the stage ``source``, one after another on every stage; the next one travels meanwhile."""
+        is_source = dist.get_rank(self.shard.group) == source
+        kinds = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors] if is_source else None
+        kinds = self._announce(kinds, source)
 
-        def started(at: int) -> tuple[Tensor, dist.Work]:
-            if tensors is None:
+        def started(at: int) -> tuple[Tensor, dist.Work] | None:
+            if at == len(kinds):
+                return None
+            if is_source:
+                tensor = tensors[at].detach().contiguous()
+            else:
                 shape, dtype = kinds[at]
                 tensor = torch.empty(shape, dtype=dtype, device=self.weight.device)
-            else:
-                tensor = tensors[at].detach().contiguous()
-            sent = dist.broadcast(tensor, group_src=source % self.shard.size, group=self.shard.group, async_op=True)
-            return tensor, sent
+            return tensor, dist.broadcast(tensor, group_src=source, group=self.shard.group, async_op=True)
 
-        following = started(0) if kinds else None
+        following = started(0)
         for at in range(len(kinds)):
-            (tensor, sent), following = following, started(at + 1) if at + 1 < len(kinds) else None
+            (tensor, sent), following = following, started(at + 1)
             sent.wait()
             yield tensor
 
@@ -274,11 +280,11 @@ class SpreadGPipe(ScheduleGPipe):
         self._head = head
 
     def step(self, *args: Any, **keywords: Any) -> Any:
-        head, stage, embedded = self._head, self._stage, None
+        head, stage, embeds = self._head, self._stage, self._head.tied and self._head.is_first
+        receives, leaves = stage.get_bwd_recv_ops, []
         if head.tied:
-            embedded = head.embed(args[0] if head.is_first else None, self._n_microbatches)
-            args = (embedded, *args[1:]) if head.is_first else args
-        receives = stage.get_bwd_recv_ops
+            embedded = head.embed(list(args[0].tensor_split(self._n_microbatches)) if embeds else None)
+            args = (torch.cat(embedded), *args[1:]) if embeds else args
 
         def meet_then_receive(micro_batch: int) -> list:
             # Called before each backward pass: all forward passes are over before the first.
@@ -286,14 +292,20 @@ class SpreadGPipe(ScheduleGPipe):
                 head.meet(self._n_microbatches)
             return receives(micro_batch)
 
+        def with_gradient(_module: nn.Module, inputs: tuple) -> tuple:
+            leaves.append(inputs[0].detach().requires_grad_(torch.is_grad_enabled()))
+            return (leaves[-1], *inputs[1:])
+
         stage.get_bwd_recv_ops = meet_then_receive
+        hook = stage.submod.register_forward_pre_hook(with_gradient) if embeds else None
         try:
-            with warnings.catch_warnings():  # of the gradients of a micro-batch's embedded tokens, which torch asks for
-                warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
-                outputs = super().step(*args, **keywords)
+            outputs = super().step(*args, **keywords)
         finally:
             del stage.get_bwd_recv_ops
-        head.finish(embedded)
+            if hook is not None:
+                hook.remove()
+        # Torch runs one more before the first step.
+        head.finish([leaf.grad for leaf in leaves[-self._n_microbatches :]] if embeds else None)
         return outputs
 
     def eval(self, *args: Any, **keywords: Any) -> Any:
