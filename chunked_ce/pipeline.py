@@ -41,8 +41,8 @@ Labels = Tensor | tuple[Tensor, ...]  # of a micro-batch: its targets, or these 
 class DeferredLoss:
     """The loss of a micro-batch on the last stage, whose value and gradient come once all stages have met."""
 
-    def __init__(self, hidden: Tensor, labels: Labels) -> None:
-        self.hidden, self.labels = hidden.detach(), labels
+    def __init__(self, hidden: Tensor, labels: Labels, is_probe: bool) -> None:
+        self.hidden, self.labels, self.is_probe, self.scale = hidden.detach(), labels, is_probe, 1.0
         self.gradient: Tensor | None = None  # of the hidden states, and in their shape
         self.loss = _Deferred.apply(hidden, self)  # (), float32
 
@@ -56,10 +56,15 @@ class _Deferred(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor) -> tuple[Tensor, None]:
         gradient, ctx.deferred.gradient = ctx.deferred.gradient, None
-        if gradient is None:  # torch wants to know the gradient's shape before it runs the first step
-            shape, dtype, device = ctx.hidden
-            return torch.zeros(shape, dtype=dtype, device=device), None
-        return gradient * upstream.to(gradient.dtype), None
+        if gradient is not None:
+            return gradient * (upstream * ctx.deferred.scale).to(gradient.dtype), None
+        if not ctx.deferred.is_probe:
+            raise RuntimeError(
+                "a spread head's loss has no gradient before all stages have met, and one backward: run the head "
+                "through SpreadGPipe, or through spread of chunked_ce.integrations.deepspeed_pipeline"
+            )
+        shape, dtype, device = ctx.hidden
+        return torch.zeros(shape, dtype=dtype, device=device), None
 
 
 class SpreadHead(nn.Module):
@@ -111,6 +116,7 @@ class SpreadHead(nn.Module):
         self.weight = nn.Parameter(weight.detach().clone())
         self.shard, self.mean, self.loss, self.tied = shard, mean, loss, tied
         self._deferred: list[DeferredLoss] = []
+        self._probes = False  # whether torch may ask for a gradient only to learn its shape
         self._tokens: list[Tensor] = []  # of each micro-batch, from `embed` to `finish`
         self._gradient: Tensor | None = None  # of the rows, from `meet` to `finish`
 
@@ -145,7 +151,7 @@ class SpreadHead(nn.Module):
 
     def defer(self, hidden: Tensor, labels: Labels) -> Tensor:
         """The last stage's loss function: 0 until `meet` fills in the value, and the gradient with it."""
-        self._deferred.append(DeferredLoss(hidden, labels))
+        self._deferred.append(DeferredLoss(hidden, labels, self._probes))
         return self._deferred[-1].loss
 
     def meet(self, micro_batches: int, scale: float = 1.0) -> list[DeferredLoss]:
@@ -161,8 +167,7 @@ class SpreadHead(nn.Module):
         Raises:
             ValueError: on every stage, if the last one has not deferred as many losses.
         """
-        # Torch defers one more before it runs the first step.
-        deferred, self._deferred = self._deferred[-micro_batches:], []
+        deferred, self._deferred = self._deferred[-micro_batches:], []  # torch may have probed before
         labels = self._broadcast_labels(deferred, micro_batches)
         mean, trains = self.mean(labels), torch.is_grad_enabled()
         rows = self.weight.detach().requires_grad_(trains and self.weight.requires_grad)
@@ -174,7 +179,7 @@ class SpreadHead(nn.Module):
             if trains:
                 loss.backward()
             if self.is_last:
-                deferred[at].gradient = hidden.grad.mul_(scale) if trains else None
+                deferred[at].is_probe, deferred[at].scale, deferred[at].gradient = False, scale, hidden.grad
                 deferred[at].loss.detach().copy_(loss.detach() * scale)
         self._gradient = rows.grad
         return deferred
@@ -270,8 +275,8 @@ class SpreadGPipe(ScheduleGPipe):
             raise TypeError(f"head must be a SpreadHead, was {type(head).__name__}")
         if not keywords.keys().isdisjoint({"loss_fn", "scale_grads"}):
             raise TypeError("keywords must not hold loss_fn or scale_grads: the loss is the head's, a mean over tokens")
-        if (stage.is_first, stage.is_last) != (head.is_first, head.is_last):
-            at, ranks = dist.get_rank(head.shard.group), head.shard.size
+        at, ranks = dist.get_rank(head.shard.group), head.shard.size
+        if (stage.stage_index, stage.num_stages) != (at, ranks):
             raise ValueError(
                 f"head must be spread over the stages in their order, but stage {stage.stage_index} of "
                 f"{stage.num_stages} has rank {at} of the {ranks} in the shard's group"
@@ -296,15 +301,15 @@ class SpreadGPipe(ScheduleGPipe):
             leaves.append(inputs[0].detach().requires_grad_(torch.is_grad_enabled()))
             return (leaves[-1], *inputs[1:])
 
-        stage.get_bwd_recv_ops = meet_then_receive
+        stage.get_bwd_recv_ops, head._probes = meet_then_receive, True
         hook = stage.submod.register_forward_pre_hook(with_gradient) if embeds else None
         try:
             outputs = super().step(*args, **keywords)
         finally:
             del stage.get_bwd_recv_ops
+            head._probes = False
             if hook is not None:
                 hook.remove()
-        # Torch runs one more before the first step.
         head.finish([leaf.grad for leaf in leaves[-self._n_microbatches :]] if embeds else None)
         return outputs
 

@@ -143,3 +143,19 @@ def _check(engine: object, head: object) -> None:
         raise ValueError(
             "engine has a loss_fn in its PipelineModule, but a spread head computes the loss: leave it out"
         )
+    if engine.is_model_parallel:
+        raise ValueError("engine has tensor-parallel ranks, which a spread head does not support")
+    for setting, is_set in _refused_settings(engine).items():
+        if is_set:
+            raise ValueError(f"engine has {setting}, under which gradients of a spread head's rows would be lost")
+
+
+def _refused_settings(engine: PipelineEngine) -> dict[str, bool]:
+    """Settings that read gradients in hooks of the backward passes only, or that scale losses."""
+    optimizer = engine.optimizer
+    return {
+        "fp16": engine.fp16_enabled(),
+        "bf16.immediate_grad_update": getattr(optimizer, "immediate_grad_update", False),
+        "zero_optimization.overlap_comm": engine.zero_optimization() and bool(engine.zero_overlap_comm()),
+        "a grad_accum_dtype other than the parameters' dtype": getattr(optimizer, "use_grad_accum_attribute", False),
+    }

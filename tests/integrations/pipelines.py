@@ -27,7 +27,7 @@ COUNTED = [[13, 5, 0, 2], [1, 9, 14, 0]]  # tokens by replica of the pipeline an
 MICRO_BATCHES = len(COUNTED[0])
 RANKS = 4
 
-State = dict[str, Tensor]
+Part = tuple[int, Tensor]  # the first row, and rows of a parameter
 
 
 class Case(NamedTuple):
@@ -37,11 +37,12 @@ class Case(NamedTuple):
     stages: int = 2
     zero: int = 0
     dtype: str = "fp32"
+    sums: str = "fp32"  # the dtype in which DeepSpeed adds up the gradients of micro-batches
 
     def __str__(self):
-        return (
-            f"{self.engine}-{self.head}-{'tied' if self.tied else 'untied'}-{self.stages}-zero{self.zero}-{self.dtype}"
-        )
+        tied = "tied" if self.tied else "untied"
+        settings = f"-zero{self.zero}-{self.dtype}-{self.sums}" if self.engine == "DeepSpeed" else ""
+        return f"{self.engine}-{self.head}-{tied}-{self.stages}{settings}"
 
 
 TORCH = [
@@ -49,17 +50,13 @@ TORCH = [
     *(Case("GPipe", "spread", tied, stages) for tied in (False, True) for stages in (2, 4)),
 ]
 DEEPSPEED = [
-    *(
-        Case("DeepSpeed", head, tied, zero=zero)
-        for head in ("whole", "spread")
-        for tied in (False, True)
-        for zero in (0, 1)
-    ),
-    *(Case("DeepSpeed", "spread", tied, zero=1, dtype="bf16") for tied in (False, True)),
+    *(Case("DeepSpeed", head, tied, zero=int(tied)) for head in ("whole", "spread") for tied in (False, True)),
+    *(Case("DeepSpeed", head, True, zero=1, dtype="bf16") for head in ("whole", "spread")),
+    Case("DeepSpeed", "spread", False, zero=1, dtype="bf16", sums="bf16"),
 ]
 
 
-def initial(tied: bool) -> State:
+def initial(tied: bool) -> dict[str, Tensor]:
     torch.manual_seed(0)
     state = {"embedding": torch.randn(VOCAB, WIDTH)}
     state |= {f"body{at}": torch.randn(WIDTH, WIDTH) / WIDTH**0.5 for at in range(DEPTH)}
@@ -75,18 +72,23 @@ def window(replica: int) -> tuple[Tensor, Tensor]:
     return tokens.view(-1, LENGTH), targets.view(-1, LENGTH)
 
 
-def one_process(tied: bool, replicas: int, dtype: torch.dtype = torch.float32) -> tuple[State, State, float]:
-    """The parameters, the step of each, and the mean loss, in float64 from initial values in ``dtype``."""
-    state = {name: value.to(dtype).double().requires_grad_() for name, value in initial(tied).items()}
-    tokens, targets = (torch.cat(parts) for parts in zip(*map(window, range(replicas)), strict=True))
+class Expected(NamedTuple):
+    start: Tensor
+    step: Tensor
+
+
+def one_process(case: Case) -> tuple[dict[str, Expected], float]:
+    """Each parameter's value before the step and what the step adds to it, and the mean loss: in float64."""
+    dtype = torch.bfloat16 if case.dtype == "bf16" else torch.float32
+    state = {name: value.to(dtype).double().requires_grad_() for name, value in initial(case.tied).items()}
+    tokens, targets = (torch.cat(parts) for parts in zip(*map(window, range(RANKS // case.stages)), strict=True))
     hidden = F.embedding(tokens, state["embedding"])
     for at in range(DEPTH):
         hidden = torch.tanh(F.linear(hidden, state[f"body{at}"]))
-    logits = F.linear(hidden, state["embedding" if tied else "head"])
+    logits = F.linear(hidden, state["embedding" if case.tied else "head"])
     loss = F.cross_entropy(logits.view(-1, VOCAB), targets.view(-1))
     loss.backward()
-    steps = {name: -LEARNING_RATE * value.grad for name, value in state.items()}
-    return {name: value.detach() for name, value in state.items()}, steps, loss.item()
+    return {name: Expected(value.detach(), -LEARNING_RATE * value.grad) for name, value in state.items()}, loss.item()
 
 
 class Embedding(nn.Embedding):
@@ -104,138 +106,195 @@ class Body(nn.Module):
 
 
 class WithHead(nn.Module):
-    """Hands the weight of the head to the loss."""
+    """Hands the weight of the head to the loss: a view, or DeepSpeed clears its gradient (see docs/pipelines.md)."""
 
     def __init__(self, weight: Tensor):
         super().__init__()
         self.weight = nn.Parameter(weight.clone())
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        return hidden, self.weight
+        return hidden, self.weight.view_as(self.weight)
 
 
-def torch_step(case: Case) -> tuple[State, float]:
-    mesh = init_device_mesh("cpu", (RANKS // case.stages, case.stages), mesh_dim_names=("data", "pipe"))
-    group, data = mesh.get_group("pipe"), mesh.get_group("data")
-    at, replica = mesh.get_local_rank("pipe"), mesh.get_local_rank("data")
-    first, last, replicas = at == 0, at == case.stages - 1, RANKS // case.stages
-    tokens, targets = window(replica)
-    state = initial(case.tied)
-    of_stage = DEPTH // case.stages
-    layers = {f"body{layer}": Body(state[f"body{layer}"]) for layer in range(at * of_stage, (at + 1) * of_stage)}
-    module = nn.Sequential(*layers.values())
-    parameters = {name: layer.weight for name, layer in layers.items()}
-    if first and not (case.head == "spread" and case.tied):
-        module.insert(0, Embedding(state["embedding"]))
-        parameters["embedding"] = module[0].weight
-    stage = PipelineStage(module, at, case.stages, torch.device("cpu"), group=group)
-    name = "embedding" if case.tied else "head"
+class TorchStage:
+    """A stage of the pipeline, and its parameters."""
 
-    if case.head == "spread":
-        shard = VocabShard.split(VOCAB, group)
-        mean = partial(TokenMean.over, group=data)
-        head = SpreadHead(state[name][shard.start : shard.stop], shard, mean=mean, tied=case.tied)
-        schedule = SpreadGPipe(stage, MICRO_BATCHES, head)
-        parameters[f"rows of {name}"] = head.weight
-    else:
-        weight = nn.Parameter(state[name].clone()) if last else None
-        mean = TokenMean.over(targets, group=data) if last else None
-        schedule = {"GPipe": ScheduleGPipe, "1F1B": Schedule1F1B}[case.engine](
-            stage,
-            MICRO_BATCHES,
-            loss_fn=lambda hidden, target: mean(linear_cross_entropy(hidden, weight, target, reduction="sum")),
-            scale_grads=False,
-        )
-        if last:
-            parameters[name] = weight
+    def __init__(self, case: Case):
+        mesh = init_device_mesh("cpu", (RANKS // case.stages, case.stages), mesh_dim_names=("data", "pipe"))
+        self.group, self.data = mesh.get_group("pipe"), mesh.get_group("data")
+        at, of_stage, state = mesh.get_local_rank("pipe"), DEPTH // case.stages, initial(case.tied)
+        self.tokens, self.targets = window(mesh.get_local_rank("data"))
+        bodies = {name: Body(state[name]) for name in list(state)[1:][at * of_stage : (at + 1) * of_stage]}
+        self.parameters = {name: (0, body.weight) for name, body in bodies.items()}
+        module, words = nn.Sequential(*bodies.values()), "embedding" if case.tied else "head"
+        if at == 0 and not (case.head == "spread" and case.tied):
+            module.insert(0, Embedding(state["embedding"]))
+            self.parameters["embedding"] = 0, module[0].weight
+        self.stage = PipelineStage(module, at, case.stages, torch.device("cpu"), group=self.group)
+        if case.head == "spread":
+            shard = VocabShard.split(VOCAB, self.group)
+            mean = partial(TokenMean.over, group=self.data)
+            head = SpreadHead(state[words][shard.start : shard.stop], shard, mean=mean, tied=case.tied)
+            self.schedule = SpreadGPipe(self.stage, MICRO_BATCHES, head)
+            self.parameters[words] = shard.start, head.weight
+            return
+        if self.stage.is_last:
+            self.mean, self.weight = TokenMean.over(self.targets, group=self.data), nn.Parameter(state[words])
+            self.parameters[words] = 0, self.weight
+        kind = {"GPipe": ScheduleGPipe, "1F1B": Schedule1F1B}[case.engine]
+        self.schedule = kind(self.stage, MICRO_BATCHES, loss_fn=self.loss, scale_grads=False)
+        ends = [(ranks[0], ranks[-1]) for ranks in mesh.mesh.tolist()]
+        self.ends = [dist.new_group(pair) for pair in ends][mesh.get_local_rank("data")] if case.tied else None
 
-    def run(step: Callable) -> Tensor:
+    def loss(self, hidden: Tensor, target: Tensor) -> Tensor:
+        return self.mean(linear_cross_entropy(hidden, self.weight, target, reduction="sum"))
+
+    def run(self, schedule: Callable) -> float:
+        """The mean loss of what `step` or `eval` of the schedule runs."""
         losses = []
-        if first:
-            step(tokens)
-        else:
-            step(**{"target": targets, "losses": losses} if last else {})
-        return sum(losses, torch.zeros(())).detach() / replicas
+        on_last = {"target": self.targets, "losses": losses} if self.stage.is_last else {}
+        schedule(*([self.tokens] if self.stage.is_first else []), **on_last)
+        loss = sum(losses, torch.zeros(())).detach() / dist.get_world_size(self.data)
+        dist.all_reduce(loss)
+        return loss.item()
 
-    loss = run(schedule.step)
-    if case.tied and case.head == "whole":
-        mesh_ends = [(r[0], r[-1]) for r in mesh.mesh.tolist()]
-        groups = [dist.new_group(ends) for ends in mesh_ends]
-        if first or last:
-            dist.all_reduce(parameters["embedding"].grad, group=groups[replica])
-    for parameter in parameters.values():
-        dist.all_reduce(parameter.grad, group=data)
-        parameter.data -= LEARNING_RATE * parameter.grad / replicas
-    dist.all_reduce(loss)
-    return {name: value.detach() for name, value in parameters.items()}, loss.item()
+    def update(self) -> dict[str, Part]:
+        if getattr(self, "ends", None) is not None and (self.stage.is_first or self.stage.is_last):
+            dist.all_reduce(self.parameters["embedding"][1].grad, group=self.ends)
+        for _, parameter in self.parameters.values():
+            dist.all_reduce(parameter.grad, group=self.data)
+            parameter.data -= LEARNING_RATE * parameter.grad / dist.get_world_size(self.data)
+        return {name: (start, parameter.detach()) for name, (start, parameter) in self.parameters.items()}
 
 
-def deepspeed_step(case: Case) -> tuple[State, float]:
-    import deepspeed
-    from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+def torch_step(case: Case) -> tuple[dict[str, Part], list[float]]:
+    """Parameters of this rank after the step, and mean losses before it."""
+    stage = TorchStage(case)
+    losses = [stage.run(stage.schedule.eval)] if case.head == "spread" else []
+    losses.append(stage.run(stage.schedule.step))
+    return stage.update(), losses
 
-    state, spreads = initial(case.tied), case.head == "spread"
-    layers = [LayerSpec(Body, state[f"body{at}"]) for at in range(DEPTH)]
-    if not case.tied:
-        layers.insert(0, LayerSpec(Embedding, state["embedding"]))
-    elif not spreads:
-        tied = [TiedLayerSpec("words", Embedding, state["embedding"])]
-        tied += [TiedLayerSpec("words", Embedding, state["embedding"], forward_fn=lambda module, x: (x, module.weight))]
-        layers = [tied[0], *layers, tied[1]]
-    if not case.tied and not spreads:
-        layers.append(LayerSpec(WithHead, state["head"]))
-    means = []
-    module = PipelineModule(
-        layers,
-        num_stages=case.stages,
-        partition_method="type:Body",
-        loss_fn=None
-        if spreads
-        else lambda outputs, target: means[-1](linear_cross_entropy(*outputs, target, reduction="sum")),
-    )
-    grid = module.mpu()
-    replica = grid.get_data_parallel_rank()
-    if spreads:
-        shard = VocabShard.split(VOCAB, grid.get_pipe_parallel_group())
-        mean = partial(TokenMean.over, group=grid.get_data_parallel_group())
-        weight = state["embedding" if case.tied else "head"][shard.start : shard.stop]
-        module.spread_head = SpreadHead(weight, shard, mean=mean, tied=case.tied)
-    config = {
-        "train_micro_batch_size_per_gpu": BATCH,
-        "gradient_accumulation_steps": MICRO_BATCHES,
-        "gradient_clipping": 0.0,
-        "bf16": {"enabled": case.dtype == "bf16"},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": case.zero},
-        "steps_per_print": 10**6,
-    }
-    optimizer = torch.optim.SGD(module.parameters(), lr=LEARNING_RATE)
-    engine = deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
-    try:
+
+class DeepSpeedStage:
+    def __init__(self, case: Case):
+        import deepspeed
+        from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+
+        state, spreads = initial(case.tied), case.head == "spread"
+        layers = [LayerSpec(Body, state[f"body{at}"]) for at in range(DEPTH)]
+        if not case.tied:
+            head = [] if spreads else [LayerSpec(WithHead, state["head"])]
+            layers = [LayerSpec(Embedding, state["embedding"]), *layers, *head]
+        elif not spreads:
+            first, last = (
+                TiedLayerSpec("words", Embedding, state["embedding"], forward_fn=forward)
+                for forward in (None, WithHead.forward)
+            )
+            layers = [first, *layers, last]
+        loss_fn = None if spreads else self.loss
+        self.module = PipelineModule(layers, num_stages=case.stages, partition_method="type:Body", loss_fn=loss_fn)
+        grid = self.module.mpu()
         if spreads:
-            spread(engine, module.spread_head)
-        tokens, targets = (part.view(MICRO_BATCHES, BATCH, LENGTH) for part in window(replica))
-        means.append(None if spreads else token_mean(engine, targets))
-        loss = engine.train_batch(iter(list(zip(tokens, targets, strict=True))))
-        return {label(name, case): value for name, value in masters(engine).items()}, float(loss)
+            shard = VocabShard.split(VOCAB, grid.get_pipe_parallel_group())
+            rows = state["embedding" if case.tied else "head"][shard.start : shard.stop]
+            keywords = {"mean": partial(mean_of_pairs, group=grid.get_data_parallel_group()), "loss": loss_of_pair}
+            self.module.spread_head = SpreadHead(rows, shard, tied=case.tied, **keywords)
+        config = {
+            "train_micro_batch_size_per_gpu": BATCH,
+            "gradient_accumulation_steps": MICRO_BATCHES,
+            "gradient_clipping": 0.0,
+            "bf16": {"enabled": case.dtype == "bf16"},
+            "data_types": {"grad_accum_dtype": case.sums},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_optimization": {"stage": case.zero},
+            "steps_per_print": 10**6,
+        }
+        optimizer = torch.optim.SGD(self.module.parameters(), lr=LEARNING_RATE)
+        self.engine = deepspeed.initialize(model=self.module, optimizer=optimizer, config=config)[0]
+        tokens, targets = (part.view(MICRO_BATCHES, BATCH, LENGTH) for part in window(grid.get_data_parallel_rank()))
+        if spreads:
+            spread(self.engine, self.module.spread_head)
+            self.batches = [
+                (ids, (target, torch.ones(target.shape))) for ids, target in zip(tokens, targets, strict=True)
+            ]
+        else:
+            self.mean = token_mean(self.engine, list(targets))
+            self.batches = list(zip(tokens, targets, strict=True))
+
+    def loss(self, outputs: tuple[Tensor, Tensor], target: Tensor) -> Tensor:
+        return self.mean(linear_cross_entropy(*outputs, target, reduction="sum"))
+
+
+def mean_of_pairs(labels: list[tuple[Tensor, Tensor]], **keywords) -> TokenMean:
+    return TokenMean.over([target for target, _ in labels], weights=[weight for _, weight in labels], **keywords)
+
+
+def loss_of_pair(hidden: Tensor, weight: Tensor, target: Tensor, token_weight: Tensor, vocab: VocabShard) -> Tensor:
+    return linear_cross_entropy(hidden, weight, target, token_weight=token_weight, reduction="sum", vocab=vocab)
+
+
+def deepspeed_step(case: Case) -> tuple[dict[str, Part], list[float]]:
+    stage = DeepSpeedStage(case)
+    try:
+        losses = [stage.engine.eval_batch(iter(stage.batches)).item()] if case.head == "spread" else []
+        losses.append(stage.engine.train_batch(iter(stage.batches)).item())
+        return dict(part(name, value, stage, case) for name, value in masters(stage.engine).items()), losses
     finally:
-        end(engine)
+        end(stage.engine)
 
 
-def label(name: str, case: Case) -> str:
-    """What `initial` calls a parameter of the PipelineModule."""
+def part(name: str, value: Tensor, stage: DeepSpeedStage, case: Case) -> tuple[str, Part]:
+    """A parameter of the PipelineModule under the name that it has in `initial`."""
     first, _, _ = name.partition(".")
     if first == "spread_head":
-        return f"rows of {'embedding' if case.tied else 'head'}"
+        return "embedding" if case.tied else "head", (stage.module.spread_head.shard.start, value)
     if first == "tied_modules":
-        return "embedding"
+        return "embedding", (0, value)
     layer = int(first) - (not (case.tied and case.head == "spread"))  # the embedding is layer 0
-    return {-1: "embedding", DEPTH: "head"}.get(layer, f"body{layer}")
+    return {-1: "embedding", DEPTH: "head"}.get(layer, f"body{layer}"), (0, value)
+
+
+def torch_errors() -> dict[str, str]:
+    world, at = VocabShard.split(VOCAB), dist.get_rank()
+    rows, mean = torch.randn(world.rows, WIDTH), TokenMean.over
+    head = SpreadHead(rows, world, mean=mean)
+    stage = PipelineStage(nn.Identity(), at, RANKS, torch.device("cpu"))
+    reversed_stage = PipelineStage(nn.Identity(), RANKS - 1 - at, RANKS, torch.device("cpu"))
+    if head.is_last:
+        head.defer(torch.randn(2, WIDTH), torch.zeros(2, dtype=torch.int64))
+    return {
+        "losses": attempt(head.meet, 3),
+        "rows": attempt(SpreadHead, rows[1:], world, mean=mean),
+        "dtype": attempt(SpreadHead, rows.half(), world, mean=mean),
+        "shard": attempt(SpreadHead, rows, rows, mean=mean),
+        "input_grad": attempt(SpreadHead, rows, VocabShard.split(VOCAB, input_grad="partial"), mean=mean),
+        "mean": attempt(SpreadHead, rows, world, mean=1.0),
+        "loss": attempt(SpreadHead, rows, world, mean=mean, loss="sum"),
+        "tied": attempt(SpreadHead, rows, world, mean=mean, tied=1),
+        "head": attempt(SpreadGPipe, stage, 2, rows),
+        "keywords": attempt(SpreadGPipe, stage, 2, head, loss_fn=head.defer),
+        "order": attempt(SpreadGPipe, reversed_stage, 2, head),
+        "engine": attempt(spread, stage, head),
+    }
+
+
+def deepspeed_errors() -> dict[str, str]:
+    stage, world = DeepSpeedStage(DEEPSPEED[0]), VocabShard.split(VOCAB)
+    head = SpreadHead(torch.randn(world.rows, WIDTH), world, mean=TokenMean.over)
+    try:
+        found = {
+            "not a head": attempt(spread, stage.engine, stage),
+            "no submodule": attempt(spread, stage.engine, head),
+        }
+        stage.module.spread_head = head
+        return found | {"ranks": attempt(spread, stage.engine, head)}
+    finally:
+        end(stage.engine)
 
 
 def torch_cases(_rank: int, _ranks: int) -> dict:
-    return {case: attempt(torch_step, case) for case in TORCH}
+    return {case: attempt(torch_step, case) for case in TORCH} | torch_errors()
 
 
 def deepspeed_cases(_rank: int, _ranks: int) -> dict:
@@ -243,4 +302,4 @@ def deepspeed_cases(_rank: int, _ranks: int) -> dict:
 
     quiet_deepspeed()
     deepspeed.init_distributed(dist_backend="gloo")
-    return {case: attempt(deepspeed_step, case) for case in DEEPSPEED}
+    return {case: attempt(deepspeed_step, case) for case in DEEPSPEED} | deepspeed_errors()
