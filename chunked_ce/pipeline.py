@@ -107,8 +107,9 @@ class SpreadHead(nn.Module):
             raise ValueError(f"weight must be (stop - start = {shard.rows}, D), had shape {tuple(weight.shape)}")
         if weight.dtype == torch.float16:
             raise ValueError("weight must not be float16, whose loss scale would not reach the rows of all stages")
-        if shard.input_grad != "complete":
-            raise ValueError(f"shard must have input_grad='complete', had {shard.input_grad!r}")
+        if (shard.input_grad, shard.tokens) != ("complete", "same"):
+            had = f"{shard.input_grad!r} and {shard.tokens!r}"
+            raise ValueError(f"shard must have input_grad='complete' and tokens='same', had {had}")
         for name, value in (("mean", mean), ("loss", loss)):
             if not callable(value):
                 raise TypeError(f"{name} must be callable, was {described(value)}")

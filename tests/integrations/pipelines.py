@@ -272,11 +272,16 @@ def torch_errors() -> dict[str, str]:
         "mean": attempt(SpreadHead, rows, world, mean=1.0),
         "loss": attempt(SpreadHead, rows, world, mean=mean, loss="sum"),
         "tied": attempt(SpreadHead, rows, world, mean=mean, tied=1),
+        "not met": attempt(backward_alone, head),
         "head": attempt(SpreadGPipe, stage, 2, rows),
         "keywords": attempt(SpreadGPipe, stage, 2, head, loss_fn=head.defer),
         "order": attempt(SpreadGPipe, reversed_stage, 2, head),
         "engine": attempt(spread, stage, head),
     }
+
+
+def backward_alone(head: SpreadHead) -> None:
+    head.defer(torch.randn(2, WIDTH, requires_grad=True), torch.zeros(2, dtype=torch.int64)).backward()
 
 
 def deepspeed_errors() -> dict[str, str]:
