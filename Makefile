@@ -26,8 +26,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Four workers of one thread each for two cores: many tests wait for processes that they start.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 4 --dist loadfile --no-loadscope-reorder
+# Four workers of one thread each for two cores: many tests wait for processes that they start. Threads of a test that
+# asks for more sleep while they wait, and processes share the bytecode of what they import.
+PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -q -n 4 --dist loadfile --no-loadscope-reorder
 test: lint
 	$(PYTEST) -m "not thorough"
 

@@ -1,14 +1,17 @@
 """Values and gradients of random calls: `tests.fuzz`."""
 
+import pytest
+
 from tests.fuzz import Ratios, check, draw
 
 CASES = 2000  # `make fuzz` takes those that follow
 
 
-def test_random_cases():
+@pytest.mark.parametrize("cases", [1200, pytest.param(CASES, marks=pytest.mark.thorough)])
+def test_random_cases(cases):
     """Each within the rule, and all of a kind together no worse than the plain loss on average."""
     ratios, failures = Ratios(), []
-    for number in range(CASES):
+    for number in range(cases):
         case = draw(number)
         findings = check(case)
         ratios.add(case, findings)

@@ -321,7 +321,13 @@ def test_autocast(num_ids, size):
         assert one.dtype == torch.float32 and torch.equal(one.bfloat16(), other)
 
 
-@pytest.mark.parametrize(("num_ids", "size"), KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize(
+    ("num_ids", "size"),
+    [
+        pytest.param(*kind, id=name, marks=[pytest.mark.thorough] * (name in ("one id", "support")))
+        for name, kind in KINDS.items()
+    ],
+)
 def test_one_graph_for_all_token_counts(num_ids, size):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")

@@ -274,7 +274,9 @@ def test_modes_and_transforms(device):
     assert device.since() == (0, ["mask"])
 
 
-@pytest.mark.parametrize(("ignored", "waits"), [("auto", 0), ("mask", 0), ("drop", 2)])
+@pytest.mark.parametrize(
+    ("ignored", "waits"), [("auto", 0), ("drop", 2), pytest.param("mask", 0, marks=pytest.mark.thorough)]
+)
 @pytest.mark.parametrize("way", WAYS)
 def test_compiled(way, ignored, waits, device):
     """Compiled code masks; if it is to drop, each of its operators reads what it needs."""

@@ -168,7 +168,7 @@ def test_other_devices(capability):
     assert_runs_well(programs[1:], stores=True)
 
 
-@pytest.mark.parametrize("vocab", [1, 17, 300, 5000])
+@pytest.mark.parametrize("vocab", [1, 17, pytest.param(300, marks=pytest.mark.thorough), 5000])
 def test_other_vocabularies(vocab):
     """A number that is 1 is a constant of the kernel; rows may begin anywhere."""
     with launches() as programs:

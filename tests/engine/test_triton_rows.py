@@ -1,9 +1,11 @@
 """The Triton kernels in Triton's interpreter, which has to be switched on before triton is imported."""
 
+import collections
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,37 +19,39 @@ from tests.cases import problem
 pytest.importorskip("triton")
 
 
-def interpreted(file, chosen="not thorough"):
-    """What pytest says of the ``chosen`` tests of ``file`` in a process of its own."""
+FOLDER = Path(__file__).parent
+
+
+def interpreted(files, chosen="not thorough"):
+    """How many of the ``chosen`` tests of each of ``files`` pass, in one process for all of them."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", "-m", chosen, file]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert result.returncode == 0, result.stdout[-8000:] + result.stderr[-2000:]
-    return result.stdout
+    options = ["-q", "-x", "-rps", "-p", "no:cacheprovider", "-W", "ignore", "-o", "timeout=0", "-m", chosen]
+    command = [sys.executable, "-m", "pytest", *options, *(str(FOLDER / file) for file in files)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
+    passed = re.compile(r"^PASSED \S*/(\w+\.py)::.*\n", flags=re.MULTILINE)
+    said = passed.sub("", result.stdout)[-8000:] + result.stderr[-2000:]
+    assert result.returncode == 0 and "skipped" not in said, said
+    return collections.Counter(passed.findall(result.stdout))
 
 
-@pytest.mark.parametrize(
-    ("file", "least"),
-    [
-        ("kernel_cases.py", 45),
-        ("backend_cases.py", 50),
-        ("filter_cases.py", 55),
-        ("exponential_cases.py", 30),
-        ("product_cases.py", 14),
-    ],
-)
-def test_in_the_interpreter(file, least):
-    said = interpreted(os.path.join(os.path.dirname(__file__), file))
-    passed = re.search(r"(\d+) passed", said)
-    assert passed and int(passed[1]) >= least, said
-    assert "skipped" not in said, said
+@pytest.mark.timeout(2000)
+def test_in_the_interpreter():
+    least = {
+        "kernel_cases.py": 45,
+        "backend_cases.py": 50,
+        "filter_cases.py": 55,
+        "exponential_cases.py": 30,
+        "product_cases.py": 14,
+    }
+    passed = interpreted(least)
+    assert all(passed[file] >= number for file, number in least.items()), passed
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("file", ["kernel_cases.py", "backend_cases.py", "filter_cases.py"])
-def test_more_in_the_interpreter(file):
-    said = interpreted(os.path.join(os.path.dirname(__file__), file), "thorough")
-    assert re.search(r"\d+ passed", said), said
+@pytest.mark.timeout(2000)
+def test_more_in_the_interpreter():
+    files = {"kernel_cases.py", "backend_cases.py", "filter_cases.py"}
+    assert interpreted(files, "thorough").keys() == files
 
 
 @pytest.mark.parametrize(("dtype", "reason"), [(torch.float32, "not on 'cpu'"), (torch.float64, "torch.float64")])

@@ -117,8 +117,14 @@ def test_ranks(name, input_grad, ranks):
     run_threads(call, ranks)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        pytest.param(name, way, marks=[pytest.mark.thorough] * ((name == "policy") != (way == "backward")))
+        for name in NAMES
+        for way in WAYS
+    ],
+)
 def test_compiled(name, way):
     """One graph for all token counts but the first."""
     torch._dynamo.reset()
