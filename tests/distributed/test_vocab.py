@@ -4,8 +4,8 @@ import pytest
 
 from tests.distributed.covering import every_pair, pairs
 from tests.distributed.launch import run
-from tests.distributed.vocab_cases import DIMENSIONS, all_cases, cases, name
-from tests.distributed.vocab_worker import SITUATIONS, run_all
+from tests.distributed.vocab_cases import DIMENSIONS, MORE_ROUNDS, all_cases, cases, name
+from tests.distributed.vocab_worker import SITUATIONS, run_all, run_cases
 
 # Only a mean takes num_tokens.
 IMPOSSIBLE = {
@@ -39,6 +39,13 @@ def assert_no_error(errors, name: str):
 @pytest.mark.parametrize("case", [f"{function}-{name(case)}" for function, case in all_cases()])
 def test_equals_the_reference(errors, case):
     assert_no_error(errors, case)
+
+
+@pytest.mark.thorough
+def test_more_cases_equal_the_reference():
+    errors = run(run_cases, 4, MORE_ROUNDS)
+    for function, case in all_cases(MORE_ROUNDS):
+        assert_no_error(errors, f"{function}-{name(case)}")
 
 
 @pytest.mark.parametrize("situation", [name for name in SITUATIONS if name not in NAMED])

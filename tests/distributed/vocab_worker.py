@@ -40,15 +40,21 @@ UNEVEN = (40, 1, 0, 60)
 EVEN = (26, 25, 25, 25)
 
 
-def run_all(rank: int, world_size: int) -> dict[str, str | None]:
-    """The error of this rank, or None, by name of case and situation."""
+def run_cases(rank: int, world_size: int, rounds: tuple[int, ...]) -> dict[str, str | None]:
+    """The error of this rank, or None, by name of case."""
     # Groups whose ranks have other numbers than in the whole world.
     groups = {2: dist.new_group([2, 3]), 3: dist.new_group([1, 2, 3]), 4: dist.group.WORLD}
     found = {}
-    for seed, (function, case) in enumerate(vocab_cases.all_cases()):
+    for seed, (function, case) in enumerate(vocab_cases.all_cases(rounds)):
         if rank >= world_size - case["ranks"]:
             group = groups[case["ranks"]]
             found[f"{function}-{vocab_cases.name(case)}"] = _error(vocab_cases.check, function, case, group, seed)
+    return found
+
+
+def run_all(rank: int, world_size: int) -> dict[str, str | None]:
+    """The error of this rank, or None, by name of case and situation."""
+    found = run_cases(rank, world_size, vocab_cases.ROUNDS)
     for name, situation in SITUATIONS.items():
         dist.barrier()
         found[name] = _error(situation)

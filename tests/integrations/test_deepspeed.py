@@ -3,8 +3,6 @@
 import gc
 import importlib.util
 import logging
-import subprocess
-import sys
 import traceback
 from typing import NamedTuple
 
@@ -354,8 +352,3 @@ def test_backward_outside_of_the_gather_says_that_the_head_is_gone(results, grad
 def test_only_an_engine_will_do(engine):
     with pytest.raises(TypeError, match=r"engine must be what deepspeed\.initialize returned, was a "):
         token_mean(engine, [torch.tensor([1])])
-
-
-def test_import_does_not_import_deepspeed():
-    code = "import sys, chunked_ce.integrations.deepspeed; sys.exit('deepspeed' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
