@@ -1,7 +1,6 @@
 """`chunked-ce plan`'s prediction beside what processes take, one rank and two: within a tenth."""
 
 import itertools
-import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
@@ -19,7 +18,7 @@ from chunked_ce.cli import memory
 from chunked_ce.objectives import TopKDivergence
 from chunked_ce.plan import predict_memory
 from chunked_ce.sharded.costs import predict_sharded_memory
-from tests.distributed.launch import run
+from tests.distributed.launch import SERVER, run
 
 NOT_HERE = memory.why_not_measured("cpu")
 ALLOCATOR = 4 * 2**20  # bytes that the C allocator holds besides, now and then
@@ -110,8 +109,8 @@ def other_peak(name, dtype, way):
     ],
 )
 def test_other_losses_take_what_the_law_says(name, dtype, way):
-    """Each in a fresh process: in a used one, memory that was freed before hides some of it."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    """Each in a process of its own: in a used one, memory that was freed before hides some of it."""
+    with ProcessPoolExecutor(1, mp_context=SERVER) as pool:
         peak = pool.submit(other_peak, name, dtype, way).result()
     law = predict_memory(N, 2 * V, D, dtype=dtype, options=ChunkOptions(gradients=way), **OTHERS[name])
     assert peak == pytest.approx(law.peak, rel=0.1)
