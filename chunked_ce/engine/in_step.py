@@ -27,9 +27,8 @@ from chunked_ce.engine.windows import windows_of
 from chunked_ce.parallel.collectives import Collectives
 from chunked_ce.rows.statistics import RowStatistics, num_columns, passes_of, work_dtype
 
-__all__ = ["factors", "gathered_gradients", "gathered_logits", "gradients", "loss_and_gradients", "statistics"]
+__all__ = ["gathered_gradients", "gathered_logits", "gradients", "loss_and_gradients", "statistics"]
 
-UPSTREAM = "chunked_ce: the all-gather of upstream gradients"
 _Result = TypeVar("_Result")
 
 
@@ -115,12 +114,6 @@ def gathered_gradients(call: Call, upstream: Tensor) -> list[Tensor | None]:
 
     steps, given = lambda sized: _Chunks(sized).steps(reduces=True), upstream / _divisor(call)
     return _with_tokens("gradients at ids", call, steps, work, given, ids=call.per_token)
-
-
-def factors(call: Call, factor: Tensor) -> Tensor:
-    """The factor () of every rank's loss, (R,): their upstream gradients, where ranks have tokens of their own."""
-    collectives = Collectives(call.specification.shard.group_name)
-    return collectives.all_gather(factor.reshape(1), UPSTREAM).wait().view(-1)
 
 
 def _with_tokens(

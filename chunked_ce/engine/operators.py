@@ -5,12 +5,12 @@ operations, the same functions are called without the dispatcher, which takes as
 derivatives go through `chunked_ce.engine.plain`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from chunked_ce import devices
 from chunked_ce.devices import unrounded
 from chunked_ce.engine import in_step, plain, sweep
 from chunked_ce.engine.accumulation import destination, leaf_to_keep
@@ -23,6 +23,7 @@ from chunked_ce.engine.gradient_products import TargetGradients
 from chunked_ce.engine.head_gradients import HIDDEN_PARTS
 from chunked_ce.engine.released_parameters import check_head_still_there
 from chunked_ce.engine.specification import decoded, encoded
+from chunked_ce.engine.token_shards import upstream_of_ranks
 from chunked_ce.engine.totals import keeps_targets
 from chunked_ce.rows.backend import row_kernels
 from chunked_ce.rows.statistics import STATISTICS, RowStatistics, work_dtype, zero_statistics
@@ -343,12 +344,16 @@ def _of_own_tokens(
 ) -> list[Tensor | None]:
     """The gradients where each rank has tokens of its own: the loss of each has its own upstream gradient.
 
-    Where these differ, the sums over all ranks' tokens have no common factor, and are computed again.
+    Where these differ, the sums over all ranks' tokens have no common factor: they are computed again, with the
+    upstream gradients in the coefficients of the tokens.
     """
-    factors = devices.read(in_step.factors(call, grad))
-    if not (factors == factors[0]).all() and not factors.isnan().all():
-        del totals
-        return _unprepared_gradients(call, grad, needed)
+    factors = upstream_of_ranks(call, grad)
+    if any(factor != factors[0] for factor in factors) and not all(map(math.isnan, factors)):
+        per_token = call.per_token
+        call = call.with_per_token(per_token | {"_coefficient": per_token["_coefficient"] * grad}, needed=tuple(needed))
+        with no_autocast(call.target.device):
+            _, totals, _, _ = in_step.loss_and_gradients(call)
+        grad = torch.ones_like(grad)
     of_head, backend = grad / len(factors), call.specification.settings.backend
     grads = []
     for part, total, tensor, need in zip(call.specification.parts, totals, call.tensors, needed, strict=True):

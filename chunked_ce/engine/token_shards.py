@@ -24,9 +24,10 @@ from chunked_ce.parallel.collectives import Collectives
 from chunked_ce.parallel.vocab import check_facts
 from chunked_ce.rows.statistics import RowStatistics
 
-__all__ = ["TOKENS", "JoinedCall", "OwnTokens", "joined_sequence", "sequence_call"]
+__all__ = ["TOKENS", "JoinedCall", "OwnTokens", "joined_sequence", "sequence_call", "upstream_of_ranks"]
 
 TOKENS = "chunked_ce: the all-gather of tokens"
+UPSTREAM = "chunked_ce: the all-gather of upstream gradients"
 
 
 class JoinedCall(NamedTuple):
@@ -97,15 +98,13 @@ class OwnTokens:
             failure = error
         self._columns = columns
         self._widths = [column.shape[1] for column in columns]
-        facts = _facts(work, call, self._tensors)
-        numbers = [int(failure is not None), len(columns[0]) if columns else 0, call.start, call.start + call.rows]
-        found = self._ranks.gather_numbers([*numbers, crc32(repr(facts).encode())], call.target.device, TOKENS)
+        size = len(columns[0]) if columns else 0
+        numbers = torch.tensor([failure is not None, size, call.start, call.start + call.rows])
+        found = _exchanged(numbers.to(call.target.device), _facts(work, call, self._tensors), TOKENS, self._ranks)
         if any(failed for failed, *_ in found):
             self._ranks.raise_together(failure)
-        if len({checksum for *_, checksum in found}) > 1:
-            check_facts(self._ranks.gather_objects(facts))
-        self.sizes = tuple(number for _, number, *_ in found)
-        self.call = _sized(call, self.sizes, tuple((start, stop) for *_, start, stop, _ in found))
+        self.sizes = tuple(size for _, size, *_ in found)
+        self.call = _sized(call, self.sizes, tuple((start, stop) for *_, start, stop in found))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -148,6 +147,25 @@ def _sizes(call: Call, kept: Places | None) -> tuple[int, ...]:
         return (share,) * ranks
     bounds = torch.searchsorted(kept.on_host, share * torch.arange(ranks + 1)).tolist()
     return tuple(stop - start for start, stop in itertools.pairwise(bounds))
+
+
+def upstream_of_ranks(call: Call, upstream: Tensor) -> list[float]:
+    """The upstream gradient () of every rank's loss, where ranks have tokens of their own."""
+    ranks = Collectives(call.specification.shard.group_name)
+    bits = upstream.detach().double().reshape(1).view(torch.int64)
+    facts = _facts("the backward of a loss that has its gradients", call, [])
+    found = _exchanged(torch.cat([bits, bits.new_zeros(3)]), facts, UPSTREAM, ranks)
+    return torch.tensor([first for first, *_ in found]).view(torch.float64).tolist()
+
+
+def _exchanged(numbers: Tensor, facts: dict[str, Any], what: str, ranks: Collectives) -> list[list[int]]:
+    """Four ``numbers`` of every rank, in the collective with which each pass begins on ranks that have tokens of their
+    own: an error on all of them if the ``facts`` of one differ, so that a pass meets no other."""
+    checksum = torch.tensor([crc32(repr(facts).encode())], device=numbers.device)
+    found = ranks.gather_numbers(torch.cat([numbers, checksum]), what)
+    if len({checksum for *_, checksum in found}) > 1:
+        check_facts(ranks.gather_objects(facts))
+    return [of_rank for *of_rank, _ in found]
 
 
 def _facts(work: str, call: Call, per_token: list[Tensor]) -> dict[str, Any]:

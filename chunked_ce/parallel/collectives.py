@@ -92,12 +92,11 @@ class Collectives:
             raise _broken(what, error) from error
         return Pending(mine, work, what)
 
-    def gather_numbers(self, numbers: list[int], device: torch.device, what: str) -> list[list[int]]:
-        """Every rank's integers, as many on each; the host waits for them."""
-        mine = torch.tensor(numbers, device=device)
-        gathered = mine.new_empty(self.size * len(numbers))
+    def gather_numbers(self, numbers: Tensor, what: str) -> list[list[int]]:
+        """Every rank's integers (n,), as many on each; the host waits for them."""
+        gathered = numbers.new_empty(self.size * len(numbers))
         try:
-            all_gather_single(gathered, mine, group=self._group)
+            all_gather_single(gathered, numbers, group=self._group)
         except RuntimeError as error:
             raise _broken(what, error) from error
         return gathered.view(self.size, -1).tolist()

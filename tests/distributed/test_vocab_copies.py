@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from chunked_ce import LinearCrossEntropyLoss, LMHead, VocabShard
 from tests.distributed.launch import run
 
-FIELDS = ("start", "stop", "total", "input_grad", "reduce_dtype", "check", "padded_rows")
+FIELDS = ("start", "stop", "total", "input_grad", "reduce_dtype", "check", "padded_rows", "tokens")
 
 
 @pytest.fixture
@@ -45,10 +45,10 @@ COPIES = {"copy": copy.copy, "deepcopy": copy.deepcopy, "pickle": pickled, "torc
 
 @pytest.mark.parametrize("how", COPIES)
 def test_of_a_shard(world, how):
-    shard = new_shard()
-    found = COPIES[how](shard)
-    assert found.group is world
-    assert [getattr(found, name) for name in FIELDS] == [getattr(shard, name) for name in FIELDS]
+    for shard in (new_shard(), VocabShard(None, 0, 5, 5, tokens="own")):
+        found = COPIES[how](shard)
+        assert found.group is world
+        assert [getattr(found, name) for name in FIELDS] == [getattr(shard, name) for name in FIELDS]
 
 
 @pytest.mark.parametrize("how", [how for how in COPIES if how != "copy"])

@@ -14,6 +14,7 @@ from tests.distributed.threads import run_threads
 
 RANKS = 64
 VOCAB, HIDDEN, TOKENS, CHUNK = 500, 8, 192, 128  # the last of 63 shards of 8 rows holds 4, the 64th none
+OWN = (0, 5, 4, 3) * 16  # tokens of each rank, where these are its own
 
 
 class Case(NamedTuple):
@@ -42,6 +43,13 @@ CASES = [
         for at in ("complete", "sequence")
         for reduce_dtype in (None, torch.bfloat16)
     ),
+    *(
+        Case(way=way, input_grad="own", smoothing=smoothing)
+        for way in ("forward", "backward")
+        for smoothing in (False, True)
+    ),
+    Case(input_grad="own", dtype=torch.bfloat16, train_input=False),
+    Case("logprobs", "backward", input_grad="own"),
     *(Case(input_grad=at, train_input=False) for at in ("complete", "sequence")),
     Case("logprobs", "backward"),
     Case("logprobs", "backward", stats=True),
@@ -58,10 +66,10 @@ def class_weights(case: Case):
     return torch.linspace(0.5, 1.5, VOCAB) if case.weight else None
 
 
-def parts_of_chunks(counted: torch.Tensor) -> list[list[int]]:
-    """The counted tokens of each rank in each chunk of a sequence: the fewest chunks that are small enough, and as many
-    tokens of a rank in each chunk as it has, divided by the number of chunks."""
-    sizes = counted.view(RANKS, -1).sum(1).tolist()
+def parts_of_chunks(sizes: list[int]) -> list[list[int]]:
+    """The tokens of each rank in each chunk, where ranks with ``sizes`` counted tokens have hidden states of their own:
+    the fewest chunks that are small enough, and as many tokens of a rank in each chunk as it has, divided by their
+    number."""
     number = next(n for n in itertools.count(1) if sum(math.ceil(size / n) for size in sizes) <= CHUNK)
     ends = [[min(size, math.ceil(size / number) * at) for size in sizes] for at in range(number + 1)]
     parts = [[stop - start for start, stop in zip(*pair, strict=True)] for pair in itertools.pairwise(ends)]
@@ -72,13 +80,17 @@ def expected_collectives(case: Case) -> list[Collective]:
     """The formula of docs/distributed.md, what each rank puts in.
 
     Per chunk one all-gather of statistics and one reduction of the hidden gradient (one for all tokens in the backward
-    way); with sequence shards also an all-gather of hidden states for each time a chunk's logits are formed, as many as
-    the rank with the most tokens in the chunk has. Tokens that do not count take no part, but in the one reduction.
+    way); where ranks have hidden states of their own, also an all-gather of these for each time a chunk's logits are
+    formed, as many as the rank with the most tokens in the chunk has. Tokens that do not count take no part, but in the
+    one reduction. Where all else is the rank's own too, a forward and a backward begin with five numbers of each rank
+    and the bytes of its tokens; that of a forward with gradients has the numbers alone.
     """
     counts = the_problem(case).target != -100
-    sequence = case.input_grad == "sequence" and case.function != "logits"
+    own = case.input_grad == "own"
+    sequence = (own or case.input_grad == "sequence") and case.function != "logits"
     number = int(counts.sum())
-    parts = parts_of_chunks(counts) if sequence else [[min(CHUNK, number - at)] for at in range(0, number, CHUNK)]
+    sizes = [int(part.sum()) for part in counts.split(OWN if own else TOKENS // RANKS)]
+    parts = parts_of_chunks(sizes) if sequence else [[min(CHUNK, number - at)] for at in range(0, number, CHUNK)]
     if case.function == "logits":
         parts = [[number]]
     columns = 3 + 2 * case.smoothing + case.stats + (case.stats and case.function != "logprobs")
@@ -96,7 +108,12 @@ def expected_collectives(case: Case) -> list[Collective]:
         reductions = [Collective(REDUCE, TOKENS * HIDDEN * reduced)]
     again = gathers if case.way == "backward" else []
     weights = [Collective(GATHER, 8 * 4)] if case.weight else []  # of the largest shard
-    return weights + gathers + statistics + reductions + again
+    # Target and coefficient; or the target, in the backward with three statistics and two slopes or more.
+    of_tokens = [16] if case.way == "forward" else [8, 8 + 4 * (5 + case.smoothing)]
+    tokens = [Collective(GATHER, size) for width in of_tokens for size in (5 * 8, max(sizes) * width)]
+    upstream = [Collective(GATHER, 5 * 8)] if case.way == "forward" else []
+    of_own = tokens + upstream if own else []
+    return weights + of_own + gathers + statistics + reductions + again
 
 
 def call(case: Case, hidden, head, target, weight, vocab=None):
@@ -121,16 +138,23 @@ def call(case: Case, hidden, head, target, weight, vocab=None):
 
 def one_call(rank: int, case: Case, collectives) -> tuple:
     whole = the_problem(case)
-    vocab = VocabShard.split(
-        VOCAB, input_grad=case.input_grad, reduce_dtype=case.reduce_dtype, check=case.check, padded=512
-    )
+    own = case.input_grad == "own"
+    of_tokens = {"tokens": "own"} if own else {"input_grad": case.input_grad}
+    vocab = VocabShard.split(VOCAB, reduce_dtype=case.reduce_dtype, check=case.check, padded=512, **of_tokens)
     words = slice(vocab.start, vocab.stop)
     share = TOKENS // RANKS
     tokens = slice(rank * share, rank * share + share) if case.input_grad == "sequence" else slice(None)
+    tokens = slice(sum(OWN[:rank]), sum(OWN[: rank + 1])) if own else tokens
     hidden = whole.hidden.detach()[tokens].clone().requires_grad_(case.train_input)
     head = whole.head.detach()[words].clone().requires_grad_()
     weight = class_weights(case)
-    arguments = hidden, head, whole.target, None if weight is None else weight[words], vocab
+    arguments = (
+        hidden,
+        head,
+        whole.target[tokens] if own else whole.target,
+        None if weight is None else weight[words],
+        vocab,
+    )
     if case.check == "first":
         call(case, *arguments)
     before = len(collectives())
@@ -168,21 +192,23 @@ def test_value_and_gradients_are_those_of_one_process(results, case):
     exact = expected.logprob, expected.logprob_scale
     if of == "loss":
         exact = expected.reduce("sum")
-    for of_rank in results:
-        assert torch.equal(of_rank[case][0], results[0][case][0])
-    value = results[0][case][0]
+    values, own = [of_rank[case][0] for of_rank in results], case.input_grad == "own"
+    assert own or all(torch.equal(value, values[0]) for value in values)
+    value = (sum(values) if of == "loss" else torch.cat(values)) if own else values[0]
     assert_close(value, *exact, case.dtype)
     if case.function == "logits":
         return
-    upstream = array(random_like(value)) * (expected.coefficient("sum") if of == "loss" else 1)
+    upstream = torch.cat([random_like(value) for value in values]) if own and of == "logprob" else random_like(value)
+    upstream = array(upstream) * (expected.coefficient("sum") if of == "loss" else 1)
     (hidden, hidden_scale), (head, head_scale), _ = expected.gradients(
         of, array(whole.hidden), array(whole.head), upstream
     )
+    head, head_scale = (part / (RANKS if own else 1) for part in (head, head_scale))
     assert_close(torch.cat([of_rank[case][1][-1] for of_rank in results]), head, head_scale, case.dtype, "head")
     if not case.train_input:
         return
     found = [of_rank[case][1][0] for of_rank in results]
-    if case.input_grad == "sequence":
+    if case.input_grad in ("sequence", "own"):
         found = [torch.cat(found)]
     elif case.input_grad == "partial":
         found = [sum(found)]

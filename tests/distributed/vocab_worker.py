@@ -14,9 +14,11 @@ import torch.distributed as dist
 from chunked_ce import (
     ChunkOptions,
     LinearCrossEntropyLoss,
+    Teacher,
     VocabShard,
     cross_entropy,
     linear_cross_entropy,
+    linear_divergence,
     linear_logprobs,
 )
 from tests.cases import (
@@ -404,6 +406,43 @@ def compiled():
         assert_equal(*gradients)
 
 
+def compiled_with_tokens_of_each_ranks_own():
+    """In one graph for any number of tokens; upstream gradients that differ are computed again inside the operator."""
+    rank, whole = dist.get_rank(), problem(12, 5, sum(EVEN), seed=dist.get_rank())
+    leaves, vocab, _, _ = sharded(problem(12, 5, sum(EVEN)), EVEN, tokens="own")
+
+    def loss(hidden, head, target):
+        return linear_cross_entropy(hidden, head, target, vocab=vocab, options=chunks(5))
+
+    torch._dynamo.reset()
+    graph = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens, upstream in ((12, 1.0), (12, 1.0 + rank), (9 - 3 * rank, 1.0), (6 - rank, 1.0)):
+        wanted = [whole.hidden.detach()[:tokens].clone().requires_grad_(), leaves["head"]]
+        values = [function(*wanted, whole.target[:tokens]) for function in (loss, graph)]
+        expected, found = (torch.autograd.grad(value * upstream, wanted) for value in values)
+        assert torch.equal(*values)
+        assert_equal(found, expected)
+
+
+def teachers_of_each_ranks_own_tokens():
+    """Real groups exchange the columns of a teacher's logits in any dtype, with ranks that have no token or no row."""
+    rank, sizes = dist.get_rank(), (7, 0, 1, 4)
+    for dtype, kind in itertools.product((torch.float32, torch.bfloat16), ("head", "logits")):
+        case = problem(sizes[rank], 5, sum(UNEVEN), dtype=dtype, ignored=0.2, seed=rank)
+        head, other = (problem(1, 5, sum(UNEVEN), dtype=dtype, seed=seed).head.detach() for seed in (10, 11))
+        hidden = case.hidden.detach()
+        teacher = Teacher(hidden, other) if kind == "head" else Teacher(logits=hidden @ other.t())
+        _, vocab, words, _ = sharded(case, UNEVEN, tokens="own")
+        for way in WAYS:
+            keywords = {"target": case.target, "beta": 0.4, "options": chunks(4, way)}
+            found = linear_divergence(case.hidden, head[words], teacher, vocab=vocab, **keywords)
+            expected = linear_divergence(case.hidden, head, teacher, **keywords)
+            gradients = [torch.autograd.grad(value, case.hidden)[0] for value in (found, expected)]
+            close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-3}
+            torch.testing.assert_close(found, expected, **close)
+            torch.testing.assert_close(*gradients, **close)
+
+
 def second_derivatives_are_refused():
     case = problem(24, 5, sum(EVEN))
     for reduction, way in REDUCTIONS_AND_WAYS:
@@ -472,6 +511,8 @@ SITUATIONS = {
         as_a_module,
         logits_with_the_shard_of_a_sequence_parallel_head,
         compiled,
+        compiled_with_tokens_of_each_ranks_own,
+        teachers_of_each_ranks_own_tokens,
         second_derivatives_are_refused,
         transforms_are_refused,
         chunks_without_a_token_that_counts,
