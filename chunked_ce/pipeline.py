@@ -136,10 +136,12 @@ class SpreadHead(nn.Module):
 
         Args:
             tokens: on the first stage, of each micro-batch: int32 or int64 (...).
+
+        Raises:
+            ValueError: on every stage, if the first one's tokens are not integers or, on the CPU, not in [0, V).
         """
-        for of_batch in tokens or ():
-            check_tensor("tokens", of_batch, INDICES)
-        self._tokens, embedded = list(self._broadcast(tokens, source=0)), []
+        problem = self._token_problem(tokens) if self.is_first else None
+        self._tokens, embedded = list(self._broadcast(tokens, source=0, problem=problem)), []
         for of_batch in self._tokens:
             part = self.weight.new_zeros(*of_batch.shape, self.weight.shape[1])
             if self.shard.rows:
@@ -196,7 +198,9 @@ class SpreadHead(nn.Module):
         if rows is None:
             return
         if self.tied:
-            for of_batch, part in zip(tokens, self._broadcast(embedded, source=0), strict=True):
+            lost = self.is_first and any(gradient is None for gradient in embedded)
+            problem = "the first stage's module gave its embedded tokens no gradient" if lost else None
+            for of_batch, part in zip(tokens, self._broadcast(embedded, source=0, problem=problem), strict=True):
                 if self.shard.rows:
                     at, held = self._held(of_batch)
                     rows.index_add_(0, at.flatten(), (part * held[..., None]).flatten(0, -2))
@@ -207,30 +211,41 @@ class SpreadHead(nn.Module):
         held = (self.shard.start <= tokens) & (tokens < self.shard.stop)
         return torch.where(held, tokens - self.shard.start, 0), held
 
+    def _token_problem(self, tokens: Sequence[Tensor]) -> str | None:
+        for of_batch in tokens:
+            try:
+                check_tensor("tokens", of_batch, INDICES)
+            except (TypeError, ValueError) as error:
+                return str(error)
+            inside = (of_batch >= 0) & (of_batch < self.shard.total)
+            if of_batch.device.type == "cpu" and not inside.all():
+                return f"tokens must be in [0, {self.shard.total}), held {of_batch[~inside][0].item()}"
+        return None
+
     def _broadcast_labels(self, deferred: list[DeferredLoss], micro_batches: int) -> list[Labels]:
         labels = [one.labels if isinstance(one.labels, tuple) else (one.labels,) for one in deferred]
         problem = f"the step has {micro_batches} micro-batches, but the last stage deferred {len(deferred)} losses"
-        tuples = any(isinstance(one.labels, tuple) for one in deferred)
-        header = (None if len(deferred) == micro_batches else problem, tuples, [len(of_batch) for of_batch in labels])
-        problem, tuples, lengths = self._announce(header, source=self.shard.size - 1)
-        if problem is not None:
-            raise ValueError(problem)
-        flat = [tensor for of_batch in labels for tensor in of_batch]
-        arriving = self._broadcast(flat, source=self.shard.size - 1)
+        structure = any(isinstance(one.labels, tuple) for one in deferred), [len(of_batch) for of_batch in labels]
+        last = self.shard.size - 1
+        tuples, lengths = self._announce(structure, last, problem if len(deferred) != micro_batches else None)
+        arriving = self._broadcast([tensor for of_batch in labels for tensor in of_batch], last)
         labels = [tuple(itertools.islice(arriving, length)) for length in lengths]
         return labels if tuples else [target for (target,) in labels]
 
-    def _announce(self, value: Any, source: int) -> Any:
-        """The value of the stage ``source``, on every stage."""
-        values = [value]
-        dist.broadcast_object_list(values, group_src=source, group=self.shard.group)
-        return values[0]
+    def _announce(self, value: Any, source: int, problem: str | None = None) -> Any:
+        """The value of the stage ``source``, on every stage; a ``problem`` of it is a ValueError on every stage."""
+        announced = [(value, problem)]
+        dist.broadcast_object_list(announced, group_src=source, group=self.shard.group)
+        value, problem = announced[0]
+        if problem is not None:
+            raise ValueError(problem)
+        return value
 
-    def _broadcast(self, tensors: Sequence[Tensor] | None, source: int) -> Iterator[Tensor]:
+    def _broadcast(self, tensors: Sequence[Tensor] | None, source: int, problem: str | None = None) -> Iterator[Tensor]:
         """The ``tensors`` of the stage ``source``, one after another on every stage; the next one travels meanwhile."""
         is_source = dist.get_rank(self.shard.group) == source
-        kinds = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors] if is_source else None
-        kinds = self._announce(kinds, source)
+        sends = is_source and problem is None
+        kinds = self._announce([(tuple(one.shape), one.dtype) for one in tensors] if sends else None, source, problem)
 
         def started(at: int) -> tuple[Tensor, dist.Work] | None:
             if at == len(kinds):

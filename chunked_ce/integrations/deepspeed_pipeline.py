@@ -103,8 +103,7 @@ class _Step:
                 inputs[at] = embedded.requires_grad_()
 
     def meet(self, micro_batches: int) -> None:
-        steps = self.engine.gradient_accumulation_steps()  # the engine divides losses by it
-        self._deferred = self.head.meet(micro_batches, scale=steps)
+        self._deferred = self.head.meet(micro_batches, scale=micro_batches)  # the engine divides losses by it
         if self._deferred:
             self.engine.total_loss = sum(one.loss.detach() for one in self._deferred)
 

@@ -272,6 +272,8 @@ def torch_errors() -> dict[str, str]:
         "mean": attempt(SpreadHead, rows, world, mean=1.0),
         "loss": attempt(SpreadHead, rows, world, mean=mean, loss="sum"),
         "tied": attempt(SpreadHead, rows, world, mean=mean, tied=1),
+        "tokens": attempt(head.embed, [torch.tensor([3, VOCAB])]),
+        "dtype of tokens": attempt(head.embed, [torch.ones(2)]),
         "not met": attempt(backward_alone, head),
         "head": attempt(SpreadGPipe, stage, 2, rows),
         "keywords": attempt(SpreadGPipe, stage, 2, head, loss_fn=head.defer),

@@ -19,6 +19,8 @@ ERRORS = {
     "mean": "TypeError: mean must be callable, was 1.0",
     "loss": "TypeError: loss must be callable, was 'sum'",
     "tied": "TypeError: tied must be ",
+    "tokens": "ValueError: tokens must be in [0, 61), held 61",
+    "dtype of tokens": "ValueError: tokens must be int32 or int64",
     "not met": "RuntimeError: a spread head's loss has no gradient before all stages have met",
     "head": "TypeError: head must be a SpreadHead, was Tensor",
     "order": "ValueError: head must be spread over the stages in their order, but stage ",
