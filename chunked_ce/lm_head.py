@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.utils.parametrize import is_parametrized
 
-from chunked_ce.arguments import described
 from chunked_ce.checks import check_layer
 from chunked_ce.integrations.deepspeed_initialize import follow_deepspeed
 from chunked_ce.integrations.trainer import follow_trainer
@@ -29,6 +28,7 @@ from chunked_ce.lazy.colwise import (
 from chunked_ce.lazy.head import LazyHead, Settings
 from chunked_ce.lazy.layout import Layout
 from chunked_ce.lazy.logits import LazyLogits
+from chunked_ce.lazy.output_embeddings import AUTOTP, check_model, output_embeddings
 from chunked_ce.lazy.source import Call, user_stacklevel
 from chunked_ce.parallel.dtensors import is_dtensor
 from chunked_ce.sharded.ddp import check_not_averaged
@@ -49,12 +49,6 @@ Model = TypeVar("Model", bound=nn.Module)
 # Their hooks gather and release a module's parameters, and so belong around the loss as well as around the logits.
 _ENGINES = ("deepspeed.", "torch.distributed.fsdp.")
 _FEATURES = ("in_features", "out_features")
-
-_AUTOTP = (
-    "Losses are taken in chunks from a VocabParallelLinear (vocab_parallel_lm_head of tensor_parallel in DeepSpeed's "
-    "configuration), from a column-parallel head that gathers its output, and from a head that AutoTP leaves alone (a "
-    "partition_config that has no spec for it, or one that skips it)"
-)
 
 
 class LMHead(LazyHead):
@@ -111,7 +105,7 @@ class LMHead(LazyHead):
 
         Only the module's class changes. It stays the same object, with its parameters, its hooks and its places in the
         model, so that tied weights stay tied. The output embedding is the module named ``module``; else the one that
-        ``get_output_embeddings()`` returns; else ``model`` itself if it is an ``nn.Linear``; else the only
+        ``getoutput_embeddings()`` returns; else ``model`` itself if it is an ``nn.Linear``; else the only
         ``nn.Linear`` as wide as the model's largest embedding. Tensor parallelism may shard it over the vocabulary,
         before or after: ``ColwiseParallel`` of torch or Transformers, or DeepSpeed's AutoTP.
 
@@ -128,7 +122,7 @@ class LMHead(LazyHead):
         >>> type(model[1]), type(LMHead.unwrap(model)[1])
         (<class 'chunked_ce.lm_head.LMHead'>, <class 'torch.nn.modules.linear.Linear'>)
         """
-        heads = _output_embeddings(model, module)
+        heads = output_embeddings(model, module)
         for linear in heads:
             _check_wrappable(linear)
         settings = Settings(**keywords)
@@ -200,7 +194,7 @@ class LMHead(LazyHead):
 
         Undoes `shard` too: every rank of the group calls it, and has the whole parameters then.
         """
-        _check_model(model)
+        check_model(model)
         for module in unshard_parameters(model):
             if isinstance(module, LMHead):
                 module._settings = module._settings.replaced(vocab=None)
@@ -315,24 +309,11 @@ class LMHead(LazyHead):
             yield from getattr(nn.modules.module, f"_global_{kind}").values()
 
 
-def _output_embeddings(model: nn.Module, name: str | None) -> list[nn.Linear]:
-    """The linear layers that make the logits; several where an adapter library keeps copies of one."""
-    _check_model(model)
-    if name is not None:
-        return _linears_of(_named(model, name))
-    for candidate in model.modules():
-        method = getattr(candidate, "get_output_embeddings", None)
-        found = method() if callable(method) else None
-        if isinstance(found, nn.Module):
-            return _linears_of(found)
-    return [model if isinstance(model, nn.Linear) else _as_wide_as_the_vocabulary(model)]
-
-
 def _heads_to_shard(model: nn.Module, name: str | None, keywords: dict[str, Any]) -> dict[nn.Linear, Settings]:
     """The linear layers that make the logits, with the settings that they will have but for the ranks."""
     if "vocab" in keywords:
         raise TypeError("vocab is not a keyword of LMHead.shard, which makes it from group_or_mesh")
-    heads = _output_embeddings(model, name)
+    heads = output_embeddings(model, name)
     for linear in heads:
         if shardings_of(linear):
             raise ValueError("the output embedding is sharded already: LMHead.unwrap(model) undoes LMHead.shard")
@@ -351,51 +332,6 @@ def _heads_to_shard(model: nn.Module, name: str | None, keywords: dict[str, Any]
         linear: (linear._settings if isinstance(linear, LMHead) else Settings()).replaced(**keywords)
         for linear in heads
     }
-
-
-def _named(model: nn.Module, name: str) -> nn.Module:
-    if not isinstance(name, str):
-        raise TypeError(f"module must be None or the name of a module of the model, was {described(name)}")
-    try:
-        return model.get_submodule(name)
-    except AttributeError as error:
-        raise ValueError(f"module must name a module of the model, was {name!r}") from error
-
-
-def _as_wide_as_the_vocabulary(model: nn.Module) -> nn.Linear:
-    """The only linear layer with as many outputs as the largest embedding has entries."""
-    modules = dict(model.named_modules())
-    width = max((one.num_embeddings for one in modules.values() if isinstance(one, nn.Embedding)), default=None)
-    fitting = {name: one for name, one in modules.items() if isinstance(one, nn.Linear) and one.out_features == width}
-    if len(fitting) != 1:
-        has_autotp = any(map(is_autotp, modules.values()))
-        raise ValueError(
-            f"no output embedding found: the model has no get_output_embeddings(), and {len(fitting)} of its linear "
-            f"layers have the {width} outputs of its largest embedding ({', '.join(fitting) or 'none'}): name it, "
-            "LMHead.wrap(model, 'lm_head')"
-            + (f". DeepSpeed's AutoTP has replaced layers of this model. {_AUTOTP}" if has_autotp else "")
-        )
-    return next(iter(fitting.values()))
-
-
-def _linears_of(module: nn.Module) -> list[nn.Linear]:
-    """The linear layers inside whatever an adapter library has put around them."""
-    if isinstance(module, nn.Linear) or autotp_of(module) is not None:
-        return [module]
-    copies = getattr(module, "modules_to_save", None)
-    if isinstance(copies, nn.ModuleDict):
-        return [linear for copy in (*copies.values(), module.original_module) for linear in _linears_of(copy)]
-    if isinstance(getattr(module, "token_adapter", None), nn.Module):  # PEFT's trainable tokens
-        module = module.token_adapter
-    if callable(getattr(module, "get_base_layer", None)):
-        return _linears_of(module.get_base_layer())
-    pointer = f" of DeepSpeed's AutoTP. {_AUTOTP}" if is_autotp(module) else ""
-    raise ValueError(f"the output embedding must be an nn.Linear, was {type(module).__name__}{pointer}")
-
-
-def _check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, was {type(model).__name__}")
 
 
 def _layout_of(linear: nn.Linear) -> Layout | None:
@@ -451,7 +387,7 @@ def _new_place(parent: nn.Module, name: str, module: nn.Module | None) -> None:
     elif is_autotp(module):
         warnings.warn(
             f"DeepSpeed's AutoTP puts a {type(module).__name__} in the place of this LMHead, and losses of its logits "
-            f"are no longer taken in chunks. {_AUTOTP}",
+            f"are no longer taken in chunks. {AUTOTP}",
             UserWarning,
             stacklevel=3,
         )

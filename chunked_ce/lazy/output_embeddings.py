@@ -1,0 +1,76 @@
+"""The linear layers of a model that make its logits, whatever is around them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from chunked_ce.arguments import described
+from chunked_ce.lazy.autotp import autotp_of, is_autotp
+
+__all__ = ["AUTOTP", "check_model", "output_embeddings"]
+
+AUTOTP = (
+    "Losses are taken in chunks from a VocabParallelLinear (vocab_parallel_lm_head of tensor_parallel in DeepSpeed's "
+    "configuration), from a column-parallel head that gathers its output, and from a head that AutoTP leaves alone (a "
+    "partition_config that has no spec for it, or one that skips it)"
+)
+
+
+def output_embeddings(model: nn.Module, name: str | None) -> list[nn.Linear]:
+    """The linear layers that make the logits; several where an adapter library keeps copies of one."""
+    check_model(model)
+    if name is not None:
+        return _linears_of(_named(model, name))
+    for candidate in model.modules():
+        method = getattr(candidate, "get_output_embeddings", None)
+        found = method() if callable(method) else None
+        if isinstance(found, nn.Module):
+            return _linears_of(found)
+    return [model if isinstance(model, nn.Linear) else _as_wide_as_the_vocabulary(model)]
+
+
+def _named(model: nn.Module, name: str) -> nn.Module:
+    if not isinstance(name, str):
+        raise TypeError(f"module must be None or the name of a module of the model, was {described(name)}")
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise ValueError(f"module must name a module of the model, was {name!r}") from error
+
+
+def _as_wide_as_the_vocabulary(model: nn.Module) -> nn.Linear:
+    """The only linear layer with as many outputs as the largest embedding has entries."""
+    modules = dict(model.named_modules())
+    width = max((one.num_embeddings for one in modules.values() if isinstance(one, nn.Embedding)), default=None)
+    fitting = {name: one for name, one in modules.items() if isinstance(one, nn.Linear) and one.out_features == width}
+    if len(fitting) != 1:
+        has_autotp = any(map(is_autotp, modules.values()))
+        raise ValueError(
+            f"no output embedding found: the model has no getoutput_embeddings(), and {len(fitting)} of its linear "
+            f"layers have the {width} outputs of its largest embedding ({', '.join(fitting) or 'none'}): name it, "
+            "LMHead.wrap(model, 'lm_head')"
+            + (f". DeepSpeed's AutoTP has replaced layers of this model. {AUTOTP}" if has_autotp else "")
+        )
+    return next(iter(fitting.values()))
+
+
+def _linears_of(module: nn.Module) -> list[nn.Linear]:
+    """The linear layers inside whatever an adapter library has put around them."""
+    if isinstance(module, nn.Linear) or autotp_of(module) is not None:
+        return [module]
+    copies = getattr(module, "modules_to_save", None)
+    if isinstance(copies, nn.ModuleDict):
+        return [linear for copy in (*copies.values(), module.original_module) for linear in _linears_of(copy)]
+    if isinstance(getattr(module, "token_adapter", None), nn.Module):  # PEFT's trainable tokens
+        module = module.token_adapter
+    if callable(getattr(module, "get_base_layer", None)):
+        return _linears_of(module.get_base_layer())
+    pointer = f" of DeepSpeed's AutoTP. {AUTOTP}" if is_autotp(module) else ""
+    raise ValueError(f"the output embedding must be an nn.Linear, was {type(module).__name__}{pointer}")
+
+
+def check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, was {type(model).__name__}")
