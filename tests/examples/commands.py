@@ -22,6 +22,7 @@ class Command:
     def __init__(self, *arguments: object, log: Path):
         environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         environment |= {"OMP_WAIT_POLICY": "passive"}  # threads that wait leave the processors to other tests
+        environment |= {"TORCHDYNAMO_DISABLE": "1"}  # or an optimizer of DeepSpeed's imports inductor, which takes long
         self.log = log
         with log.open("w") as output:
             self.process = subprocess.Popen(
