@@ -28,19 +28,20 @@ class ModelConfig:
 
 def chunked_loss(
     hidden: Tensor,  # (..., D)
-    head: Tensor,  # (V, D)
+    head: nn.Linear,  # D to V
     targets: Tensor,  # (...), -100 where a token is ignored
 ) -> Tensor:
-    return linear_cross_entropy(hidden, head, targets, reduction="sum")
+    # After LMHead.shard, the weight holds this rank's rows of the vocabulary.
+    return linear_cross_entropy(hidden, head.weight, targets, vocab=getattr(head, "vocab", None), reduction="sum")
 
 
-def full_loss(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+def full_loss(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
     """The same sum, from all logits (N, V) in fp32."""
-    logits = F.linear(hidden, head).float()
+    logits = head(hidden).float()
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="sum")
 
 
-LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"chunked": chunked_loss, "full": full_loss}
+LOSSES: dict[str, Callable[[Tensor, nn.Linear, Tensor], Tensor]] = {"chunked": chunked_loss, "full": full_loss}
 
 
 class Block(nn.Module):
@@ -107,4 +108,4 @@ class LanguageModel(Transformer):
         self.loss = LOSSES[loss]
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        return self.loss(super().forward(tokens), self.head.weight, targets)
+        return self.loss(super().forward(tokens), self.head, targets)

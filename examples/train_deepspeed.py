@@ -21,6 +21,8 @@ from model import LOSSES, LanguageModel, ModelConfig
 from run_directory import RunDirectory
 from text_data import TextBatches, load_tokens
 
+from chunked_ce import LMHead
+
 CONFIG = Path(__file__).with_name("ds_config.json")
 MODEL_OPTIONS = [field for field in fields(ModelConfig) if field.name != "vocab"]
 
@@ -30,6 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     option = parser.add_argument
     option("--out", type=Path, required=True, metavar="DIR", help="receives metrics and checkpoints")
     option("--loss", choices=LOSSES, default="chunked", help="logits in chunks, or all at once")
+    option("--shard-head", action="store_true", help="spread the rows of head and embedding over the ranks")
     option("--steps", type=int, default=60, metavar="N", help="optimizer steps in all (60)")
     option("--deepspeed-config", type=Path, default=CONFIG, metavar="JSON", help=f"({CONFIG.name})")
     option("--text", type=Path, nargs="+", metavar="FILE", help="UTF-8 text (Python's manual and sources)")
@@ -41,6 +44,8 @@ def parse_arguments() -> argparse.Namespace:
         option(f"--{field.name}", type=int, default=field.default, metavar="N", help=f"({field.default})")
     option("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher adds it
     arguments = parser.parse_args()
+    if arguments.shard_head and arguments.loss == "full":
+        parser.error("--shard-head needs --loss chunked: no rank has all logits")
     parser.check_least(arguments, {"steps": 1, "save_every": 0, "seed": 0})
     return arguments
 
@@ -53,7 +58,7 @@ def main() -> None:
         ds_config = read_config(arguments.deepspeed_config)
         tokens = load_tokens(arguments.text)
         batches = TextBatches(tokens, model.context, arguments.seed, arguments.mask_prompt)
-        settings = {name: getattr(arguments, name) for name in ("loss", "seed", "mask_prompt")}
+        settings = {name: getattr(arguments, name) for name in ("loss", "shard_head", "seed", "mask_prompt")}
         settings |= asdict(model) | {"text": batches.fingerprint(), "deepspeed": ds_config}
         settings |= {"ranks": int(os.environ.get("WORLD_SIZE", 1))}
         run.check(settings, arguments.resume)
@@ -62,12 +67,16 @@ def main() -> None:
     start_process()
     check_config(ds_config, arguments.deepspeed_config)
     torch.manual_seed(arguments.seed)
-    engine = start_engine(LanguageModel(model, arguments.loss), ds_config)
+    network = LanguageModel(model, arguments.loss)
+    if arguments.shard_head:
+        LMHead.shard(network)
+    engine = start_engine(network, ds_config)
     run.load(engine)
     if dist.get_rank() == 0:
         run.start(settings, engine.global_steps)
         done = f"{engine.global_steps} of {arguments.steps} steps done"
-        print(f"{describe(engine)}, {batches.fingerprint()}, {done}", flush=True)
+        head = f" and {network.head.vocab.rows:,} rows of the head on rank 0" if arguments.shard_head else ""
+        print(f"{describe(engine)}{head}, {batches.fingerprint()}, {done}", flush=True)
     train(engine, batches, run, arguments.steps, arguments.save_every)
     dist.destroy_process_group()
 

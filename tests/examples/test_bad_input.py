@@ -36,6 +36,7 @@ def refusal(refuse):
 def test_options(refusal):
     assert "--optimise" in refusal("--optimise")
     assert "invalid choice: 'half'" in refusal("--loss", "half")
+    assert "--shard-head needs --loss chunked" in refusal("--shard-head", "--loss", "full")
     assert "--steps must be at least 1, got 0" in refusal("--steps", 0)
     assert "--save-every must be at least 0, got -1" in refusal("--save-every", -1)
     assert "depth must be at least 1, got 0" in refusal("--depth", 0)
@@ -61,6 +62,7 @@ def test_distillation(refuse, tmp_path):
     def refusal(*arguments: object) -> str:
         return refuse("distill", *arguments)
 
+    assert "--shard-head needs --loss chunked" in refusal("--shard-head", "--loss", "full")
     assert "--steps must be at least 4, got 3" in refusal("--steps", 3)
     assert "--teacher-steps must be at least 1, got 0" in refusal("--teacher-steps", 0)
     assert "--beta must be in [0, 1], got 1.5" in refusal("--beta", 1.5)

@@ -79,6 +79,13 @@ def test_zero_3_by_the_deepspeed_launcher_gives_the_same_losses(tmp_path, argume
     assert losses(out) == pytest.approx(losses(trained), abs=TOLERANCE, rel=0)
 
 
+def test_a_sharded_head_gives_the_same_losses(tmp_path, arguments, trained):
+    config = write_config(tmp_path / "zero3.json", stage=3, batch=2, micro_batches=2)
+    command = [*TORCHRUN, *arguments, "--deepspeed-config", config, "--shard-head", "--out", tmp_path / "out"]
+    assert "and 65,536 rows of the head on rank 0" in run(*command, "--steps", 4, log=tmp_path / "log")
+    assert losses(tmp_path / "out") == pytest.approx(losses(trained)[:4], abs=TOLERANCE, rel=0)
+
+
 def test_a_killed_run_resumes_to_the_very_same_losses(tmp_path, arguments, trained):
     for attempt in range(5):  # a busy machine may kill too late to prove anything
         out = tmp_path / f"out{attempt}"
