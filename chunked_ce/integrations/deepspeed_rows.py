@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from chunked_ce.parallel.collectives import Pending
 from chunked_ce.parallel.vocab import VocabShard
-from chunked_ce.sharded.rows import RowSharding, shardings_of
+from chunked_ce.sharded.rows import RowSharding, rows_in
 from chunked_ce.sharded.state import whole_for
 
 __all__ = ["EPSILON", "STAND_IN", "Place", "Rows", "rows_of", "step_rows", "sum_of_squares"]
@@ -167,10 +167,7 @@ def rows_of(model: nn.Module) -> list[Rows]:
     """The parameters of a model that `LMHead.shard` has made of one rank's rows, each once however often it is tied."""
     found: dict[int, Rows] = {}
     for prefix, module in model.named_modules():
-        for attribute, sharding in shardings_of(module).items():
-            parameter = module._parameters.get(attribute)
-            if parameter is None:
-                continue
+        for attribute, parameter, sharding in rows_in(module):
             place = Place(f"{prefix}.{attribute}" if prefix else attribute, module, attribute)
             found.setdefault(id(parameter), Rows(parameter, sharding, [])).places.append(place)
     return list(found.values())

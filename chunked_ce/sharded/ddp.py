@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from chunked_ce.sharded.rows import shardings_of
+from chunked_ce.sharded.rows import rows_in, shardings_of
 from chunked_ce.tracing import run_as_written
 
 __all__ = ["check_not_averaged", "follow_parent", "leave_rows_alone"]
@@ -77,8 +77,8 @@ def check_not_averaged(module: nn.Module) -> None:
     if engine is None:
         return
     managed = {id(parameter) for parameter in engine._module_parameters}
-    for name, sharding in shardings_of(module).items():
-        if id(module._parameters.get(name)) in managed:
+    for _, parameter, sharding in rows_in(module):
+        if id(parameter) in managed:
             raise RuntimeError(
                 "DistributedDataParallel has taken the rows of a sharded head for the same on every rank, and has "
                 "overwritten them with those of its first rank: build the model around the sharded one before it goes "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from chunked_ce.sharded.rows import shardings_of
+from chunked_ce.sharded.rows import rows_in
 
 __all__ = ["check_out_of_sight"]
 
@@ -14,7 +14,7 @@ def check_out_of_sight(module: nn.Module) -> None:
 
     A `DeepSpeedEngine` calls `set_deepspeed_parallelism` of each module that has it, before it touches a parameter.
     """
-    if any(name in module._parameters for name in shardings_of(module)):
+    if any(True for _ in rows_in(module)):
         raise ValueError(
             "deepspeed.initialize would broadcast, average and partition the rows of a sharded head: import deepspeed "
             "before LMHead.shard(model), and call it as deepspeed.initialize, which LMHead.shard has replaced then; or "

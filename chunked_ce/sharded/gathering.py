@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
-from chunked_ce.sharded.rows import RowSharding, shardings_of
+from chunked_ce.sharded.rows import RowSharding, rows_in
 
 __all__ = ["gathered", "whole_of"]
 
@@ -32,9 +32,8 @@ def gathered(
     outer = getattr(_before, "whole", {})
     whole = dict(outer)
     for module in model.modules():
-        for name, sharding in shardings_of(module).items():
-            if name in module._parameters:  # and not kept out of an engine's sight
-                _add(whole, module._parameters[name], sharding, name, keep)
+        for name, parameter, sharding in rows_in(module):
+            _add(whole, parameter, sharding, name, keep)
     for name, rows, sharding in states:
         _add(whole, rows, sharding, name, keep)
     _before.whole = whole

@@ -17,18 +17,16 @@ from torch import Tensor, nn
 from torch.utils import _foreach_utils
 
 from chunked_ce.parallel.collectives import Pending
-from chunked_ce.sharded.rows import RowSharding, shardings_of
+from chunked_ce.sharded.rows import RowSharding, rows_in
 
 __all__ = ["RowGradient", "mark", "sharding_of"]
 
 
 def mark(module: nn.Module) -> None:
     """Let gradients of the sharded parameters of ``module`` be `RowGradient`; at each call, for parameters change."""
-    for name, sharding in shardings_of(module).items():
-        parameter = module._parameters.get(name)  # None: kept out of an engine's sight
-        if parameter is None or not parameter.is_leaf or not parameter.requires_grad:
-            continue
-        if not sharding.has_dtensors and sharding_of(parameter) is None:
+    for _, parameter, sharding in rows_in(module):
+        is_plain = parameter.is_leaf and parameter.requires_grad and not sharding.has_dtensors
+        if is_plain and sharding_of(parameter) is None:
             _allow_foreach()
             parameter.register_post_accumulate_grad_hook(_Reclassify(sharding))
 

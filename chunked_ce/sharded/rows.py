@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from chunked_ce.parallel.collectives import Pending
 from chunked_ce.parallel.vocab import VocabShard
 
-__all__ = ["RowSharding", "forget", "record", "shardings_of"]
+__all__ = ["RowSharding", "forget", "record", "rows_in", "shardings_of"]
 
 _RECORD = "_row_shardings"
 _PATIENCE = 20.0  # seconds
@@ -142,6 +142,13 @@ def _impatient(what: str) -> Iterator[None]:
 def shardings_of(module: nn.Module) -> dict[str, RowSharding]:
     """The parameters of a module that hold only this rank's rows, by name."""
     return vars(module).get(_RECORD, {})
+
+
+def rows_in(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, RowSharding]]:
+    """The same with the parameters, without those that are kept out of the sight of a DeepSpeed engine."""
+    for name, sharding in shardings_of(module).items():
+        if name in module._parameters:
+            yield name, module._parameters[name], sharding
 
 
 def record(module: nn.Module, name: str, sharding: RowSharding) -> None:

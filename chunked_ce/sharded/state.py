@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from chunked_ce.sharded.gathering import whole_of
-from chunked_ce.sharded.rows import RowSharding, shardings_of
+from chunked_ce.sharded.rows import RowSharding, rows_in
 
 __all__ = ["attach", "detach", "whole_for"]
 
@@ -34,8 +34,7 @@ def detach(module: nn.Module) -> None:
 
 
 def _gather(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: dict[str, Any]) -> None:
-    for name, sharding in shardings_of(module).items():
-        parameter = module._parameters[name]
+    for name, parameter, sharding in rows_in(module):
         sharding.refresh(parameter)
         if prefix + name in state and sharding.is_saved_whole(parameter):
             state[prefix + name] = whole_for(state, parameter, sharding, prefix + name)
@@ -64,10 +63,10 @@ def _weakly(state: dict[str, Any]) -> Callable[[], Any]:
 def _slice(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *others: Any) -> None:
     _, _, _, errors = others
     assigns = metadata.get("assign_to_params_buffers", False)
-    for name, sharding in shardings_of(module).items():
-        key, parameter = prefix + name, module._parameters.get(name)
+    for name, parameter, sharding in rows_in(module):
+        key = prefix + name
         given = state.get(key)
-        if given is None or parameter is None:
+        if given is None:
             continue
         expected = sharding.whole_shape(parameter)
         if given.shape == expected:
