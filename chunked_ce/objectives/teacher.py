@@ -33,7 +33,8 @@ class Teacher:
 
     With a sharded vocabulary, ``weight`` and ``bias``, or the last dimension of ``logits`` or ``probabilities``, may be
     this rank's entries or the whole vocabulary; ``words``, and with it the teacher, are whole. With
-    ``input_grad="sequence"``, the teacher's tensors hold the tokens of all ranks, as ``target`` does.
+    ``input_grad="sequence"``, the teacher's tensors hold the tokens of all ranks, as ``target`` does. With
+    ``tokens="own"`` they hold this rank's tokens, and ``logits`` and ``probabilities`` the whole vocabulary.
 
     Raises ``TypeError`` or ``ValueError`` when it is made with a value that is not allowed.
 

@@ -44,7 +44,8 @@ class VocabShard:
             rank's share, for frameworks whose own layer sums it. ``"sequence"``: ``input`` holds this rank's share of
             the tokens, in the order of the ranks and as many on each; it is gathered chunk by chunk and its gradient
             reduce-scattered. ``target`` and ``token_weight`` then hold the tokens of all ranks, in that order.
-        tokens: ``"same"``: every rank has the same tokens; ``"own"``: its own (``input_grad`` is then ``"complete"``).
+        tokens: ``"same"``: every rank has the same tokens; ``"own"``: its own (``input_grad`` is then ``"complete"``,
+            and there are no logits that exist).
         reduce_dtype: the dtype in which ranks sum the input's gradient; None for ``accumulate_dtype`` (fp32).
         check: whether ranks compare their calls, so that a disagreement is an error on every rank and not a hang:
             ``"always"``, ``"first"`` (only at the first call, so that later ones need no host synchronisation), or
