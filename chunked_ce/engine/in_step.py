@@ -74,14 +74,15 @@ def gradients(
     """`sweep.gradients`."""
     if not call.is_sequence:
         return _reducing(call, sweep.gradients, call, known, slopes, weight_sum)
-    call = _averaging(call)
+    divides_slopes = call.specification.settings.accumulate_into is not None
+    call, divisor = _averaging(call, divides_slopes=divides_slopes)
 
     def work(joined: JoinedCall) -> list[Tensor | None]:
         values = iter(joined.others)
         known_rows, slopes_rows = (rows.map(lambda _: next(values)) for rows in (known, slopes))
         return sweep.gradients(joined.call, known_rows, slopes_rows, weight_sum)
 
-    given = *known.named().values(), *(slope / _divisor(call) for slope in slopes.named().values())
+    given = *known.named().values(), *(slope / divisor for slope in slopes.named().values())
     return _with_tokens("gradients", call, lambda sized: _Chunks(sized).steps(reduces=True), work, *given)
 
 
@@ -107,12 +108,12 @@ def gathered_gradients(call: Call, upstream: Tensor) -> list[Tensor | None]:
     """`gathered.gradients`."""
     if not call.is_sequence:
         return _reducing(call, gathered.gradients, call, upstream)
-    call = _averaging(call)
+    call, divisor = _averaging(call, divides_slopes=True)
 
     def work(joined: JoinedCall) -> list[Tensor | None]:
         return gathered.gradients(joined.call, *joined.others)
 
-    steps, given = lambda sized: _Chunks(sized).steps(reduces=True), upstream / _divisor(call)
+    steps, given = lambda sized: _Chunks(sized).steps(reduces=True), upstream / divisor
     return _with_tokens("gradients at ids", call, steps, work, given, ids=call.per_token)
 
 
@@ -138,20 +139,20 @@ def _with_tokens(
     return _together(all_steps, call, lambda: work(tokens.joined()))
 
 
-def _divisor(call: Call) -> float:
-    """What the gradients of a head are divided by: the number of ranks that have tokens of their own."""
-    return call.specification.shard.hidden_factor
+def _averaging(call: Call, *, divides_slopes: bool) -> tuple[Call, float]:
+    """The call whose gradients of a head are divided by the number of ranks that have tokens of their own, and what its
+    slopes are to be divided by: this number, if the gradients are added to others, and have no sum of their own.
 
-
-def _averaging(call: Call) -> Call:
-    """The call whose slopes are divided by the number of ranks that have tokens of their own; the gradients of hidden
-    states, which belong to one rank, are multiplied by it."""
+    The gradients of hidden states, which belong to one rank, are then multiplied by it.
+    """
     specification = call.specification
     shard = specification.shard
     if not shard.is_own:
-        return call
-    shard = shard._replace(hidden_factor=float(Collectives(shard.group_name).size))
-    return call._replace(specification=specification._replace(shard=shard))
+        return call, 1.0
+    ranks = float(Collectives(shard.group_name).size)
+    factor = {"hidden_factor": ranks} if divides_slopes else {"head_factor": 1 / ranks}
+    specification = specification._replace(shard=shard._replace(**factor))
+    return call._replace(specification=specification), ranks if divides_slopes else 1.0
 
 
 def _reducing(call: Call, work: Callable[..., _Result], *arguments) -> _Result:

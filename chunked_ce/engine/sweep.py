@@ -24,7 +24,7 @@ from torch import Tensor
 from chunked_ce import devices
 from chunked_ce.engine import invariant
 from chunked_ce.engine.call import Call
-from chunked_ce.engine.device_filter import DeviceFilter, filter_kernels
+from chunked_ce.engine.device_filter import DeviceFilter, HeadTerms, filter_kernels
 from chunked_ce.engine.exponential_products import ExponentialProducts, exponential_kernels
 from chunked_ce.engine.filtered import Filter, can_filter
 from chunked_ce.engine.gradient_products import ChunkProducts, LogitGradients, VocabularyProducts
@@ -165,8 +165,21 @@ def gradients(
                 **outputs,
             )
             into.add(chunk, block, columns, targets, rows_slopes)
-    pairs = zip(into.finish(), call.tensors, strict=True)
-    return [None if grad is None else grad.to(tensor.dtype) for grad, tensor in pairs]
+    named = zip(specification.parts, into.finish(), call.tensors, strict=True)
+    factor = 1.0 if specification.shard is None else specification.shard.head_factor
+    factors = {} if factor == 1 else dict.fromkeys(("weight", "bias", "adapter_weight"), factor)
+    return [
+        None if total is None else _rounded(total, tensor.dtype, factors.get(part)) for part, total, tensor in named
+    ]
+
+
+def _rounded(total: Tensor | HeadTerms, dtype: torch.dtype, factor: float | None) -> Tensor:
+    """A gradient in ``dtype`` from its sum, which ``factor`` multiplies before it is rounded."""
+    if factor is None:
+        return total.to(dtype)
+    if isinstance(total, HeadTerms):
+        return total.finished(dtype, torch.full((), factor, device=total.left.device))
+    return total.mul_(factor).to(dtype)
 
 
 def _source(call: Call, *, sums_head: bool | None = None) -> Source:

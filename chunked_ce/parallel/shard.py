@@ -20,6 +20,7 @@ class Shard(NamedTuple):
     sizes: tuple[int, ...] = ()  # counted tokens of each rank, once ranks that hold different hidden states know them
     bounds: tuple[tuple[int, int], ...] = ()  # of each rank's rows, where ranks that have tokens of their own know them
     hidden_factor: float = 1.0  # of the gradients of hidden states, once they are summed
+    head_factor: float = 1.0  # of those of a head's rows
 
     @property
     def is_own(self) -> bool:

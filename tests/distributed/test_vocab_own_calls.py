@@ -278,3 +278,22 @@ def test_a_rank_without_memory_amid_a_teachers_chunks(monkeypatch, way, kind):
 
     for (message,) in on_each_rank(work):
         assert "a simulated one" in message
+
+
+def test_small_gradients_in_fp16():
+    """The head's gradient is divided in the dtype of its sum: no more small gradients of logits are lost than without
+    a division."""
+    case = CASE._replace(dtype=torch.float16, sizes="even")
+
+    def gradient(x, vocab):
+        return torch.autograd.grad(loss_of(x, vocab, "backward") * 1e-4, x.weight)[0]
+
+    def exact(rank):
+        x = tensors_of(case, rank, whole=True)
+        wide = x._replace(hidden=x.hidden.detach().double(), weight=x.weight.detach().double().requires_grad_())
+        return gradient(wide, None), gradient(x, None)
+
+    wanted, plain = (sum(parts) / RANKS for parts in zip(*map(exact, range(RANKS)), strict=True))
+    found = run_threads(lambda rank, _: gradient(tensors_of(case, rank, whole=False), shard_of(rank)), RANKS)
+    errors = [(part.double() - wanted).square().mean().sqrt() for part in (torch.cat(found), plain)]
+    assert errors[0] <= 1.05 * errors[1]
