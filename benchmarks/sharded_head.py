@@ -92,8 +92,9 @@ class Step:
 
 def sent_bytes(collectives: list[Collective], ranks: int) -> int:
     """What a rank sends, where collectives go round a ring: of all that it puts into an all-gather R - 1 times as much,
-    of a reduce-scatter the part (R - 1) / R, and of an all-reduce twice that part."""
-    shares = {GATHER: ranks - 1, SCATTER: (ranks - 1) / ranks, REDUCE: 2 * (ranks - 1) / ranks}
+    of a reduce-scatter or an all-to-all the part (R - 1) / R, and of an all-reduce twice that part."""
+    part = (ranks - 1) / ranks
+    shares = {GATHER: ranks - 1, SCATTER: part, "all_to_all_single": part, REDUCE: 2 * part}
     return round(sum(shares[one.name] * one.bytes for one in collectives if one.name in shares))
 
 

@@ -413,7 +413,8 @@ def linear_logprobs(
     arguments = Arguments.of("linear_logprobs", tensors, keywords, vocab, options, flags).local()
     options, _ = agreed_on(lambda: None, arguments, {})
     arguments = arguments.joined()
-    call = call_of(arguments, options, None, names_of(("mean",) if return_entropy else ()))
+    with arguments.shared_errors():
+        call = call_of(arguments, options, None, names_of(("mean",) if return_entropy else ()))
     rows = dispatch.statistics(call)
     logprobs = arguments.shaped(rows.logprob)
     return (logprobs, arguments.shaped(rows.entropy)) if return_entropy else logprobs
@@ -526,6 +527,7 @@ def linear_statistics(
             check_ids("support", tensors["support"], tensors["target"].shape, least=0)
 
     options, _ = agreed_on(check, arguments, {})
-    call = call_of(arguments, options, None, names_for(outputs, with_ids=with_ids))
+    with arguments.shared_errors():
+        call = call_of(arguments, options, None, names_for(outputs, with_ids=with_ids))
     ids = tensors["target ids"] if with_ids else None
     return statistics_over(call, outputs, ids, tensors.get("support"), tensors["target"].shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from chunked_ce.objectives import Objective, Teacher
 from chunked_ce.options import ChunkOptions
 from chunked_ce.parallel.agreement import agreed, facts_of_call
 from chunked_ce.parallel.dtensors import has_dtensor, local_arguments
+from chunked_ce.parallel.meeting import shared_errors
 from chunked_ce.parallel.vocab import VocabShard
 from chunked_ce.plan import Settings
 from chunked_ce.rows.statistics import Logits, names_of, work_dtype
@@ -103,6 +105,12 @@ class Arguments(NamedTuple):
         """Vocabulary entries that this rank is given."""
         return self.tensors["linear_weight"].shape[0] if self.is_head else self.input.shape[-1]
 
+    def shared_errors(self) -> AbstractContextManager:
+        """Between the comparison of calls and the engine, which starts with a meeting of ranks where the host waits."""
+        vocab, device = self.vocab, self.input.device
+        waits = vocab is not None and (vocab.tokens == "own" or device.type == "cpu")
+        return shared_errors(vocab.group, device) if waits and not torch.compiler.is_compiling() else nullcontext()
+
     def local(self) -> Arguments:
         """What this rank needs of DTensors, and the shard that they say that it holds."""
         if not has_dtensor((*self.tensors.values(), self.keywords.get("num_tokens"))):
@@ -129,12 +137,13 @@ def loss_of(
     tensors, keywords, return_stats = arguments.tensors, arguments.keywords, arguments.flags["return_stats"]
     reduction = keywords["reduction"]
     asked = objective.statistics + (("mean", "correct") if return_stats else ())
-    call = call_of(arguments, options, objective.without_tensors(), names_of(asked))
-    weights = dispatch.TokenWeights.of(call, tensors["token_weight"])
-    given = {name: tensors[name] for name, tensor in per_token.items() if tensor is not None}
-    flat = {name: _of_tokens(objective, name, tensor) for name, tensor in given.items()}
-    call = call.with_per_token(call.per_token | flat, ids=objective.ids)
-    coefficient = weights.coefficient(reduction, keywords["num_tokens"])
+    with arguments.shared_errors():
+        call = call_of(arguments, options, objective.without_tensors(), names_of(asked))
+        weights = dispatch.TokenWeights.of(call, tensors["token_weight"])
+        given = {name: tensors[name] for name, tensor in per_token.items() if tensor is not None}
+        flat = {name: _of_tokens(objective, name, tensor) for name, tensor in given.items()}
+        call = call.with_per_token(call.per_token | flat, ids=objective.ids)
+        coefficient = weights.coefficient(reduction, keywords["num_tokens"])
     in_forward = arguments.is_head and not options.in_backward
     loss, rows = dispatch.loss(call, coefficient, in_forward=in_forward, reduces=reduction != "none")
     loss = arguments.shaped(loss) if reduction == "none" else loss

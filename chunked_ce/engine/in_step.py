@@ -5,29 +5,45 @@ they would take its next call for the rest of this one. So it first issues the r
 NaN for the values that it lacks, and then raises. On the CPU the ranks exchange at the end whether they succeeded, and
 the others raise too, naming the rank that failed and its message. On an accelerator the host would have to wait for
 this: there the others get NaN.
+
+All of this starts with a meeting (`chunked_ce.parallel.meeting`), in which ranks see that they work on the same call:
+on the CPU always, on an accelerator where the host waits for numbers of tokens or for upstream gradients in any case.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from chunked_ce.engine import gathered, sweep
 from chunked_ce.engine.call import Call
+from chunked_ce.engine.intentions import doing
 from chunked_ce.engine.own_teacher import TEACHER, Columns
 from chunked_ce.engine.ranks import HIDDEN_GRADIENT, STATISTICS
 from chunked_ce.engine.sources import HIDDEN
 from chunked_ce.engine.token_shards import TOKENS, JoinedCall, OwnTokens, joined_sequence, sequence_call
 from chunked_ce.engine.windows import windows_of
-from chunked_ce.parallel.collectives import Collectives
+from chunked_ce.parallel import meeting
+from chunked_ce.parallel.collectives import CollectiveError, Collectives
+from chunked_ce.parallel.meeting import Doing
+from chunked_ce.parallel.shard import Shard
 from chunked_ce.rows.statistics import RowStatistics, num_columns, passes_of, work_dtype
 
-__all__ = ["gathered_gradients", "gathered_logits", "gradients", "loss_and_gradients", "statistics"]
+__all__ = [
+    "common_factor",
+    "gathered_gradients",
+    "gathered_logits",
+    "gradients",
+    "loss_and_gradients",
+    "number_of_call",
+    "statistics",
+]
 
 _Result = TypeVar("_Result")
 
@@ -49,8 +65,8 @@ def statistics(call: Call) -> RowStatistics:
         return joined.put_rows(sweep.statistics(joined.call))
 
     if call.is_sequence:
-        return _with_tokens("statistics", call, lambda sized: _Chunks(sized).steps(combines=True), work)
-    return _together(lambda: _Chunks(call).steps(combines=True), call, sweep.statistics, call)
+        return _with_tokens(call, None, lambda sized: _Chunks(sized).steps(combines=True), work)
+    return _together(lambda: _Chunks(call).steps(combines=True), doing(call), call, sweep.statistics, call)
 
 
 def loss_and_gradients(call: Call) -> tuple[Tensor, list[Tensor | None], Tensor | None, RowStatistics]:
@@ -64,16 +80,16 @@ def loss_and_gradients(call: Call) -> tuple[Tensor, list[Tensor | None], Tensor 
         return *results, joined.put_rows(rows)
 
     if call.is_sequence:
-        return _with_tokens("a loss with its gradients", call, steps, work)
-    return _together(lambda: steps(call), call, sweep.loss_and_gradients, call)
+        return _with_tokens(call, None, steps, work)
+    return _together(lambda: steps(call), doing(call), call, sweep.loss_and_gradients, call)
 
 
 def gradients(
-    call: Call, known: RowStatistics, slopes: RowStatistics, weight_sum: Tensor | None = None
+    call: Call, known: RowStatistics, slopes: RowStatistics, weight_sum: Tensor | None = None, number: int = 0
 ) -> list[Tensor | None]:
-    """`sweep.gradients`."""
+    """`sweep.gradients`, of the call with this ``number``; 0 if it is not known."""
     if not call.is_sequence:
-        return _reducing(call, sweep.gradients, call, known, slopes, weight_sum)
+        return _reducing(call, number, sweep.gradients, call, known, slopes, weight_sum)
     divides_slopes = call.specification.settings.accumulate_into is not None
     call, divisor = _averaging(call, divides_slopes=divides_slopes)
 
@@ -83,7 +99,7 @@ def gradients(
         return sweep.gradients(joined.call, known_rows, slopes_rows, weight_sum)
 
     given = *known.named().values(), *(slope / divisor for slope in slopes.named().values())
-    return _with_tokens("gradients", call, lambda sized: _Chunks(sized).steps(reduces=True), work, *given)
+    return _with_tokens(call, number, lambda sized: _Chunks(sized).steps(reduces=True), work, *given)
 
 
 def gathered_logits(call: Call) -> Tensor:
@@ -100,43 +116,61 @@ def gathered_logits(call: Call) -> Tensor:
         def work(joined: JoinedCall) -> Tensor:
             return joined.put(gathered.logits(joined.call))
 
-        return _with_tokens("logits at ids", call, steps, work, ids=call.per_token)
-    return _together(lambda: steps(call), call, gathered.logits, call)
+        return _with_tokens(call, None, steps, work, ids=call.per_token)
+    return _together(lambda: steps(call), doing(call), call, gathered.logits, call)
 
 
 def gathered_gradients(call: Call, upstream: Tensor) -> list[Tensor | None]:
     """`gathered.gradients`."""
     if not call.is_sequence:
-        return _reducing(call, gathered.gradients, call, upstream)
+        return _reducing(call, 0, gathered.gradients, call, upstream)
     call, divisor = _averaging(call, divides_slopes=True)
 
     def work(joined: JoinedCall) -> list[Tensor | None]:
         return gathered.gradients(joined.call, *joined.others)
 
     steps, given = lambda sized: _Chunks(sized).steps(reduces=True), upstream / divisor
-    return _with_tokens("gradients at ids", call, steps, work, given, ids=call.per_token)
+    return _with_tokens(call, 0, steps, work, given, ids=call.per_token)
+
+
+def common_factor(call: Call, factor: Tensor, number: int, *, known: bool) -> bool:
+    """Whether the loss of every rank has this upstream gradient, ``factor`` (), where ranks have tokens of their own,
+    and the sums of gradients are ``known`` on every rank."""
+    ranks = Collectives(call.specification.shard.group_name)
+    intent = doing(call, number)
+    intent = dataclasses.replace(intent, what=intent.what.replace("start", "exchange of upstream gradients"))
+    bits = factor.detach().double().reshape(1).view(torch.int64)[0]
+    found = meeting.meet(ranks, intent, bits, int(known), device=factor.device)
+    factors = torch.tensor([bits for bits, *_ in found]).view(torch.float64)
+    same = bool((factors == factors[0]).all() or factors.isnan().all())
+    return same and all(known for _, known, *_ in found)
+
+
+def number_of_call(shard: Shard | None) -> int:
+    """The number of the last call that the ranks have started together, to which its backward belongs."""
+    return 0 if shard is None else meeting.number_of_calls(Collectives(shard.group_name))
 
 
 def _with_tokens(
-    what: str,
     call: Call,
+    number: int | None,  # of the call in whose backward this is; None in a forward
     steps: Callable[[Call], Iterator[_Step]],
     work: Callable[[JoinedCall], _Result],
     *others: Tensor,  # (N, ...) per token
     ids: Iterable[str] = (),
 ) -> _Result:
-    """``work`` of the call over the tokens of all ranks, whose collectives are ``steps``, with ``others`` joined;
-    ``what`` it computes."""
+    """``work`` of the call over the tokens of all ranks, whose collectives are ``steps``, with ``others`` joined."""
+    intent = doing(call, number, *others)
     if not call.specification.shard.is_own:
-        return _together(lambda: steps(sequence_call(call)), call, lambda: work(joined_sequence(call, *others)))
+        return _together(lambda: steps(sequence_call(call)), intent, call, lambda: work(joined_sequence(call, *others)))
     named = ids if call.specification.ids is None else (call.specification.ids,)
-    tokens = OwnTokens(what, call, *others, ids=named)
+    tokens = OwnTokens(call, intent, *others, ids=named)
 
     def all_steps() -> Iterator[_Step]:
         yield _Step("all_gather", TOKENS, tokens.shape, torch.uint8)
         yield from steps(tokens.call)
 
-    return _together(all_steps, call, lambda: work(tokens.joined()))
+    return _together(all_steps, intent, call, lambda: work(tokens.joined()), have_met=True)
 
 
 def _averaging(call: Call, *, divides_slopes: bool) -> tuple[Call, float]:
@@ -155,7 +189,7 @@ def _averaging(call: Call, *, divides_slopes: bool) -> tuple[Call, float]:
     return call._replace(specification=specification), ranks if divides_slopes else 1.0
 
 
-def _reducing(call: Call, work: Callable[..., _Result], *arguments) -> _Result:
+def _reducing(call: Call, number: int, work: Callable[..., _Result], *arguments) -> _Result:
     """``work(*arguments)`` of a backward on ranks with the same tokens, which sum the gradient of hidden states."""
     widths = call.chunk_widths(needed=True) if call.specification.shard.input_grad != "partial" else []
     if not widths:
@@ -167,7 +201,7 @@ def _reducing(call: Call, work: Callable[..., _Result], *arguments) -> _Result:
         shapes = [(len(call.target), width) for width in widths]
         return iter([_Step("all_reduce_", HIDDEN_GRADIENT, shape, call.reduce_dtype()) for shape in shapes])
 
-    return _together(steps, call, work, *arguments)
+    return _together(steps, doing(call, number), call, work, *arguments)
 
 
 class _Chunks:
@@ -248,23 +282,33 @@ class _Chunks:
         return _Step(kind, HIDDEN_GRADIENT, (rows, self._reduced), self._call.reduce_dtype())
 
 
-def _together(steps: Callable[[], Iterator[_Step]], call: Call, work: Callable[..., _Result], *arguments) -> _Result:
+def _together(
+    steps: Callable[[], Iterator[_Step]],
+    intent: Doing,
+    call: Call,
+    work: Callable[..., _Result],
+    *arguments: Any,
+    have_met: bool = False,
+) -> _Result:
     """``work(*arguments)``, whose collectives are ``steps``; an error on one rank is raised on every rank."""
-    collectives = Collectives(call.specification.shard.group_name)
+    ranks = Collectives(call.specification.shard.group_name)
     result = failure = None
     like = call.tensors[0]
+    waits = like.device.type == "cpu" and ranks.size > 1
+    if waits and not have_met:
+        meeting.meet(ranks, intent, device=like.device)
     with Collectives.counted() as issued:
         try:
             result = work(*arguments)
+        except CollectiveError:
+            raise  # the other ranks cannot be reached
         except Exception as error:
-            if issued.broken:
-                raise  # the other ranks cannot be reached
             failure = error
         if failure is not None:
             traceback.clear_frames(failure.__traceback__)  # frames hold the tensors that filled the memory
-            _go_through(itertools.islice(steps(), issued.number, None), collectives, like)
-    if like.device.type == "cpu" and collectives.size > 1 and collectives.any_failed(failure is not None):
-        collectives.raise_together(failure)
+            _go_through(itertools.islice(steps(), issued.number, None), ranks, like)
+    if waits:
+        meeting.end(ranks, intent, failure)
     if failure is not None:
         raise failure
     return result

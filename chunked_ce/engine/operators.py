@@ -5,7 +5,6 @@ operations, the same functions are called without the dispatcher, which takes as
 derivatives go through `chunked_ce.engine.plain`.
 """
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -23,8 +22,8 @@ from chunked_ce.engine.gradient_products import TargetGradients
 from chunked_ce.engine.head_gradients import HIDDEN_PARTS
 from chunked_ce.engine.released_parameters import check_head_still_there
 from chunked_ce.engine.specification import decoded, encoded
-from chunked_ce.engine.token_shards import upstream_of_ranks
 from chunked_ce.engine.totals import keeps_targets
+from chunked_ce.parallel.collectives import Collectives
 from chunked_ce.rows.backend import row_kernels
 from chunked_ce.rows.statistics import STATISTICS, RowStatistics, work_dtype, zero_statistics
 from chunked_ce.tracing import is_batched, is_recorded, no_autocast, runs_at_once
@@ -121,7 +120,11 @@ def _gradients(
 
 
 def _recomputed(
-    call: Call, statistics: Sequence[Tensor], slopes: Sequence[Tensor], weight_sum: Tensor | None = None
+    call: Call,
+    statistics: Sequence[Tensor],
+    slopes: Sequence[Tensor],
+    weight_sum: Tensor | None = None,
+    number: int = 0,
 ) -> Sequence[Tensor | None]:
     specification = call.specification
     given = RowStatistics(None, None, None)._replace(**dict(zip(specification.slopes, slopes, strict=True)))
@@ -133,7 +136,7 @@ def _recomputed(
 
     with no_autocast(call.target.device):
         if specification.shard is not None:
-            return in_step.gradients(call, known, given, weight_sum)
+            return in_step.gradients(call, known, given, weight_sum, number)
         if call.is_head and weight_sum is None:
             return with_smaller_chunks(lambda again: sweep.gradients(again, known, given), call, plan)
         return sweep.gradients(call, known, given, weight_sum)
@@ -149,7 +152,7 @@ def _(source, statistics, slopes, extra, class_weight, target, ignore_index, spe
 def _save_statistics(ctx, inputs, output):
     source, extra, class_weight, target, ctx.ignore_index, text = inputs
     ctx.specification = specification = decoded(text)
-    ctx.sizes = len(source), len(extra)
+    ctx.sizes, ctx.number = (len(source), len(extra)), 0
     ctx.leaf = ctx.head_shapes = None
     if specification.source == "head":
         weight = source[specification.parts.index("weight")]
@@ -190,7 +193,7 @@ def _backward_of_statistics(ctx, upstream):
         slopes = [given[name] if name in given else torch.zeros_like(known[0]) for name in names]  # log_sum, target
         if weight_sum is not None or runs_at_once(*source):
             # With a sum, called directly: it mutates the weight's gradient, which is not an operator argument.
-            grads = _recomputed(call, known, slopes, weight_sum)
+            grads = _recomputed(call, known, slopes, weight_sum, ctx.number)
         else:
             grads = _gradients(list(source), known, slopes, list(extra), *_rest(call))
     grads = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
@@ -205,6 +208,7 @@ class _Statistics(torch.autograd.Function):
     def forward(ctx, arguments, *source):
         output = _run_statistics(source, *arguments)
         _save_statistics(ctx, (source, *arguments), output)
+        ctx.number = in_step.number_of_call(ctx.specification.shard)
         return tuple(output)
 
     @staticmethod
@@ -289,7 +293,7 @@ def _head_sum_dtype(call: Call) -> torch.dtype:
 def _save_loss(ctx, inputs, output, terms: HeadTerms | None = None):
     source, extra, class_weight, target, ctx.ignore_index, text = inputs
     ctx.specification = decoded(text)
-    ctx.sizes = len(source), len(extra)
+    ctx.sizes, ctx.number = (len(source), len(extra)), 0
     ctx.head_shapes = [tensor.shape for tensor in source]
     _, *grads = output[: len(source) + 2]  # and those of the targets' logits
     ctx.filter_kernels, *terms = (None,) if terms is None else terms
@@ -314,14 +318,16 @@ def _backward_of_loss(ctx, upstream):
     call = Call(source, class_weight, target, ctx.ignore_index, specification, extra)
     if torch.is_grad_enabled() or is_batched(grad):
         return _plain_gradients(lambda: [plain.loss(call)], [grad], call, needed), *none
-    if any(need and not had for need, had in zip(needed, specification.needed, strict=True)):
-        return _unprepared_gradients(call, grad, needed), *none
+    known = not any(need and not had for need, had in zip(needed, specification.needed, strict=True))
+    is_own = specification.shard is not None and specification.shard.is_own
     rows, at = None, specification.parts.index("weight")
     if of_head and needed[at]:
         totals[at] = HeadTerms(ctx.filter_kernels, *of_head)
-    if specification.shard is not None and specification.shard.is_own:
-        if runs_at_once(*source):
-            return _of_own_tokens(call, totals, grad, needed), *none
+    if is_own and runs_at_once(*source):
+        return _of_own_tokens(call, totals, grad, needed, ctx.number, known=known), *none
+    if not known:
+        return _unprepared_gradients(call, grad, needed), *none
+    if is_own:
         call = call._replace(specification=specification._replace(needed=tuple(needed)))
         return _own_gradients(list(source), totals, grad, list(extra), *_rest(call)), *none
     if needed[at] and targets.numel() > 0 and not of_head:
@@ -340,22 +346,28 @@ def _backward_of_loss(ctx, upstream):
 
 
 def _of_own_tokens(
-    call: Call, totals: Sequence[Tensor | HeadTerms], grad: Tensor, needed: Sequence[bool]
+    call: Call,
+    totals: list[Tensor | HeadTerms],
+    grad: Tensor,
+    needed: Sequence[bool],
+    number: int = 0,  # of the call
+    *,
+    known: bool = True,  # whether there are ``totals`` for all that is needed
 ) -> list[Tensor | None]:
     """The gradients where each rank has tokens of its own: the loss of each has its own upstream gradient.
 
     Where these differ, the sums over all ranks' tokens have no common factor: they are computed again, with the
     upstream gradients in the coefficients of the tokens.
     """
-    factors = upstream_of_ranks(call, grad)
-    if any(factor != factors[0] for factor in factors) and not all(map(math.isnan, factors)):
+    if not in_step.common_factor(call, grad, number, known=known):
+        totals.clear()
         per_token = call.per_token
         call = call.with_per_token(per_token | {"_coefficient": per_token["_coefficient"] * grad}, needed=tuple(needed))
         with no_autocast(call.target.device):
             _, totals, _, _ = in_step.loss_and_gradients(call)
         grad = torch.ones_like(grad)
-    of_head, backend = grad / len(factors), call.specification.settings.backend
-    grads = []
+    backend, shard = call.specification.settings.backend, call.specification.shard
+    of_head, grads = grad / Collectives(shard.group_name).size, []
     for part, total, tensor, need in zip(call.specification.parts, totals, call.tensors, needed, strict=True):
         factor = grad if part in HIDDEN_PARTS else of_head
         grads.append(_rescaled(total, factor, tensor.dtype, backend) if need else None)
@@ -404,6 +416,7 @@ class _Loss(torch.autograd.Function):
     def forward(ctx, arguments, *source):
         output, terms = _loss_and_terms(source, *arguments, keeps_terms=True)
         _save_loss(ctx, (source, *arguments), output, terms)
+        ctx.number = in_step.number_of_call(ctx.specification.shard)
         return tuple(output)
 
     @staticmethod

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from typing import Any, NamedTuple
-from zlib import crc32
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,13 +20,12 @@ from chunked_ce.engine.call import Call
 from chunked_ce.engine.counted_tokens import CountedTokens, Places, check_range, rows_at
 from chunked_ce.engine.specification import TOKEN
 from chunked_ce.parallel.collectives import Collectives
-from chunked_ce.parallel.vocab import check_facts
+from chunked_ce.parallel.meeting import Doing, meet
 from chunked_ce.rows.statistics import RowStatistics
 
-__all__ = ["TOKENS", "JoinedCall", "OwnTokens", "joined_sequence", "sequence_call", "upstream_of_ranks"]
+__all__ = ["TOKENS", "JoinedCall", "OwnTokens", "joined_sequence", "sequence_call"]
 
 TOKENS = "chunked_ce: the all-gather of tokens"
-UPSTREAM = "chunked_ce: the all-gather of upstream gradients"
 
 
 class JoinedCall(NamedTuple):
@@ -78,12 +76,11 @@ def joined_sequence(call: Call, *others: Tensor) -> JoinedCall:
 class OwnTokens:
     """The tokens of this rank, once all ranks know how many the others have.
 
-    ``ids`` names the tensors per token that hold ids, ``work`` what is done with the tokens. Raises on every rank if
-    one of them has a target or an id out of range, or fails before the exchange of numbers, and if they do not compute
-    the same.
+    ``intent`` is what the ranks meet for, and ``ids`` names the tensors per token that hold ids. Raises on every rank
+    if one of them has a target or an id out of range, fails before the meeting, or does something else.
     """
 
-    def __init__(self, work: str, call: Call, *others: Tensor, ids: Iterable[str] = ()) -> None:
+    def __init__(self, call: Call, intent: Doing, *others: Tensor, ids: Iterable[str] = ()) -> None:
         self._call, self._ranks = call, Collectives(call.specification.shard.group_name)
         self._tensors = [call.target, *call.per_token.values(), *others]  # (N, ...) each
         self._places: Places | None = None
@@ -98,13 +95,11 @@ class OwnTokens:
             failure = error
         self._columns = columns
         self._widths = [column.shape[1] for column in columns]
-        size = len(columns[0]) if columns else 0
-        numbers = torch.tensor([failure is not None, size, call.start, call.start + call.rows])
-        found = _exchanged(numbers.to(call.target.device), _facts(work, call, self._tensors), TOKENS, self._ranks)
-        if any(failed for failed, *_ in found):
-            self._ranks.raise_together(failure)
-        self.sizes = tuple(size for _, size, *_ in found)
-        self.call = _sized(call, self.sizes, tuple((start, stop) for *_, start, stop in found))
+        number = len(columns[0]) if columns else 0
+        numbers = number, call.start, call.start + call.rows
+        found = meet(self._ranks, intent, *numbers, device=call.target.device, failure=failure)
+        self.sizes = tuple(number for number, *_ in found)
+        self.call = _sized(call, self.sizes, tuple((start, stop) for _, start, stop, *_ in found))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -147,46 +142,6 @@ def _sizes(call: Call, kept: Places | None) -> tuple[int, ...]:
         return (share,) * ranks
     bounds = torch.searchsorted(kept.on_host, share * torch.arange(ranks + 1)).tolist()
     return tuple(stop - start for start, stop in itertools.pairwise(bounds))
-
-
-def upstream_of_ranks(call: Call, upstream: Tensor) -> list[float]:
-    """The upstream gradient () of every rank's loss, where ranks have tokens of their own."""
-    ranks = Collectives(call.specification.shard.group_name)
-    bits = upstream.detach().double().reshape(1).view(torch.int64)
-    facts = _facts("the backward of a loss that has its gradients", call, [])
-    found = _exchanged(torch.cat([bits, bits.new_zeros(3)]), facts, UPSTREAM, ranks)
-    return torch.tensor([first for first, *_ in found]).view(torch.float64).tolist()
-
-
-def _exchanged(numbers: Tensor, facts: dict[str, Any], what: str, ranks: Collectives) -> list[list[int]]:
-    """Four ``numbers`` of every rank, in the collective with which each pass begins on ranks that have tokens of their
-    own: an error on all of them if the ``facts`` of one differ, so that a pass meets no other."""
-    checksum = torch.tensor([crc32(repr(facts).encode())], device=numbers.device)
-    found = ranks.gather_numbers(torch.cat([numbers, checksum]), what)
-    if len({checksum for *_, checksum in found}) > 1:
-        check_facts(ranks.gather_objects(facts))
-    return [of_rank for *of_rank, _ in found]
-
-
-def _facts(work: str, call: Call, per_token: list[Tensor]) -> dict[str, Any]:
-    """What must be the same on all ranks for their collectives to belong to each other, by name."""
-    specification = call.specification
-    settings, teacher = specification.settings, specification.teacher
-    facts = {
-        "what they compute": work,
-        "statistics": specification.names,
-        "objective": str(specification.objective),
-        "logits": specification.logits,
-        "gradients": (specification.needed, specification.slopes),
-        "hidden states": (specification.parts, call.chunk_widths()),
-        "tensors per token": ("target", *specification.per_token),
-        "their dtypes and widths": [(tensor.dtype, tuple(tensor.shape[1:])) for tensor in per_token],
-        "options": settings._replace(ignored="mask" if settings.ignored == "mask" else "drop"),
-    }
-    if teacher is not None:
-        of_tokens = [name for name in teacher.parts if name in ("hidden", "logits", "probabilities")]
-        facts["teacher"] = teacher[1:], [(name, tuple(call.teacher[name].shape[1:])) for name in of_tokens]
-    return facts
 
 
 def _sized(call: Call, sizes: tuple[int, ...], bounds: tuple[tuple[int, int], ...] = ()) -> Call:

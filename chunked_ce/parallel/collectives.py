@@ -11,9 +11,19 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.distributed_c10d import _get_object_coll_device, _resolve_process_group
 
-__all__ = ["Collectives", "Issued", "Pending", "all_gather_single", "exchange", "reduce_scatter_single"]
+__all__ = [
+    "CollectiveError",
+    "Collectives",
+    "Issued",
+    "Pending",
+    "all_gather_single",
+    "broken_as",
+    "exchange",
+    "object_device",
+    "reduce_scatter_single",
+]
 
 # Torch 2.13 warns about the names that older versions have.
 _HAS_SINGLE = hasattr(dist, "all_gather_single")
@@ -29,12 +39,15 @@ def reduce_scatter_single(mine: Tensor, parts: Tensor, **keywords) -> dist.Work 
     return scatter(mine, parts, **keywords)
 
 
+class CollectiveError(RuntimeError):
+    """A collective failed: some ranks of its group can no longer be reached."""
+
+
 @dataclasses.dataclass
 class Issued:
     """The collectives that a thread has started since it began to count."""
 
     number: int = 0
-    broken: bool = False  # one of them failed: some ranks can no longer be reached
 
 
 _counting = threading.local()
@@ -48,10 +61,8 @@ class Pending:
 
     def wait(self) -> Tensor:
         if self._work is not None:
-            try:
+            with broken_as(self._what):
                 self._work.wait()
-            except RuntimeError as error:
-                raise _broken(self._what, error) from error
         return self._result
 
 
@@ -59,9 +70,9 @@ class Collectives:
     """The collectives of the group with this name; custom operators take the name, but no group."""
 
     def __init__(self, group_name: str) -> None:
-        self._group = _resolve_process_group(group_name)
-        self.size = dist.get_world_size(self._group)
-        self.rank = dist.get_rank(self._group)
+        self.group = _resolve_process_group(group_name)
+        self.size = dist.get_world_size(self.group)
+        self.rank = dist.get_rank(self.group)
 
     def all_gather(self, part: Tensor, what: str) -> Pending:
         """Every rank's ``part`` (n, ...), of one shape, as (R, n, ...)."""
@@ -86,29 +97,36 @@ class Collectives:
         mine, parts = part.new_empty(sum(received)), part.contiguous().view(torch.uint8)
         splits = [number * size for number in received], [number * size for number in sent]
         self._count()
-        try:
-            work = dist.all_to_all_single(mine.view(torch.uint8), parts, *splits, group=self._group, async_op=True)
-        except RuntimeError as error:
-            raise _broken(what, error) from error
+        with broken_as(what):
+            work = dist.all_to_all_single(mine.view(torch.uint8), parts, *splits, group=self.group, async_op=True)
         return Pending(mine, work, what)
 
-    def gather_numbers(self, numbers: Tensor, what: str) -> list[list[int]]:
-        """Every rank's integers (n,), as many on each; the host waits for them."""
-        gathered = numbers.new_empty(self.size * len(numbers))
-        try:
-            all_gather_single(gathered, numbers, group=self._group)
-        except RuntimeError as error:
-            raise _broken(what, error) from error
+    def gather_numbers(self, numbers: list[int | Tensor], device: torch.device, what: str) -> list[list[int]]:
+        """Every rank's integers, as many on each; the host waits for them.
+
+        On the CPU by a collective that ranks need nowhere else. Out of step, gloo lets two kinds of collectives wait
+        for the timeout, but of one kind it ends the process that is sent more bytes than it expects.
+        """
+        if self.size == 1:
+            return [[int(number) for number in numbers]]
+        mine = torch.tensor([0 if isinstance(number, Tensor) else number for number in numbers], device=device)
+        for place, number in zip(mine, numbers, strict=True):
+            if isinstance(number, Tensor):
+                place.copy_(number)
+        gathered = mine.new_empty(self.size * len(numbers))
+        with broken_as(what):
+            if device.type == "cpu":
+                dist.all_to_all_single(gathered, mine.repeat(self.size), group=self.group)
+            else:
+                all_gather_single(gathered, mine, group=self.group)
         return gathered.view(self.size, -1).tolist()
 
-    def any_failed(self, failed: bool) -> bool:
-        """Whether any rank ``failed``; reduced on the CPU."""
-        flag = torch.tensor([int(failed)])
-        try:
-            self._group.allreduce([flag]).wait()
-        except RuntimeError as error:
-            raise _broken("chunked_ce: the end of a call", error) from error
-        return bool(flag)
+    def sum_number(self, number: int, what: str) -> int:
+        """The sum of every rank's ``number``, on the CPU."""
+        total = torch.tensor([number])
+        with broken_as(what):
+            self.group.allreduce([total]).wait()
+        return int(total)
 
     def raise_together(self, failure: Exception | None) -> NoReturn:
         """Raise on every rank, of which one failed at least: its own failure, or an error that names a failed rank and
@@ -121,7 +139,7 @@ class Collectives:
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's value."""
-        return exchange(value, self._group)
+        return exchange(value, self.group, "chunked_ce: the exchange of errors")
 
     @staticmethod
     @contextlib.contextmanager
@@ -143,25 +161,28 @@ class Collectives:
         self._count()
         if result.numel() == 0 and all(tensor.numel() == 0 for tensor in tensors):
             return Pending(result, None, what)  # empty on every rank, since sizes are equal
-        try:
-            work = collective(*tensors, group=self._group, async_op=True)
-        except RuntimeError as error:
-            raise _broken(what, error) from error
+        with broken_as(what):
+            work = collective(*tensors, group=self.group, async_op=True)
         return Pending(result, work, what)
 
 
-def exchange(value: Any, group: dist.ProcessGroup, what: str = "chunked_ce: the comparison of calls") -> list[Any]:
+def object_device(group: dist.ProcessGroup) -> torch.device:
+    """Where the group's ranks exchange what is not in tensors: the same kind of device on every rank."""
+    return torch.device(_get_object_coll_device(group))
+
+
+def exchange(value: Any, group: dist.ProcessGroup, what: str) -> list[Any]:
     """Every rank's value."""
     values = [None] * dist.get_world_size(group)
-    try:
+    with broken_as(what):
         dist.all_gather_object(values, value, group=group)
-    except RuntimeError as error:
-        raise _broken(what, error) from error
     return values
 
 
-def _broken(what: str, error: RuntimeError) -> RuntimeError:
-    issued = getattr(_counting, "issued", None)
-    if issued is not None:
-        issued.broken = True
-    return RuntimeError(f"{what} over the vocabulary group failed: {error}")
+@contextlib.contextmanager
+def broken_as(what: str) -> Iterator[None]:
+    """The error of a collective that fails here says ``what`` it is."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise CollectiveError(f"{what} over the vocabulary group failed: {error}") from error

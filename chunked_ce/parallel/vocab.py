@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -10,12 +11,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from chunked_ce.arguments import FLOATING, described, integer, is_integer, is_one_of
-from chunked_ce.parallel.collectives import all_gather_single, exchange
+from chunked_ce.parallel.collectives import Collectives, all_gather_single, broken_as, exchange, object_device
 from chunked_ce.parallel.fsdp import fsdp_refusal, is_fsdp_shard
 from chunked_ce.parallel.groups import checked_group, group_of_ranks
+from chunked_ce.parallel.meeting import Doing, check_facts, digest, meet
 from chunked_ce.parallel.shard import Shard
 
-__all__ = ["WEIGHT_VALUES", "WHOLE_WEIGHT", "VocabShard", "check_facts"]
+__all__ = ["WEIGHT_VALUES", "WHOLE_WEIGHT", "VocabShard"]
 
 WHOLE_WEIGHT = "weight, of the whole vocabulary or not"
 WEIGHT_VALUES = "weight's values (a checksum)"
@@ -132,7 +134,7 @@ class VocabShard:
     def from_local(cls, rows: int, group: dist.ProcessGroup | None = None, **keywords: Any):
         """From the number of rows that this rank holds, which the ranks exchange."""
         group = checked_group(group)
-        sizes = exchange(rows, group)
+        sizes = exchange(rows, group, "chunked_ce: the exchange of the shards' sizes")
         if not all(type(size) is int and size >= 0 for size in sizes):
             said = ", ".join(f"rank {rank} has {size!r}" for rank, size in enumerate(sizes))
             raise ValueError(f"rows must be an integer >= 0 on every rank: {said}")
@@ -219,21 +221,30 @@ class VocabShard:
             if error is not None:
                 raise error
             return
-        mine = {"start": self.start, "stop": self.stop, "error": None if error is None else str(error)}
-        everyone = exchange(mine | {"call": {"total": self.total, **call}}, self.group)
+        mine = {"error": None if error is None else str(error), "call": {"total": self.total, **call}}
+        ranks, doing = Collectives(self.group.group_name), Doing("the comparison of calls")
+        numbers = digest(pickle.dumps(mine)), self.start, self.stop
+        found = meet(ranks, doing, *numbers, device=object_device(self.group))
+        digests, bounds = [one for one, *_ in found], [(start, stop) for _, start, stop, *_ in found]
+        if len(set(digests)) > 1:
+            everyone = exchange(mine, self.group, f"chunked_ce: {doing.what}")
         if error is not None:
             raise error
+        if len(set(digests)) > 1:
+            self._check_calls(everyone, bounds)
+        _check_cover(bounds, self.total)
+        object.__setattr__(self, "_bounds", bounds)
+
+    def _check_calls(self, everyone: list[dict[str, Any]], bounds: list[tuple[int, int]]) -> None:
+        """Raise if the calls of all ranks are not alike, or one of them has an error."""
         for rank, other in enumerate(everyone):
             if other["error"] is not None:
                 raise ValueError(f"vocab: rank {rank} of the group could not take part: {other['error']}")
-        bounds = [(other["start"], other["stop"]) for other in everyone]
         calls = [other["call"] for other in everyone]
         if (0, self.total) in bounds:  # then one rank's shard of the class weights is the whole
             of_weight = (WHOLE_WEIGHT, WEIGHT_VALUES)
             calls = [{name: value for name, value in call.items() if name not in of_weight} for call in calls]
         check_facts(calls)
-        _check_cover(bounds, self.total)
-        object.__setattr__(self, "_bounds", bounds)
 
     def whole_vocabulary(self, values: Tensor) -> Tensor:
         """``values`` (V,) as they are, or gathered from all ranks if they are those of this rank's rows (rows,)."""
@@ -241,7 +252,7 @@ class VocabShard:
             return values
         bounds = getattr(self, "_bounds", None)
         if bounds is None:
-            bounds = exchange((self.start, self.stop), self.group)
+            bounds = exchange((self.start, self.stop), self.group, "chunked_ce: the exchange of the shards' bounds")
             object.__setattr__(self, "_bounds", bounds)
         if len(values) == self.total and (0, self.total) not in bounds:
             return values
@@ -249,7 +260,8 @@ class VocabShard:
         mine = values.new_zeros(largest)
         mine[: self.rows] = values[: self.rows]
         gathered = values.new_empty(self.size, largest)
-        all_gather_single(gathered.view(-1), mine, group=self.group)
+        with broken_as("chunked_ce: the all-gather of weight"):
+            all_gather_single(gathered.view(-1), mine, group=self.group)  # which a compiler can trace
         whole = values.new_empty(self.total)
         for (start, stop), part in zip(bounds, gathered, strict=True):
             whole[start:stop] = part[: stop - start]
@@ -258,15 +270,6 @@ class VocabShard:
 
 def _unpickled(cls: type[VocabShard], ranks: list[int], group_name: str, values: dict[str, Any]) -> VocabShard:
     return cls(group_of_ranks(ranks, group_name), **values)
-
-
-def check_facts(calls: list[dict[str, Any]]) -> None:
-    """Raise if the facts that each rank has about its call, by name, are not the same on all."""
-    for name in dict.fromkeys(name for call in calls for name in call):
-        values = [call.get(name) for call in calls]
-        if any(value != values[0] and (value == value or values[0] == values[0]) for value in values):  # NaNs are equal
-            said = ", ".join(f"rank {rank} has {other!r}" for rank, other in enumerate(values))
-            raise ValueError(f"ranks of the vocabulary group disagree on {name}: {said}")
 
 
 def _check_cover(bounds: list[tuple[int, int]], total: int) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from chunked_ce.parallel.collectives import Collectives, Pending
+from chunked_ce.parallel.meeting import Doing, meet
 from chunked_ce.parallel.vocab import VocabShard
 from chunked_ce.tracing import not_compiled
 
@@ -82,8 +83,8 @@ def _gathered_ids(ids: Tensor, vocab: VocabShard, collectives: Collectives) -> T
         worst = ids[~fits][0].item()
         error = IndexError(f"input of the embedding must be in [0, {vocab.total}), held {worst}")
     number = len(ids) if error is None else _BAD_IDS
-    numbers = collectives.all_gather(torch.tensor([number], device=ids.device), "chunked_ce: numbers of tokens").wait()
-    numbers = numbers.flatten().tolist()
+    doing = Doing("the lookup of embeddings", {"total": vocab.total})
+    numbers = [number for number, *_ in meet(collectives, doing, number, device=ids.device)]
     if error is not None:
         raise error
     if _BAD_IDS in numbers:

@@ -7,6 +7,7 @@ import torch
 
 from chunked_ce import devices
 from chunked_ce.engine import in_step
+from chunked_ce.parallel import meeting, vocab
 from chunked_ce.parallel.collectives import Collectives
 from tests.distributed.launch import run
 from tests.distributed.threads import run_threads
@@ -53,34 +54,41 @@ def test_steps_are_the_collectives_of_a_call(ignored, monkeypatch):
         monkeypatch.setattr(devices, "reads_at_once", lambda device: False)
         ignored = "auto"
     found, expected = (collections.defaultdict(list) for _ in range(2))
-    start, together, any_failed = Collectives._start, in_step._together, Collectives.any_failed
-    ends = collections.Counter()
+    start, together, meet, end = Collectives._start, in_step._together, meeting.meet, meeting.end
+    meetings, ends = collections.Counter(), collections.Counter()
 
     def recording(self, what, collective, *tensors, result):
         part = tensors[-1]
         found[torch.distributed.get_rank()].append((what, tuple(part.shape), part.dtype))
         return start(self, what, collective, *tensors, result=result)
 
-    def listing(steps, *arguments):
+    def listing(steps, *arguments, **keywords):
         expected[torch.distributed.get_rank()] += [(step.what, tuple(step.shape), step.dtype) for step in steps()]
-        return together(steps, *arguments)
+        return together(steps, *arguments, **keywords)
 
-    def ending(self, failed):
+    def meeting_others(*arguments, **keywords):
+        meetings[torch.distributed.get_rank()] += 1
+        return meet(*arguments, **keywords)
+
+    def ending(*arguments):
         ends[torch.distributed.get_rank()] += 1
-        return any_failed(self, failed)
+        return end(*arguments)
 
     def calls(rank: int, world_size: int) -> None:
         for scene in SCENES:
-            before = ends[rank]
+            before = meetings[rank], ends[rank]
             Call.of(scene._replace(ignored=ignored), rank).run()
             reduces = scene.input_grad == "sequence" or (
                 scene.input_grad == "complete" and scene.function not in ("forward", "mixture")
             )
             backward = reduces and scene.function in ("backward", "logprobs", "mixture-backward")
-            assert ends[rank] - before == 1 + backward
+            # Of the first call, which is compared, and of a forward and a backward with collectives.
+            assert (meetings[rank] - before[0], ends[rank] - before[1]) == (2 + backward, 1 + backward)
 
     monkeypatch.setattr(Collectives, "_start", recording)
-    monkeypatch.setattr(Collectives, "any_failed", ending)
+    for module in (meeting, vocab):
+        monkeypatch.setattr(module, "meet", meeting_others)
+    monkeypatch.setattr(meeting, "end", ending)
     monkeypatch.setattr(in_step, "_together", listing)
     run_threads(calls, RANKS)
     assert sorted(found) == list(range(RANKS))

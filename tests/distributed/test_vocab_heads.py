@@ -153,9 +153,9 @@ def test_steps_are_the_collectives_of_a_call(monkeypatch):
         found[dist.get_rank()].append((what, tuple(part.shape), part.dtype))
         return start(self, what, collective, *tensors, result=result)
 
-    def listing(steps, *arguments):
+    def listing(steps, *arguments, **keywords):
         expected[dist.get_rank()] += [(step.what, tuple(step.shape), step.dtype) for step in steps()]
-        return together(steps, *arguments)
+        return together(steps, *arguments, **keywords)
 
     monkeypatch.setattr(Collectives, "_start", recording)
     monkeypatch.setattr(in_step, "_together", listing)

@@ -68,7 +68,7 @@ def scenes() -> list[Scene]:
         found.append(Scene(function, input_grad, "tokens"))
         found.append(Scene(function, input_grad, "gradients"))
     found += [Scene("backward", "complete", "backward"), Scene("backward", "sequence", "gradients", 2)]
-    found += [Scene("backward", "sequence", "head", 3), Scene("backward", "sequence", "tokens", 1)]
+    found += [Scene("backward", "sequence", "head", 2), Scene("backward", "sequence", "tokens", 1)]
     for function, input_grad in itertools.product(("mixture", "mixture-backward"), ("complete", "sequence")):
         found += [Scene(function, input_grad, "second", 1), Scene(function, input_grad, "gradients")]
     return found + [Scene("logits", "complete", place) for place in ("statistics", "start", "tokens")]

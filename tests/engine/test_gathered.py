@@ -115,9 +115,9 @@ def test_steps_are_the_collectives_of_a_call(monkeypatch):
         found[torch.distributed.get_rank()].append((what, tuple(tensors[-1].shape), tensors[-1].dtype))
         return start(self, what, collective, *tensors, result=result)
 
-    def listing(steps, *arguments):
+    def listing(steps, *arguments, **keywords):
         expected[torch.distributed.get_rank()] += [(step.what, tuple(step.shape), step.dtype) for step in steps()]
-        return together(steps, *arguments)
+        return together(steps, *arguments, **keywords)
 
     def calls(rank: int, world_size: int) -> None:
         for input_grad, size in itertools.product(("complete", "partial", "sequence"), (0, 3)):
