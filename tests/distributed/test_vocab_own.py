@@ -185,9 +185,9 @@ def found():
         started[dist.get_rank()].append((what, tuple(part.shape), part.dtype, sizes))
         return exchange(self, part, what, *sizes)
 
-    def listing(steps, *arguments):
+    def listing(steps, *arguments, **keywords):
         said[dist.get_rank()] += [(step.what, tuple(step.shape), step.dtype, tuple(step.sizes)) for step in steps()]
-        return together(steps, *arguments)
+        return together(steps, *arguments, **keywords)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Collectives, "_start", starting)
