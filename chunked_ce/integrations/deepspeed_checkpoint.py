@@ -61,7 +61,7 @@ def load(rows: list[Rows], folder: Path, *, with_optimizer: bool) -> None:
             raise FileNotFoundError(
                 f"{folder} holds no {_PATTERN}: this is the checkpoint of a model whose head was not sharded, from "
                 "which only the weights can be loaded, and only where ZeRO has not partitioned them (stages 0 to 2): "
-                "load_module_only=True"
+                "load_module_only=True; or a universal one, into whose folder these files have to be copied"
             )
         for one in rows:
             one.copy_from_parameter()

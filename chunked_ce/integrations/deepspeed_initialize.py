@@ -201,6 +201,7 @@ def _check_engine(engine: Any, rows: list[Rows]) -> None:
         "fp16 (bf16 and fp32 do)": engine.fp16_enabled(),
         "torch_autocast in float16": engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16,
         "the Muon optimizer": any(group.get("use_muon") for group in optimizer.param_groups),
+        "DeepCompile": engine.is_deepcompile_enabled(),
         "ZenFlow": engine.zenflow_config() is not None,
         "SuperOffload": engine.super_offload(),
         "a partial offload of the optimizer": engine.zero_use_cpu_optimizer() and engine.zero_partial_offload() < 1.0,

@@ -201,9 +201,9 @@ WARMUP = 4  # steps
 SAVED, ALL_STEPS = 2, 3
 
 
-def new_adam_engine(case: Case):
+def new_adam_engine(case: Case, **settings):
     model = new_model(case)
-    config = configuration(case)
+    config = configuration(case) | settings
     config["optimizer"] = {"type": "AdamW", "params": ADAM | {"torch_adam": True}}
     schedule = {
         "warmup_min_lr": 0.002,
@@ -312,6 +312,8 @@ def refusals(rank: int) -> dict[str, str]:
     model = LMHead.shard(Model(tied=True, loss="policy"), groups[rank])
     found["group"] = attempt(initialize, model=model, config=configuration(case) | {"optimizer": SGD})
     assert "weight" in model.head._parameters and "weight" in model.embedding._parameters
+    refused = configuration(case) | {"optimizer": SGD, "compile": {"deepcompile": True}}
+    found["config"] = attempt(initialize, model=new_model(case), config=refused)
     # A model without a sharded head goes through unchanged.
     assert deepspeed.initialize is initialize
     engine = deepspeed.initialize(model=Model(True, "policy"), config=configuration(case) | {"optimizer": SGD})[0]

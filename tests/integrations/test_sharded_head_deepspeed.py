@@ -157,3 +157,4 @@ def test_what_would_train_wrongly_is_refused(results):
         assert "import deepspeed before LMHead.shard(model)" in found["plain"]
         assert "ValueError: optimizer must hold the sharded embedding.weight" in found["before"]
         assert "ValueError: the head must be sharded over the ranks that the engine averages over" in found["group"]
+        assert "ValueError: config has what does not work with a sharded head: DeepCompile" in found["config"]
