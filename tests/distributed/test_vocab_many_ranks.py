@@ -35,13 +35,16 @@ class Case(NamedTuple):
 
 CASES = [
     *(Case(way=way, input_grad=at) for way in ("forward", "backward") for at in ("complete", "partial", "sequence")),
-    *(Case(way=way, smoothing=True, stats=True) for way in ("forward", "backward")),
-    *(Case(way=way, smoothing=True, weight=True) for way in ("forward", "backward")),
+    Case(smoothing=True, stats=True),
+    Case(way="backward", smoothing=True, weight=True),
     *(
         Case(way=way, input_grad=at, dtype=torch.bfloat16, reduce_dtype=reduce_dtype)
-        for way in ("forward", "backward")
-        for at in ("complete", "sequence")
-        for reduce_dtype in (None, torch.bfloat16)
+        for way, at, reduce_dtype in (
+            ("forward", "complete", None),
+            ("forward", "sequence", torch.bfloat16),
+            ("backward", "complete", torch.bfloat16),
+            ("backward", "sequence", None),
+        )
     ),
     *(
         Case(way=way, input_grad="own", smoothing=smoothing)
@@ -55,6 +58,19 @@ CASES = [
     Case("logprobs", "backward", stats=True),
     Case("logits", "backward", smoothing=True, stats=True),
     Case(check="first"),
+]
+MORE_CASES = [
+    Case(way="backward", smoothing=True, stats=True),
+    Case(smoothing=True, weight=True),
+    *(
+        Case(way=way, input_grad=at, dtype=torch.bfloat16, reduce_dtype=reduce_dtype)
+        for way, at, reduce_dtype in (
+            ("forward", "complete", torch.bfloat16),
+            ("forward", "sequence", None),
+            ("backward", "complete", None),
+            ("backward", "sequence", torch.bfloat16),
+        )
+    ),
 ]
 
 
@@ -177,21 +193,37 @@ def one_call(rank: int, case: Case, collectives) -> tuple:
     return value.detach(), gradients, collectives()[before:]
 
 
-def all_cases(rank: int, world_size: int, collectives) -> dict[Case, tuple]:
-    return {case: one_call(rank, case, collectives) for case in CASES}
+def all_of(rank: int, world_size: int, cases: list[Case], collectives) -> dict[Case, tuple]:
+    return {case: one_call(rank, case, collectives) for case in cases}
 
 
 @pytest.fixture(scope="module")
-def results():
+def of_ranks():
+    """What a case gave on each rank; it runs with all others of its list."""
+    found: dict[Case, list[tuple]] = {}
+
+    def of(case: Case) -> list[tuple]:
+        if case not in found:
+            cases = CASES if case in CASES else MORE_CASES
+            ranks = run_threads(all_of, RANKS, cases, collectives)
+            found.update((one, [of_rank[one] for of_rank in ranks]) for one in cases)
+        return found[case]
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with counted() as collectives:
-        yield run_threads(all_cases, RANKS, collectives)
+        yield of
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_value_and_gradients_are_those_of_one_process(results, case):
+EACH_CASE = pytest.mark.parametrize(
+    "case", [*CASES, *(pytest.param(case, marks=pytest.mark.thorough) for case in MORE_CASES)], ids=str
+)
+
+
+@EACH_CASE
+def test_value_and_gradients_are_those_of_one_process(of_ranks, case):
+    results = of_ranks(case)
     whole = the_problem(case)
     weight = class_weights(case)
     expected = whole.rows(label_smoothing=0.1 * case.smoothing, **({} if weight is None else {"weight": weight}))
@@ -199,7 +231,7 @@ def test_value_and_gradients_are_those_of_one_process(results, case):
     exact = expected.logprob, expected.logprob_scale
     if of == "loss":
         exact = expected.reduce("sum")
-    values, own = [of_rank[case][0] for of_rank in results], case.input_grad == "own"
+    values, own = [value for value, _, _ in results], case.input_grad == "own"
     assert own or all(torch.equal(value, values[0]) for value in values)
     value = (sum(values) if of == "loss" else torch.cat(values)) if own else values[0]
     assert_close(value, *exact, case.dtype)
@@ -211,10 +243,10 @@ def test_value_and_gradients_are_those_of_one_process(results, case):
         of, array(whole.hidden), array(whole.head), upstream
     )
     head, head_scale = (part / (RANKS if own else 1) for part in (head, head_scale))
-    assert_close(torch.cat([of_rank[case][1][-1] for of_rank in results]), head, head_scale, case.dtype, "head")
+    assert_close(torch.cat([grads[-1] for _, grads, _ in results]), head, head_scale, case.dtype, "head")
     if not case.train_input:
         return
-    found = [of_rank[case][1][0] for of_rank in results]
+    found = [grads[0] for _, grads, _ in results]
     if case.input_grad in ("sequence", "own"):
         found = [torch.cat(found)]
     elif case.input_grad == "partial":
@@ -225,10 +257,9 @@ def test_value_and_gradients_are_those_of_one_process(results, case):
         assert_close(gradient, hidden, hidden_scale, case.dtype, "hidden", roundings)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_number_and_bytes_of_collectives(results, case):
-    for of_rank in results:
-        found = of_rank[case][2]
+@EACH_CASE
+def test_number_and_bytes_of_collectives(of_ranks, case):
+    for _, _, found in of_ranks(case):
         meetings = [collective for collective in found if collective.name == "all_to_all_single"]
         assert meetings == [Collective("all_to_all_single", RANKS * 6 * 8)] * expected_meetings(case)
         assert sorted(each for each in found if each not in meetings) == sorted(expected_collectives(case))
