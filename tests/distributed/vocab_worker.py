@@ -38,6 +38,7 @@ from tests.precision import LOW, NAMES, assert_no_worse, plain_and_expected
 from tests.reference import rows
 
 INPUT_GRADS = ("complete", "partial", "sequence")
+ALL_TOKENS = ("own", *INPUT_GRADS)  # own tokens that are the same on all ranks
 UNEVEN = (40, 1, 0, 60)
 EVEN = (26, 25, 25, 25)
 
@@ -76,6 +77,8 @@ def sharded(case, sizes, **keywords):
     rank, ranks = dist.get_rank(), dist.get_world_size()
     start = sum(sizes[:rank])
     words = slice(start, start + sizes[rank])
+    if keywords.get("input_grad") == "own":
+        keywords = {name: value for name, value in keywords.items() if name != "input_grad"} | {"tokens": "own"}
     vocab = VocabShard(None, words.start, words.stop, sum(sizes), **keywords)
     tokens = slice(None)
     if vocab.input_grad == "sequence":
@@ -165,7 +168,7 @@ def every_rank_issues_the_same_collectives():
 
 
 def no_tokens():
-    for input_grad in INPUT_GRADS:
+    for input_grad in ALL_TOKENS:
         case = problem(0, 8, sum(EVEN), bias=True)
         for reduction, way in REDUCTIONS_AND_WAYS:
             leaves, vocab, _, _ = sharded(case, EVEN, input_grad=input_grad)
@@ -188,7 +191,7 @@ def low_precision_is_no_worse_than_the_plain_loss():
     """peers 15: within the error of the plain loss in the dtype; a sum over shards has rounded parts."""
     for dtype in LOW:
         for sizes in (EVEN, UNEVEN):
-            for input_grad in INPUT_GRADS:
+            for input_grad in INPUT_GRADS if sizes is EVEN else ALL_TOKENS:
                 case = problem(400, 32, sum(sizes), dtype=dtype, bias=True, seed=1)
                 for reduction, way in REDUCTIONS_AND_WAYS:
                     upstream = random_like(torch.empty(400)) if reduction == "none" else None
@@ -199,8 +202,8 @@ def low_precision_is_no_worse_than_the_plain_loss():
                     if reduction == "none":
                         assert_no_worse(value, plain, exact)
                     for name, mine, other, expected in zip(NAMES, found, plain_gradients, gradients, strict=True):
-                        # Sequence shards come chunk by chunk in the backward too.
-                        sums = name == "input" or way == "forward" or input_grad == "sequence"
+                        # Tokens that are sharded come chunk by chunk in the backward too.
+                        sums = name == "input" or way == "forward" or input_grad in ("sequence", "own")
                         everyone = [None] * dist.get_world_size()
                         dist.all_gather_object(everyone, mine)
                         whole = mine
@@ -273,7 +276,7 @@ def reduction_in_the_dtype_asked_for():
 
 def frozen_input_takes_no_reduction():
     case = problem(32, 8, sum(EVEN))
-    for input_grad in INPUT_GRADS:
+    for input_grad in ALL_TOKENS:
         for reduction, way in REDUCTIONS_AND_WAYS:
             leaves, vocab, _, _ = sharded(case, EVEN, input_grad=input_grad)
             leaves["hidden"].requires_grad_(False)
@@ -299,7 +302,7 @@ def nothing_to_differentiate():
 def any_upstream_gradient_twice():
     """peers 2: scaled, and twice through one graph, without touching what is saved."""
     case = problem(32, 8, sum(EVEN), dtype=torch.float64)
-    for input_grad in INPUT_GRADS:
+    for input_grad in ALL_TOKENS:
         for way in WAYS:
             leaves, vocab, _, _ = sharded(case, EVEN, input_grad=input_grad)
             loss = loss_of(leaves, vocab, case, options=chunks(10, way))
