@@ -17,7 +17,9 @@ from chunked_ce import (
     linear_loss,
     linear_statistics,
 )
+from chunked_ce.engine import device_filter, own_teacher, sweep
 from chunked_ce.objectives import PolicyGradient
+from chunked_ce.rows import torch_filter
 from tests.cases import WAYS, chunks
 from tests.distributed.own_tokens import BOUNDS, RANKS, UPSTREAM, VOCAB, WIDTH, Case, shard_of, tensors_of
 from tests.distributed.threads import run_threads
@@ -33,16 +35,16 @@ def on_each_rank(function, *, check="auto") -> list:
 
 
 def loss_of(x, vocab, way="forward", **keywords):
-    options = chunks(5, way, **{name: keywords.pop(name) for name in ("accumulate_into",) if name in keywords})
+    options = chunks(5, way, gradient_filter=keywords.pop("gradient_filter", None))
     return linear_cross_entropy(x.hidden, x.weight, x.target, options=options, vocab=vocab, **keywords)
 
 
-def expected(differ: bool, way="forward"):
+def expected(differ: bool, way="forward", **keywords):
     """The gradients of hidden states and weight on each rank, and all of the latter."""
     of_ranks = []
     for rank in range(RANKS):
         x = tensors_of(CASE, rank, whole=True)
-        value = loss_of(x, None, way) * (UPSTREAM[rank] if differ else 1.0)
+        value = loss_of(x, None, way, **keywords) * (UPSTREAM[rank] if differ else 1.0)
         of_ranks.append(torch.autograd.grad(value, [x.hidden, x.weight]))
     weight = sum(of_weight for _, of_weight in of_ranks) / RANKS
     return [(of_hidden, weight[slice(*BOUNDS[rank])]) for rank, (of_hidden, _) in enumerate(of_ranks)]
@@ -238,8 +240,6 @@ def test_refusals():
 @pytest.mark.parametrize("way", WAYS)
 def test_a_rank_without_memory_amid_a_teachers_chunks(monkeypatch, way, kind):
     """It goes through the others' exchanges, and all ranks fail and are in step again."""
-    from chunked_ce.engine import own_teacher
-
     starts, original = [], own_teacher.OwnTeacher.start
     told = [False]
 
@@ -298,3 +298,24 @@ def test_small_gradients_in_fp16():
     found = run_threads(lambda rank, _: gradient(tensors_of(case, rank, whole=False), shard_of(rank)), RANKS)
     errors = [(part.double() - wanted).square().mean().sqrt() for part in (torch.cat(found), plain)]
     assert errors[0] <= 1.05 * errors[1]
+
+
+@pytest.mark.parametrize("differ", [False, True], ids=["equal", "differ"])
+def test_the_filter_of_a_device(monkeypatch, differ):
+    """Its gradient of the head is finished in the backward, from terms; its torch kernels run here."""
+    finished, original = [], device_filter.HeadTerms.finished
+    monkeypatch.setattr(sweep, "filter_kernels", lambda specification, device: torch_filter)
+    monkeypatch.setattr(device_filter.HeadTerms, "finished", lambda *args: finished.append(1) or original(*args))
+    keywords = {"gradient_filter": 1e-4, "logit_scale": 40.0}
+
+    def work(rank, x, vocab):
+        value = loss_of(x, vocab, **keywords)
+        return torch.autograd.grad(value * (UPSTREAM[rank] if differ else 1.0), [x.hidden, x.weight])
+
+    expected_of_ranks = expected(differ, logit_scale=40.0)
+    assert not finished
+    for found, wanted in zip(on_each_rank(work), expected_of_ranks, strict=True):
+        for one, other in zip(found, wanted, strict=True):
+            size = other.abs().max().item() if other.numel() else 0.0
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-3 * size)
+    assert finished
