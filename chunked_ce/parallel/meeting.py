@@ -72,7 +72,6 @@ def meet(
     """
     count = _count(ranks)
     count.meetings += 1
-    count.calls += doing.starts_call
     mine = [doing.digest, doing.call if failure is None else _FAILED, *numbers, *[0] * (_NUMBERS - len(numbers))]
     found = ranks.gather_numbers(mine, device, f"chunked_ce: {doing.what}")
     calls = {call for _, call, *_ in found}
@@ -80,6 +79,7 @@ def meet(
         ranks.raise_together(failure)
     if len({text for text, *_ in found}) > 1 or len(calls - {0}) > 1:
         _raise_out_of_step(ranks, doing)
+    count.calls += doing.starts_call  # those that all ranks start
     return [rest for _, _, *rest in found]
 
 

@@ -1,6 +1,7 @@
 """A rank that fails alone in a call: all ranks fail, by name, and are in step afterwards."""
 
 import collections
+import re
 
 import pytest
 import torch
@@ -9,9 +10,10 @@ from chunked_ce import devices
 from chunked_ce.engine import in_step
 from chunked_ce.parallel import meeting, vocab
 from chunked_ce.parallel.collectives import Collectives
+from tests.distributed import out_of_step
 from tests.distributed.launch import run
 from tests.distributed.threads import run_threads
-from tests.distributed.vocab_failures import ODD_ONE, RANKS, Call, Scene, run_all, scenes
+from tests.distributed.vocab_failures import BAD_TARGETS, ODD_ONE, RANKS, Call, Scene, run_all, scenes
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +36,22 @@ def test_out_of_memory_on_one_rank(failures, scene):
             )
 
 
-@pytest.mark.parametrize("function", ["forward", "backward", "logprobs", "logits"])
-def test_a_bad_target_on_one_rank(failures, function):
+@pytest.mark.parametrize(("function", "input_grad"), BAD_TARGETS)
+def test_a_bad_target_on_one_rank(failures, function, input_grad):
     for rank, of_rank in enumerate(failures):
-        found = of_rank["bad target", function]
+        found = of_rank["bad target", function, input_grad]
         assert found.type == ("IndexError" if rank == ODD_ONE else "RuntimeError")
         assert "is 1000000, allowed are [0, 11)" in found.message
         assert rank == ODD_ONE or f"rank {ODD_ONE} of the group failed in this call" in found.message
+
+
+@pytest.mark.parametrize("scene", out_of_step.scenes(), ids=str)
+def test_different_calls(failures, scene):
+    """All ranks have the same error, which names what each of them does, and the next call works."""
+    (found,) = {of_rank[scene] for of_rank in failures}
+    assert found.type in ("RuntimeError", "ValueError")
+    assert re.match(r"(chunked_ce: )?ranks of the vocabulary group (are in different calls|disagree on)", found.message)
+    assert all(f"rank {rank} " in found.message for rank in range(RANKS))
 
 
 FUNCTIONS = ("forward", "backward", "logprobs", "logits", "mixture", "mixture-backward")

@@ -15,7 +15,6 @@ from tests.distributed.vocab_errors import (
     SHARD_ARGUMENTS,
     WRONG_ALONE,
     Failure,
-    Scene,
 )
 
 
@@ -83,45 +82,3 @@ def test_vocab_of_another_type(function):
     tensors = (torch.randn(3, 4), torch.randn(5, 4), torch.tensor([1, 2, 3]))
     with pytest.raises(TypeError, match="vocab must be a VocabShard or None, was tuple"):
         function(*(tensors if function is not cross_entropy else tensors[::2]), vocab=(0, 5, 5))
-
-
-STATISTICS = "the all-gather of row statistics"
-HIDDEN = "the all-gather of hidden states"
-REDUCTION = "the reduction of hidden gradients"
-
-
-def lose(folder, scenes, patience) -> dict[Scene, tuple[float, str, str]]:
-    """What the rank that is left sees: after how many seconds, the error's type and its message."""
-    with pytest.raises(RuntimeError, match="lose_a_rank failed"):
-        run(vocab_errors.lose_a_rank, 2 * len(scenes), str(folder), scenes, patience)
-    seen = {}
-    for scene in scenes:
-        seconds, kind, message = (folder / f"{scene.how} {scene.collective}").read_text().split("\n", 2)
-        seen[scene] = float(seconds), kind, message
-    return seen
-
-
-@pytest.mark.parametrize(
-    "scenes",
-    [
-        [Scene("dies", "the comparison of calls"), Scene("dies", STATISTICS)],
-        [Scene("dies", REDUCTION, time_of_it=2), Scene("dies", HIDDEN, time_of_it=2)],
-    ],
-    ids=["before", "in mid-loss"],
-)
-def test_a_rank_that_dies(tmp_path, scenes):
-    """The others fail without waiting for the group's timeout, with the name of the collective."""
-    patience = 600.0
-    for scene, (seconds, kind, message) in lose(tmp_path, scenes, patience).items():
-        assert kind == "CollectiveError"
-        assert scene.collective in message and "over the vocabulary group failed" in message
-        assert seconds < patience / 2
-
-
-def test_a_rank_that_stops(tmp_path):
-    """The others fail when the group's timeout is over, and not before."""
-    scene, patience = Scene("stops", REDUCTION), 3.0
-    seconds, kind, message = lose(tmp_path, [scene], patience)[scene]
-    assert kind == "CollectiveError"
-    assert REDUCTION in message and "over the vocabulary group failed" in message
-    assert seconds >= patience

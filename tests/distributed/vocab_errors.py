@@ -1,21 +1,15 @@
 """What the ranks of `test_vocab_errors.py` run: calls that must fail, on every rank and without a hang."""
 
 import contextlib
-import os
-import time
 from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from chunked_ce import ChunkOptions, VocabShard, cross_entropy, linear_cross_entropy, linear_logprobs
 from chunked_ce.parallel import agreement
-from chunked_ce.parallel.collectives import Collectives
 
 RANKS = 3
 SHARDS = ((0, 3), (3, 4), (4, 9))
@@ -211,69 +205,3 @@ def run_all(rank: int, world_size: int) -> dict:
     # The ranks are still in step: a call that is right works.
     found["afterwards"] = failure(lambda: call(rank, **arguments(rank)).backward())
     return found
-
-
-# Ranks that die or stop, two in a group
-
-
-class Scene(NamedTuple):
-    how: str  # "dies", or "stops" and is still there
-    collective: str  # where
-    time_of_it: int = 1
-
-
-def lose_a_rank(rank: int, world_size: int, folder: str, scenes: list[Scene], patience: float):
-    """In each pair of ranks the second one is lost as its scene says; the first one writes what it then sees."""
-    pairs = [dist.new_group([at, at + 1]) for at in range(0, world_size, 2)]
-    group, (how, collective, time_of_it) = pairs[rank // 2], scenes[rank // 2]
-    seen = Path(folder, f"{how} {collective}")
-    input_grad = "sequence" if "hidden states" in collective else "complete"
-    vocab = VocabShard(group, 4 * (rank % 2), 4 * (rank % 2) + 4, 8, input_grad=input_grad, check="first")
-    torch.manual_seed(0)
-    hidden = torch.randn(8 // (2 if input_grad == "sequence" else 1), HIDDEN, requires_grad=True)
-    head = torch.randn(4, HIDDEN, requires_grad=True)
-
-    def loss():
-        return linear_cross_entropy(
-            hidden, head, torch.arange(8), vocab=vocab, options=ChunkOptions(chunk_size=2, gradients="forward")
-        )
-
-    def lose() -> None:
-        _wait_until(lambda: len(list(Path(folder).glob("ready*"))) == world_size)  # nobody needs this rank any more
-        if how == "stops":
-            _wait_until(seen.exists)
-        os._exit(0)  # as if nothing had failed, or the others would be ended before they have seen it
-
-    if "comparison" not in collective:
-        loss()
-    dist.barrier()  # or a rank is lost while others still form their groups and connections
-    _set_pg_timeout(timedelta(seconds=patience), group)
-    Path(folder, f"ready{rank}").touch()
-    if "comparison" in collective and rank % 2:
-        lose()
-    if rank % 2:
-        _lose_at(collective, time_of_it, lose)
-    start = time.monotonic()
-    found = failure(lambda: loss().backward())
-    partial = seen.with_suffix(".partial")
-    partial.write_text("\n".join([str(time.monotonic() - start), *map(str, found or ())]))
-    partial.rename(seen)
-    os._exit(0)
-
-
-def _wait_until(happened: Callable[[], bool]) -> None:
-    while not happened():
-        time.sleep(0.01)
-
-
-def _lose_at(collective: str, time_of_it: int, lose: Callable) -> None:
-    original, seen = Collectives._start, []
-
-    def start(self, what, *args, **keywords):
-        if collective in what:
-            seen.append(what)
-        if len(seen) == time_of_it:
-            lose()
-        return original(self, what, *args, **keywords)
-
-    Collectives._start = start

@@ -6,25 +6,29 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from chunked_ce import (
     ChunkOptions,
     Teacher,
     VocabShard,
     cross_entropy,
+    invocation,
     linear_cross_entropy,
     linear_divergence,
     linear_logprobs,
 )
-from chunked_ce.engine import sources, sweep
+from chunked_ce.engine import dispatch, sources, sweep, token_shards
 from chunked_ce.engine.gradient_products import ChunkProducts
 from chunked_ce.rows import torch_rows as rows
 from tests.cases import chunks, problem
+from tests.distributed import out_of_step
 from tests.distributed.vocab_errors import Failure, failure
 from tests.objectives.teachers import teacher_tensors
 
 RANKS, ODD_ONE = 3, 1
 VOCAB, WIDTH, TOKENS, CHUNK = 11, 5, 24, 6
+OWN, OWN_CHUNKS = (0, 12, 15, 24), 4  # the tokens of each rank, where each has its own, and the chunks that they make
 
 # Where the odd rank runs out of memory, by what replaces the function.
 PLACES = {
@@ -37,7 +41,18 @@ PLACES = {
     "sums": (sweep, "ForwardTotals"),
     "backward": (sweep, "_destination"),
     "tokens": (sources, "CountedTokens"),
+    # Where ranks have tokens of their own:
+    "arguments": (invocation, "with_ignored"),  # between the comparison of calls and the engine
+    "weights": (dispatch.TokenWeights, "coefficient"),
+    "columns": (token_shards, "_as_bytes"),  # before the exchange of numbers
+    "gathered": (token_shards, "_joined"),  # after the all-gather of tokens
 }
+
+
+BAD_TARGETS = [
+    (function, input_grad) for function in ("forward", "backward", "logprobs") for input_grad in ("complete", "own")
+]
+BAD_TARGETS.append(("logits", "complete"))
 
 
 class Scene(NamedTuple):
@@ -71,7 +86,29 @@ def scenes() -> list[Scene]:
     found += [Scene("backward", "sequence", "head", 2), Scene("backward", "sequence", "tokens", 1)]
     for function, input_grad in itertools.product(("mixture", "mixture-backward"), ("complete", "sequence")):
         found += [Scene(function, input_grad, "second", 1), Scene(function, input_grad, "gradients")]
-    return found + [Scene("logits", "complete", place) for place in ("statistics", "start", "tokens")]
+    found += [Scene("logits", "complete", place) for place in ("statistics", "start", "tokens")]
+    found += [Scene("forward", "complete", place) for place in ("arguments", "weights")]
+    return found + own_scenes()
+
+
+def own_scenes() -> list[Scene]:
+    """Of ranks that have tokens of their own."""
+    found = [
+        Scene("forward", "own", place, time)
+        for place, time in [
+            *itertools.product(("statistics", "gradients", "head"), (0, 2)),
+            *((place, 0) for place in ("arguments", "weights", "columns", "gathered", "hidden", "sums", "tokens")),
+        ]
+    ]
+    for function in ("backward", "logprobs"):
+        found += [
+            Scene(function, "own", place) for place in ("arguments", "columns", "statistics", "start", "gradients")
+        ]
+        found += [Scene(function, "own", place, 1) for place in ("gathered", "tokens")]  # of the backward
+    found += [Scene("mixture", "own", "second", 1), Scene("mixture-backward", "own", "gradients")]
+    # Gradients that the forward computed, computed again since upstream gradients differ.
+    recomputed = [("statistics", OWN_CHUNKS), ("start", 0), ("backward", 0), ("gathered", 1), ("gathered", 2)]
+    return found + [Scene("differing", "own", place, time) for place, time in recomputed]
 
 
 class Call(NamedTuple):
@@ -85,14 +122,18 @@ class Call(NamedTuple):
     @classmethod
     def of(cls, scene: Scene, rank: int, *, check: str = "first") -> "Call":
         case = problem(TOKENS, WIDTH, VOCAB, ignored=0.25)
-        vocab = VocabShard.split(VOCAB, input_grad=scene.input_grad, check=check)
+        kind = {"tokens": "own"} if scene.input_grad == "own" else {"input_grad": scene.input_grad}
+        vocab = VocabShard.split(VOCAB, check=check, **kind)
         tokens = slice(None)
         if scene.input_grad == "sequence":
             tokens = slice(rank * TOKENS // RANKS, (rank + 1) * TOKENS // RANKS)
+        if scene.input_grad == "own":
+            tokens = slice(OWN[rank], OWN[rank + 1])
         head = case.head.detach()[vocab.start : vocab.stop]
         hidden = case.hidden.detach()[tokens] if scene.function != "logits" else case.hidden.detach() @ head.t()
         leaves = [hidden.clone().requires_grad_(), head.clone().requires_grad_()]
-        return cls(scene, vocab, leaves[:1] if scene.function == "logits" else leaves, case.target)
+        target = case.target[tokens] if scene.input_grad == "own" else case.target
+        return cls(scene, vocab, leaves[:1] if scene.function == "logits" else leaves, target)
 
     def run(self) -> list[torch.Tensor]:
         ignored = {"ignored": self.scene.ignored}
@@ -105,12 +146,16 @@ class Call(NamedTuple):
         elif self.scene.function.startswith("mixture"):
             way = "backward" if self.scene.function == "mixture-backward" else "forward"
             options = chunks(CHUNK, way, **ignored)
-            teacher = Teacher(*teacher_tensors(TOKENS, VOCAB))
+            hidden, *head = teacher_tensors(TOKENS, VOCAB)
+            teacher = Teacher(hidden[: len(self.target)], *head)
             keywords = {"target": self.target, "beta": 0.4, "vocab": self.vocab, "options": options}
             value = linear_divergence(*self.leaves, teacher, **keywords)
         else:
-            options = chunks(CHUNK, self.scene.function, **ignored)
+            differing = self.scene.function == "differing"
+            options = chunks(CHUNK, "forward" if differing else self.scene.function, **ignored)
             value = linear_cross_entropy(*self.leaves, self.target, vocab=self.vocab, options=options)
+            if differing:
+                value = value * (1 + self.vocab.ranks.index(dist.get_rank()))
         return [value.detach(), *torch.autograd.grad(value, self.leaves)]
 
 
@@ -146,13 +191,14 @@ def fails_and_works(scene: Scene, rank: int) -> Failure | str | None:
     return found
 
 
-def bad_target(function: str, rank: int) -> Failure | None:
+def bad_target(function: str, input_grad: str, rank: int) -> Failure | None:
     """The odd rank alone has a target out of range, in a call that is not compared."""
-    call = Call.of(Scene(function, "complete", "target"), rank)
+    call = Call.of(Scene(function, input_grad, "target"), rank)
     expected = call.run()
     target = call.target
     if rank == ODD_ONE:
-        target = torch.where(torch.arange(TOKENS) == int((target != -100).nonzero()[4]), 10**6, target)
+        last = int((target != -100).nonzero()[-1])
+        target = torch.where(torch.arange(len(target)) == last, 10**6, target)
     found = failure(call._replace(target=target).run)
     assert torch.equal(call.run()[0], expected[0])
     return found
@@ -168,6 +214,6 @@ attempt.results = []
 
 def run_all(rank: int, world_size: int) -> dict:
     found = {scene: attempt(fails_and_works, scene, rank) for scene in scenes()}
-    for function in ("forward", "backward", "logprobs", "logits"):
-        found["bad target", function] = attempt(bad_target, function, rank)
-    return found
+    for function, input_grad in BAD_TARGETS:
+        found["bad target", function, input_grad] = attempt(bad_target, function, input_grad, rank)
+    return found | out_of_step.run_all(rank, attempt)
