@@ -13,7 +13,7 @@ from tests.distributed.vocab_errors import Failure, failure
 
 ODD_ONE = 1
 VOCAB, WIDTH, TOKENS, CHUNK = 11, 5, 12, 6
-OWN = (0, 6, 7, 12)
+TOKENS_OF, OWN = ("own", "same"), (0, 6, 7, 12)
 
 
 class Step(NamedTuple):
@@ -71,7 +71,10 @@ class Scene(NamedTuple):
 
 
 def scenes() -> list[Scene]:
-    every = itertools.product(DIFFERENT, ("own", "same"), ("always", "first"), ("forward", "backward"))
+    checks = ("always", "forward"), ("first", "forward"), ("first", "backward")
+    every = (
+        (different, tokens, *check) for different, tokens, check in itertools.product(DIFFERENT, TOKENS_OF, checks)
+    )
     return [scene for scene in itertools.starmap(Scene, every) if not _is_alike(scene)]
 
 

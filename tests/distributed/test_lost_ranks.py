@@ -12,7 +12,6 @@ OTHERS = [rank for rank in range(RANKS) if rank != ODD_ONE]
 KILLED = [
     Scene("killed", "own", "hidden states"),
     Scene("killed", "own", "upstream gradients"),
-    Scene("killed", "same", "hidden gradients"),
     Scene("killed", "same", "the comparison of calls"),
 ]
 

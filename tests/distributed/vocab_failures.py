@@ -71,7 +71,7 @@ def scenes() -> list[Scene]:
         Scene("forward", input_grad, place, time)
         for input_grad in ("complete", "partial", "sequence")
         for place, time in [
-            *itertools.product(("statistics", "gradients", "head"), (0, 1, 2)),
+            *itertools.product(("statistics", "gradients", "head"), (0, 2)),
             ("hidden", 0),
             ("hidden", 2),
             ("sums", 0),
@@ -93,17 +93,11 @@ def scenes() -> list[Scene]:
 
 def own_scenes() -> list[Scene]:
     """Of ranks that have tokens of their own."""
-    found = [
-        Scene("forward", "own", place, time)
-        for place, time in [
-            *itertools.product(("statistics", "gradients", "head"), (0, 2)),
-            *((place, 0) for place in ("arguments", "weights", "columns", "gathered", "hidden", "sums", "tokens")),
-        ]
-    ]
-    for function in ("backward", "logprobs"):
-        found += [
-            Scene(function, "own", place) for place in ("arguments", "columns", "statistics", "start", "gradients")
-        ]
+    places = "arguments", "weights", "columns", "gathered", "sums", "tokens", "hidden", "gradients"
+    found = [Scene("forward", "own", place) for place in places]
+    found += [Scene("forward", "own", "statistics", 2), Scene("forward", "own", "head", 2)]
+    for function, places in (("backward", ("start", "gradients")), ("logprobs", ("arguments", "statistics"))):
+        found += [Scene(function, "own", place) for place in places]
         found += [Scene(function, "own", place, 1) for place in ("gathered", "tokens")]  # of the backward
     found += [Scene("mixture", "own", "second", 1), Scene("mixture-backward", "own", "gradients")]
     # Gradients that the forward computed, computed again since upstream gradients differ.
