@@ -98,8 +98,8 @@ def expected_collectives(case: Case) -> list[Collective]:
     Per chunk one all-gather of statistics and one reduction of the hidden gradient (one for all tokens in the backward
     way); where ranks have hidden states of their own, also an all-gather of these for each time a chunk's logits are
     formed, as many as the rank with the most tokens in the chunk has. Tokens that do not count take no part, but in the
-    one reduction. Where all else is the rank's own too, a forward and a backward begin with five numbers of each rank
-    and the bytes of its tokens; that of a forward with gradients has the numbers alone.
+    one reduction. Where all else is the rank's own too, each time that logits are formed begins with the bytes of the
+    tokens.
     """
     counts = the_problem(case).target != -100
     own = case.input_grad == "own"
@@ -126,17 +126,17 @@ def expected_collectives(case: Case) -> list[Collective]:
     weights = [Collective(GATHER, 8 * 4)] if case.weight else []  # of the largest shard
     # Target and coefficient; or the target, in the backward with three statistics and two slopes or more.
     of_tokens = [16] if case.way == "forward" else [8, 8 + 4 * (5 + case.smoothing)]
-    tokens = [Collective(GATHER, size) for width in of_tokens for size in (5 * 8, max(sizes) * width)]
-    upstream = [Collective(GATHER, 5 * 8)] if case.way == "forward" else []
-    of_own = tokens + upstream if own else []
+    of_own = [Collective(GATHER, max(sizes) * width) for width in of_tokens] if own else []
     return weights + of_own + gathers + statistics + reductions + again
 
 
 def expected_meetings(case: Case) -> int:
-    """For the comparison of calls, the forward, and a backward with collectives."""
+    """For the comparison of calls, the forward, and a backward with collectives; that of ranks with tokens of their own
+    tells their upstream gradients at least."""
     reduces = case.input_grad != "partial" and case.train_input and case.function != "logits"
     gathers = case.input_grad == "sequence" and case.function != "logits"
-    return (case.check != "first") + 1 + (case.way == "backward" and (reduces or gathers))
+    backward = case.input_grad == "own" or (case.way == "backward" and (reduces or gathers))
+    return (case.check != "first") + 1 + backward
 
 
 def call(case: Case, hidden, head, target, weight, vocab=None):
