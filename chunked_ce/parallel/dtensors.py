@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from chunked_ce.arguments import ADAPTER
-from chunked_ce.parallel.fsdp import fsdp_refusal, is_fsdp_shard
+from chunked_ce.parallel.fsdp import fsdp_refusal, gradient_factor, is_fsdp_shard
 from chunked_ce.parallel.vocab import VocabShard
 from chunked_ce.tracing import assume_constant, not_compiled
 
@@ -55,7 +55,7 @@ def own_rows(tensor: Any, vocab: VocabShard) -> Tensor:
     gradient = [average if placement.is_replicate() else placement for placement in tensor.placements]
     # A redistribution to the placements that it has already: it turns the gradient's placements into these.
     rows = tensor.redistribute(placements=tensor.placements).to_local(grad_placements=gradient)
-    factor = vocab.row_gradient_factor
+    factor = vocab.row_gradient_factor * _gradient_factor(tensor)
     if factor != 1 and rows.requires_grad:
         rows.register_hook(lambda gradient: gradient * factor)
     return rows
@@ -253,5 +253,11 @@ def _is_fsdp_shard(tensor: Any) -> bool:
     return _not_compiled_is_fsdp_shard(tensor)
 
 
-# After a graph break the compiler would compile this function by itself, with the identities of its fake tensors.
+@assume_constant
+def _gradient_factor(tensor: Any) -> float:
+    return _not_compiled_gradient_factor(tensor)
+
+
+# After a graph break the compiler would compile these functions by themselves, with the identities of its fake tensors.
 _not_compiled_is_fsdp_shard = not_compiled(is_fsdp_shard)
+_not_compiled_gradient_factor = not_compiled(gradient_factor)

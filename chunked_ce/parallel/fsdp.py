@@ -6,9 +6,9 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-__all__ = ["fsdp_refusal", "is_flattened", "is_fsdp_shard", "parameter_groups"]
+__all__ = ["fsdp_refusal", "gradient_factor", "is_flattened", "is_fsdp_shard", "parameter_groups"]
 
 _WHAT_TO_DO = (
     "take the loss inside the forward of a module that FSDP shards, or swap the head with LMHead.wrap(model) and make "
@@ -21,7 +21,7 @@ _NODES = 32  # searched in the graph between a parameter and a head computed fro
 
 def is_fsdp_shard(tensor: Tensor) -> bool:
     """Whether a DTensor is a parameter that ``fully_shard`` sharded, a view of it or computed from it."""
-    shards = list(_sharded_parameters())
+    shards = [shard for group in _groups() for shard in _shards_of(group)]
     if not shards:
         return False
     identities = {id(shard) for shard in shards}
@@ -37,13 +37,22 @@ def fsdp_refusal(name: str, tensor: Tensor) -> str:
     )
 
 
+def gradient_factor(tensor: Tensor) -> float:
+    """The number of ranks over ``set_gradient_divide_factor`` of the unit that shards a parameter; 1 if not set."""
+    for group in _groups():
+        factor = group.gradient_divide_factor
+        if factor is not None and any(_memory(tensor) == _memory(shard) for shard in _shards_of(group)):
+            return tensor.device_mesh.size() / factor
+    return 1.0
+
+
 def is_flattened(tensor: Tensor) -> bool:
     """Whether a tensor is a parameter that ``FullyShardedDataParallel`` keeps in a flat parameter."""
     return bool(getattr(tensor, "_fsdp_flattened", False))
 
 
-def _sharded_parameters() -> Iterator[Tensor]:
-    """The parameters of all modules as ``fully_shard`` keeps them while they are sharded."""
+def _groups() -> Iterator[Any]:
+    """The groups of parameters of all modules that ``fully_shard`` has sharded."""
     # There are none before this module, which is slow to import, is imported.
     fsdp = sys.modules.get("torch.distributed.fsdp")
     composable = sys.modules.get("torch.distributed._composable_state")
@@ -51,12 +60,12 @@ def _sharded_parameters() -> Iterator[Tensor]:
         return
     for module in list(composable._module_state_mapping):
         if isinstance(module, fsdp.FSDPModule):
-            yield from _sharded_parameters_of(module)
+            yield from parameter_groups(module._get_fsdp_state())
 
 
-def _sharded_parameters_of(module: nn.Module) -> Iterator[Tensor]:
-    groups = parameter_groups(module._get_fsdp_state())
-    for parameter in (parameter for group in groups for parameter in group.fsdp_params):
+def _shards_of(group: Any) -> Iterator[Tensor]:
+    """The parameters of a group as ``fully_shard`` keeps them while they are sharded."""
+    for parameter in group.fsdp_params:
         yield parameter.sharded_param
         if parameter.sharded_state.name == "SHARDED":  # `load_state_dict` or `to` may have replaced it
             registered = parameter._module_info.module._parameters.get(parameter._module_info.param_name)

@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 
 from tests.distributed import sharded_head_fsdp as w
 from tests.distributed.launch import run
@@ -11,10 +12,14 @@ from tests.distributed.sharded_head_fsdp_checks import CHECKS
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+@pytest.fixture(scope="module")
+def results(folder):
     """By the number of ranks. Four ranks load what two have saved."""
-    folder = str(tmp_path_factory.mktemp("checkpoints"))
-    return {number: run(w.worker, number, folder) for number in (2, 4)}
+    return {number: run(w.worker, number, str(folder)) for number in (2, 4)}
 
 
 @functools.cache
@@ -60,3 +65,12 @@ def test_bf16(results, number, case):
 def test_on_ranks(results, number, name):
     failures = [result[name] for result in results[number] if result[name] is not None]
     assert not failures, failures[0]
+
+
+def test_a_checkpoint_of_ranks_fits_a_plain_model(results, folder):
+    states = {"model": w.LanguageModel().state_dict()}
+    torch.distributed.checkpoint.load(states, checkpoint_id=str(folder / "tied True"), no_dist=True)
+    expected = torch.load(folder / "tied True.pt")["model"]
+    assert states["model"].keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(states["model"][name], value), name
