@@ -1,12 +1,13 @@
 """What the other two of three ranks see when one is lost, and after how many seconds: the table of docs/distributed.md.
 
-python -m benchmarks.faults [--timeout 4]
+python -m benchmarks.faults [--timeout 4] [--how killed stopped]
 """
 
 import argparse
 
 from tests.distributed.lost_ranks import ODD_ONE, RANKS, Scene, Seen, lose
 
+HOW = "killed", "stopped", "a call more", "a call less"
 PHASES = {
     "own": {
         "forward": (
@@ -45,20 +46,28 @@ def row(scene: Scene, seen: dict[int, Seen]) -> str:
     missing = [rank for rank in ranks if rank not in seen]
     if missing:
         return f"| {scene.how} | {scene.tokens} | {scene.collective} | no error on {missing} | |"
-    names = {each.message.split(" over the vocabulary group")[0][:80] for each in seen.values()}
-    seconds = ", ".join(f"{seen[rank].seconds:.1f}" for rank in ranks)
+    names = {_named(each.message) for each in seen.values()}
+    seconds = ", ".join(f"{seen[rank].seconds:.2f}" for rank in ranks)
     codes = {each.exit_code for each in seen.values()}
     ended = "" if codes == {0} else f", exit codes {codes}"
     return f"| {scene.how} | {scene.tokens} | {scene.collective} | {'; '.join(sorted(names))}{ended} | {seconds} |"
 
 
+def _named(message: str) -> str:
+    """The collective that failed; the one after the loss is torch's own."""
+    name, found, _ = message.partition(" over the vocabulary group failed")
+    return name if found else "torch's all-reduce"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--timeout", type=float, default=4.0, help="of the process group, in seconds")
-    timeout = parser.parse_args().timeout
+    parser.add_argument("--how", nargs="*", default=HOW, choices=HOW, help="what happens to the odd rank")
+    arguments = parser.parse_args()
     print("| the odd rank is | tokens | at | the others' error names | after seconds |\n|---|---|---|---|---|")
     for scene in scenes():
-        print(row(scene, lose([scene], timeout)[scene]), flush=True)
+        if scene.how in arguments.how:
+            print(row(scene, lose([scene], arguments.timeout)[scene]), flush=True)
 
 
 if __name__ == "__main__":
