@@ -78,13 +78,9 @@ def sharded(case, sizes, group=None, **keywords):
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     start = sum(sizes[:rank])
     words = slice(start, start + sizes[rank])
-<<<<<<< HEAD
     if keywords.get("input_grad") == "own":
         keywords = {name: value for name, value in keywords.items() if name != "input_grad"} | {"tokens": "own"}
-    vocab = VocabShard(None, words.start, words.stop, sum(sizes), **keywords)
-=======
     vocab = VocabShard(group, words.start, words.stop, sum(sizes), **keywords)
->>>>>>> 06700f8 (Sharded losses compile on two of the four ranks, and what is exact is computed once)
     tokens = slice(None)
     if vocab.input_grad == "sequence":
         share = len(case.target) // ranks
@@ -200,12 +196,7 @@ def low_precision_is_no_worse_than_the_plain_loss():
         upstreams = {"mean": None, "sum": None, "none": random_like(torch.empty(400))}
         known = {reduction: plain_and_expected(case, upstream, reduction) for reduction, upstream in upstreams.items()}
         for sizes in (EVEN, UNEVEN):
-<<<<<<< HEAD
             for input_grad in INPUT_GRADS if sizes is EVEN else ALL_TOKENS:
-                case = problem(400, 32, sum(sizes), dtype=dtype, bias=True, seed=1)
-=======
-            for input_grad in INPUT_GRADS:
->>>>>>> 06700f8 (Sharded losses compile on two of the four ranks, and what is exact is computed once)
                 for reduction, way in REDUCTIONS_AND_WAYS:
                     upstream = upstreams[reduction]
                     (plain, plain_gradients), (exact, gradients) = known[reduction]
