@@ -101,7 +101,7 @@ def own_scenes() -> list[Scene]:
         found += [Scene(function, "own", place, 1) for place in ("gathered", "tokens")]  # of the backward
     found += [Scene("mixture", "own", "second", 1), Scene("mixture-backward", "own", "gradients")]
     # Gradients that the forward computed, computed again since upstream gradients differ.
-    recomputed = [("statistics", OWN_CHUNKS), ("start", 0), ("backward", 0), ("gathered", 1), ("gathered", 2)]
+    recomputed = [("statistics", OWN_CHUNKS), ("gradients", OWN_CHUNKS), ("gathered", 1), ("sums", 1)]
     return found + [Scene("differing", "own", place, time) for place, time in recomputed]
 
 
