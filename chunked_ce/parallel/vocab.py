@@ -243,7 +243,7 @@ class VocabShard:
         calls = [other["call"] for other in everyone]
         if (0, self.total) in bounds:  # then one rank's shard of the class weights is the whole
             of_weight = (WHOLE_WEIGHT, WEIGHT_VALUES)
-            calls = [{name: value for name, value in call.items() if name not in of_weight} for call in calls]
+            calls = [{name: fact for name, fact in call.items() if not name.startswith(of_weight)} for call in calls]
         check_facts(calls)
 
     def whole_vocabulary(self, values: Tensor) -> Tensor:

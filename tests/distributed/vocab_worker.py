@@ -350,6 +350,9 @@ def class_weights_where_one_rank_holds_all_words():
             mine = weight if given == "whole" else weight[words]
             loss = loss_of(leaves, vocab, case, weight=mine, label_smoothing=0.2)
             assert abs(loss - expected) < 1e-12, given
+            depths = list(leaves["hidden"].split(12)), leaves["head"], list(case.target.split(12))
+            loss = linear_cross_entropy(*depths, vocab=vocab, weight=mine, label_smoothing=0.2)
+            assert abs(loss - expected) < 1e-12, (given, "depths")
 
 
 def shapes_of_targets():
