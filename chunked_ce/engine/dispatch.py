@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from chunked_ce.engine import gathered, gathered_operator, operators, plain
+from chunked_ce.engine import gathered, gathered_operator, loss_operator, plain, statistics_operator
 from chunked_ce.engine.call import Call
 from chunked_ce.engine.device_memory import short_budget
 from chunked_ce.engine.loss_stats import LossStats, loss_stats, named_stats, plain_loss_stats
@@ -74,7 +74,7 @@ def loss(
     """The loss, () or (N,), and the statistics of every row."""
     objective = call.specification.objective
     if in_forward and reduces and any(call.specification.needed) and not is_transformed(call.specification.shard):
-        return operators.loss(call.with_per_token({"_coefficient": coefficient} | call.per_token))
+        return loss_operator.loss(call.with_per_token({"_coefficient": coefficient} | call.per_token))
     rows = statistics(call.for_statistics())
     losses = _losses(call, objective, rows, coefficient)
     dtype = work_dtype(call.specification.settings.compute_dtype)
@@ -83,7 +83,7 @@ def loss(
 
 def statistics(call: Call) -> RowStatistics:
     """The statistics of every row, differentiable, (N,) each and 0 where ignored."""
-    return (plain if is_transformed(call.specification.shard) else operators).statistics(call)
+    return (plain if is_transformed(call.specification.shard) else statistics_operator).statistics(call)
 
 
 def gathered_logits(call: Call) -> Tensor:

@@ -2,7 +2,7 @@
 
 `loss_and_gradients` computes gradients in the forward: each chunk's logit gradients are used at once. `statistics` and
 `gradients` are the two halves of recomputation, which computes logits again in the backward. All three take plain
-tensors and record no graph; `chunked_ce.engine.operators` makes them differentiable.
+tensors and record no graph; `chunked_ce.engine.statistics_operator` and `loss_operator` make them differentiable.
 
 On many ranks each chunk takes one collective for the statistics of its rows, started before the next chunk's product
 and waited for after it, and one for the gradient of its hidden states, which overlaps with the product for the head's

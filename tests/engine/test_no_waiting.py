@@ -14,7 +14,7 @@ import torch._dynamo  # first: it keeps the functions of torch that it finds, wh
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from chunked_ce import cross_entropy, devices, linear_cross_entropy, linear_logprobs
-from chunked_ce.engine import operators, sweep
+from chunked_ce.engine import loss_operator, sweep
 from chunked_ce.engine.call import Call
 from chunked_ce.engine.counted_tokens import Places
 from chunked_ce.engine.specification import Specification
@@ -160,7 +160,7 @@ def test_the_chunk_loops(dtype, backend, ignored, launches):
     grads = sweep.gradients(call, known, slopes)
     assert all(grad.device.type == "meta" for grad in grads)
     scores = torch.empty(N, V, dtype=dtype, device="meta")
-    call = call._replace(tensors=(scores,)).with_per_token({}, source="logits", needed=())
+    call = call._replace(tensors=(scores,)).with_per_token({}, source="logits", parts=("logits",), needed=())
     known = sweep.statistics(call)
     assert sweep.gradients(call, known, slopes)[0].shape == scores.shape
     assert (set(launches) >= {"statistics_kernel", "gradients_kernel"}) == (backend == "triton")
@@ -200,7 +200,7 @@ def test_the_gradient_filter_waits_once_per_chunk(smoothing, numbers, after, dty
     assert found == chunk * 5
     assert (dtype == torch.float16) == bool(scaled)
     launches.clear()
-    gradient = operators._rescaled(head, torch.ones((), device="meta"), dtype, "triton")
+    gradient = loss_operator._rescaled(head, torch.ones((), device="meta"), dtype, "triton")
     assert (gradient.shape, gradient.dtype) == ((V, D), dtype)
     assert launches == (["finish_kernel"] if after or smoothing else ["scale_kernel"])
 
@@ -229,5 +229,5 @@ def test_saved_gradients(launches):
     """The kernel that scales a gradient gets the factor from the device."""
     total, ratio = torch.empty(V, D, device="meta"), torch.empty((), device="meta")
     for backend in BACKENDS:
-        assert operators._rescaled(total, ratio, torch.bfloat16, backend).dtype == torch.bfloat16
+        assert loss_operator._rescaled(total, ratio, torch.bfloat16, backend).dtype == torch.bfloat16
     assert launches == ["scale_kernel"]
