@@ -76,6 +76,12 @@ def check_not_averaged(module: nn.Module) -> None:
     engine = getattr(parallel.DistributedDataParallel, "_active_ddp_module", None) if parallel else None
     if engine is None:
         return
+    joining = engine._join_config
+    if joining.enable and not joining.throw_on_early_termination:
+        raise RuntimeError(
+            "the join of DistributedDataParallel lets a rank stop before the others, which would wait for it in each "
+            "call of a sharded head: let it go on without tokens, or join with throw_on_early_termination=True"
+        )
     managed = {id(parameter) for parameter in engine._module_parameters}
     for _, parameter, sharding in rows_in(module):
         if id(parameter) in managed:

@@ -15,6 +15,7 @@ from chunked_ce.sharded.fsdp_units import check_units, compute_dtype, refuse_man
 from chunked_ce.sharded.gradients import mark
 from chunked_ce.sharded.lookup import lookup
 from chunked_ce.sharded.rows import shardings_of
+from chunked_ce.tracing import not_compiled
 
 __all__ = ["ShardedEmbedding", "check_can_shard"]
 
@@ -28,6 +29,7 @@ _REFUSED = {
 class ShardedEmbedding(nn.Embedding):
     """An ``nn.Embedding`` whose ranks hold different tokens and different rows of its weight."""
 
+    @not_compiled
     def forward(self, input: Tensor) -> Tensor:
         sharding = shardings_of(self)["weight"]
         mark(self)
@@ -35,6 +37,14 @@ class ShardedEmbedding(nn.Embedding):
         check_units(self)
         found = lookup(sharding.local(self.weight), input, sharding.vocab, self.padding_idx)
         return found.to(compute_dtype(self) or found.dtype)
+
+    def _fill_padding_idx_with_zero(self) -> None:
+        """Part of ``reset_parameters``: the row of ``padding_idx`` is on one rank."""
+        vocab = shardings_of(self)["weight"].vocab
+        if self.padding_idx is not None and vocab.start <= self.padding_idx < vocab.stop:
+            with torch.no_grad():
+                rows = getattr(self.weight, "_local_tensor", self.weight)
+                rows[self.padding_idx - vocab.start].zero_()
 
     def __setattr__(self, name: str, value: Any) -> None:
         refuse_management(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch.distributed as dist
 from torch import nn
@@ -23,6 +23,12 @@ from chunked_ce.tracing import run_as_written
 __all__ = ["shard_parameters", "together", "unshard_parameters"]
 
 _Result = TypeVar("_Result")
+
+_RESIZE = "resize_token_embeddings"
+_FIRST_UNWRAP = (
+    "call LMHead.unwrap(model) on every rank, change the model, resize its embeddings for instance, and call "
+    "LMHead.shard again"
+)
 
 
 class Holder(NamedTuple):
@@ -81,6 +87,9 @@ def shard_parameters(model: nn.Module, head: nn.Linear, sharding: RowSharding) -
         if isinstance(holder.module, nn.Embedding):
             ShardedEmbedding.take(holder.module)
     ddp.leave_rows_alone(model)
+    for module in model.modules():
+        if callable(getattr(module, _RESIZE, None)):
+            vars(module)[_RESIZE] = _refuse_resizing
 
 
 def unshard_parameters(model: nn.Module) -> list[nn.Module]:
@@ -105,20 +114,34 @@ def unshard_parameters(model: nn.Module) -> list[nn.Module]:
         if isinstance(module, ShardedEmbedding):
             ShardedEmbedding.release(module)
     ddp.forget_names(model)
+    for module in model.modules():
+        if vars(module).get(_RESIZE) is _refuse_resizing:
+            del vars(module)[_RESIZE]
     return modules
+
+
+def _refuse_resizing(*_args: Any, **_keywords: Any) -> NoReturn:
+    """In the place of a method of Transformers' models, which changes the sizes of parameters in place."""
+    raise RuntimeError(f"the embeddings to be resized have their rows sharded over ranks: {_FIRST_UNWRAP}")
 
 
 @run_as_written
 def _refuse_replacement(parent: nn.Module, name: str, module: nn.Module | None) -> None:
     """Runs when a module is put into another: its replacement would be made from this rank's rows alone."""
     before = vars(parent)["_modules"].get(name)
-    if before is None or not shardings_of(before) or (module is not None and before in module.modules()):
+    if before is None or not shardings_of(before):
+        return
+    if module is not None and (before in module.modules() or _hold_the_same(before, module)):
         return
     raise RuntimeError(
-        f"{type(module).__name__} would take the place of {name!r}, whose rows are sharded over ranks: call "
-        "LMHead.unwrap(model) on every rank, change the model, resize its embeddings for instance, and call "
-        "LMHead.shard again"
+        f"{type(module).__name__} would take the place of {name!r}, whose rows are sharded over ranks: {_FIRST_UNWRAP}"
     )
+
+
+def _hold_the_same(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules are tied by all of their sharded rows."""
+    names = shardings_of(one).keys()
+    return names == shardings_of(other).keys() and all(getattr(one, name) is getattr(other, name) for name in names)
 
 
 nn.modules.module.register_module_module_registration_hook(_refuse_replacement)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from chunked_ce.sharded.rows import RowSharding, rows_in
 __all__ = ["attach", "detach", "whole_for"]
 
 _HANDLES = "_row_state_hooks"
-_latest = threading.local()  # the state dict that is being filled, and its whole tensors by the id of their parameter
+_latest = threading.local()  # whole tensors by the id of their parameter, each with its key; and rows of one given
 
 
 def attach(module: nn.Module) -> None:
@@ -42,22 +41,16 @@ def _gather(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: di
 
 def whole_for(state: dict[str, Any], parameter: nn.Parameter, sharding: RowSharding, key: str) -> Tensor | None:
     """The whole of a parameter, gathered once for a state dict that has it under several names."""
-    if getattr(_latest, "state", lambda: None)() is not state:
-        _latest.state, _latest.whole = _weakly(state), {}
-    first, whole = _latest.whole.get(id(parameter), (key, None))
-    found = None if first == key else whole()
-    if found is None:
+    known = vars(_latest).setdefault("whole", {})
+    first, whole = known.get(id(parameter), (key, lambda: None))
+    found = whole()
+    if first == key or found is None or state.get(first) is not found:
         found = whole_of(parameter, sharding, f"the state dict's {key}")
+        for other in [other for other, (_, dead) in known.items() if dead() is None]:
+            del known[other]
         if found is not None:  # as on a rank that keeps no whole tensors
-            _latest.whole[id(parameter)] = key, weakref.ref(found)
+            known[id(parameter)] = key, weakref.ref(found)
     return found
-
-
-def _weakly(state: dict[str, Any]) -> Callable[[], Any]:
-    try:
-        return weakref.ref(state)
-    except TypeError:  # a plain dictionary
-        return lambda: None
 
 
 def _slice(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *others: Any) -> None:

@@ -12,11 +12,10 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._foreach_utils import _has_foreach_support
 
-from tests.distributed.sharded_head_worker import RANKS, WIDTH, Case, Direct, LanguageModel, Scaled, Wrapper
+from tests.distributed.sharded_head_worker import RANKS, WIDTH, Case, LanguageModel, Scaled, Wrapper
 
 NUMBERS = [3, 0, 5]  # of tokens on the ranks
 ORDERS = [1.0, 2.0, 3.0, 0.0, math.inf, -math.inf]
@@ -69,8 +68,10 @@ def check_whole_state_dicts(rank: int) -> None:
         state = model.state_dict()
         with torch.no_grad():
             model.lm_head.weight.add_(1)
-        model.state_dict(destination=state)
-        assert torch.equal(state["lm_head.weight"], expected["lm_head.weight"] + 1 + 1)
+        for destination in (state, {}):
+            model.state_dict(destination=destination)
+            assert torch.equal(destination["lm_head.weight"], expected["lm_head.weight"] + 1 + 1)
+            assert (destination["embed.weight"] is destination["lm_head.weight"]) == case.tied
 
 
 def check_loading_by_assignment(rank: int) -> None:
@@ -275,6 +276,13 @@ def check_lookups_in_chunks(rank: int) -> None:
         check_lookups(rank)
 
 
+def check_initialization(rank: int) -> None:
+    """Only the row of ``padding_idx``, 1, is zero, whichever rank has it."""
+    model, _ = sharded()
+    model.embed.reset_parameters()
+    assert [row for row, values in enumerate(model.state_dict()["embed.weight"]) if not values.any()] == [1]
+
+
 def check_ids_out_of_range(rank: int) -> None:
     model, _ = sharded()
     ids = torch.tensor([11 if rank == 1 else 3])
@@ -390,95 +398,6 @@ def check_names_after_changes(rank: int) -> None:
     model.lm_head = Wrapper(layer)
     assert set(wrapper._ddp_params_and_buffers_to_ignore) == {"inner.embed.weight", "inner.lm_head.inner.weight"}
     assert set(model._ddp_params_and_buffers_to_ignore) == {"embed.weight", "lm_head.inner.weight"}
-
-
-# ---- errors ----
-
-
-def check_models_that_are_refused(rank: int) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    from chunked_ce import LMHead
-
-    def refused(match: str, model: nn.Module, *args, kind=ValueError, **keywords) -> None:
-        with raises_everywhere(kind, match):
-            LMHead.shard(model, *args, **keywords)
-        assert not any("_row_shardings" in vars(one) for one in model.modules())
-
-    refused("no output embedding found", nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
-    refused("vocab is not a keyword", LanguageModel(), vocab=None, kind=TypeError)
-    refused("lazy must be", LanguageModel(), lazy="never")
-    refused("group_or_mesh must be", LanguageModel(), [0, 1, 2], kind=TypeError)
-    refused("must name a module", LanguageModel(), module="head")
-    refused("does not look its tokens up by super", LanguageModel(Case(embedding=Direct)))
-    refused("DistributedDataParallel yet", nn.parallel.DistributedDataParallel(LanguageModel()))
-    for keyword, value in {"max_norm": 1.0, "scale_grad_by_freq": True, "sparse": True}.items():
-        model = LanguageModel()
-        setattr(model.embed, keyword, value)
-        refused(f"'embed' is tied to the head, and its {keyword}={value}", model)
-    model = LanguageModel()
-    model.twin = nn.Linear(WIDTH, 11)
-    model.twin.weight = model.lm_head.weight
-    refused("twin.weight is tied to the head's weight", model, module="lm_head")
-    model = LanguageModel(Case(tied=False))
-    nn.utils.parametrizations.weight_norm(model.lm_head)
-    refused("parametrized weight", model)
-    model = LanguageModel()
-    model.lm_head.weight.ds_id = 0  # ZeRO-3's
-    refused("an engine has sharded or released the head", model)
-    model = LanguageModel(Case(tied=False))
-    fully_shard(model, mesh=init_device_mesh("cpu", (RANKS,)))
-    refused("an engine has sharded or released the head", model)
-    model, _ = sharded()
-    with raises_everywhere(ValueError, "sharded already: LMHead.unwrap"):
-        LMHead.shard(model)
-
-
-def check_ranks_that_differ(rank: int) -> None:
-    from chunked_ce import LMHead
-
-    odd = rank == 2
-    with raises_everywhere(ValueError, r"different heads; their shapes are .*\[\(12, 6\)\]"):
-        LMHead.shard(LanguageModel(Case(words=12 if odd else 11)))
-    with raises_everywhere(ValueError, "numbers of places"):
-        LMHead.shard(LanguageModel(Case(tied=odd)))
-    with raises_everywhere(ValueError, "no output embedding" if odd else "rank 2 of the group cannot shard its head"):
-        LMHead.shard(nn.Sequential(nn.Tanh()) if odd else LanguageModel())
-    model = LanguageModel()
-    with torch.no_grad():
-        model.lm_head.weight.add_(rank)
-    LMHead.shard(model)
-    assert torch.equal(model.state_dict()["lm_head.weight"], LanguageModel().lm_head.weight)  # the first rank's
-
-
-def check_what_needs_all_words(rank: int) -> None:
-    model, _ = sharded()
-    for mode in (True, False):
-        model.train(mode)
-        logits = model(torch.zeros(1, 2, dtype=torch.long))
-        with raises_everywhere(NotImplementedError, "of which this rank holds . of 11 .*LMHead.unwrap"):
-            logits.softmax(-1)
-    assert F.cross_entropy(logits[0], torch.ones(2, dtype=torch.long)).isfinite()
-
-
-def check_replacements_and_late_optimizers(rank: int) -> None:
-    from torch.distributed.optim import ZeroRedundancyOptimizer
-
-    from chunked_ce import LMHead
-
-    model = LanguageModel()
-    early = torch.optim.SGD(model.parameters(), 0.1)
-    LMHead.shard(model)
-    with raises_everywhere(RuntimeError, "make the optimizer afterwards"):
-        early.step()
-    model.embed(torch.zeros(1, dtype=torch.long))
-    partitioned = ZeroRedundancyOptimizer(model.parameters(), torch.optim.SGD, lr=0.1)
-    with raises_everywhere(RuntimeError, "ZeroRedundancyOptimizer gives every rank"):
-        partitioned.step()
-    for name, module in {"embed": nn.Embedding(12, WIDTH), "lm_head": nn.Linear(WIDTH, 12)}.items():
-        with raises_everywhere(RuntimeError, f"would take the place of '{name}'.*unwrap"):
-            setattr(model, name, module)
 
 
 CHECKS = {name.removeprefix("check_"): check for name, check in globals().items() if name.startswith("check_")}

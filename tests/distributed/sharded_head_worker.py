@@ -176,9 +176,10 @@ def attempt(function: Callable, *args) -> object:
 
 def worker(rank: int, world_size: int) -> dict:
     from tests.distributed.sharded_head_checks import CHECKS
+    from tests.distributed.sharded_head_refusals import REFUSALS
 
     trained = {case: attempt(train_case, case, rank) for case in CASES}
-    return trained | {name: attempt(check, rank) for name, check in CHECKS.items()}
+    return trained | {name: attempt(check, rank) for name, check in (CHECKS | REFUSALS).items()}
 
 
 def train_compiled(rank: int, world_size: int) -> tuple[float, Tensor]:

@@ -6,6 +6,7 @@ import torch
 from tests.distributed import sharded_head_worker as w
 from tests.distributed.launch import run
 from tests.distributed.sharded_head_checks import CHECKS
+from tests.distributed.sharded_head_refusals import REFUSALS
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def test_training_equals_that_of_one_process(ranks, case):
                     torch.testing.assert_close(one.optimizer["state"][index][name], value, rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", CHECKS | REFUSALS)
 def test_on_ranks(ranks, name):
     failures = [result[name] for result in ranks if result[name] is not None]
     assert not failures, failures[0]
