@@ -11,17 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from chunked_ce import devices
 from chunked_ce.functional import cross_entropy, linear_cross_entropy, linear_logprobs
 from chunked_ce.known_tokens import remember
 from chunked_ce.lazy import values
 from chunked_ce.lazy.follow import follows
 from chunked_ce.lazy.logits import Lazy, LazyLogits, LazyLogProbs
-from chunked_ce.lazy.source import Operation
+from chunked_ce.lazy.source import Operation, version
 from chunked_ce.rows.statistics import Logits
 
 __all__ = []
 
+_ZEROS = WeakTensorKeyDictionary()  # the version of a tensor, and whether it was 0 then
 _NOTHING_IGNORED = torch.iinfo(torch.int64).min  # never an index, so that -100 is refused as any wrong index is
 
 
@@ -52,6 +55,29 @@ def _tanh(lazy: Lazy) -> Lazy:
     if not isinstance(lazy, LazyLogits) or lazy._logits.softcap is not None:
         return NotImplemented
     return lazy.derive(Operation(torch.tanh, of_rows=torch.tanh), logits=lazy._logits._replace(softcap=1.0))
+
+
+@follows("add __add__ __radd__")
+def _add_nothing(lazy: Lazy, other: Any, *, alpha: float = 1) -> Lazy:
+    """The sum with one zero for each word, as the ``final_logits_bias`` of BART and its kin is."""
+    if not isinstance(lazy, LazyLogits) or type(other) is not Tensor or lazy._vocab_dim != lazy.dim() - 1 or alpha != 1:
+        return NotImplemented
+    is_of_words = other.dim() <= lazy.dim() and other.shape[-1:] == lazy.shape[-1:] == (other.numel(),)
+    if not is_of_words or other.is_meta or other.requires_grad or not other.is_floating_point() or not _is_zero(other):
+        return NotImplemented
+    other = other.clone()
+    return lazy.derive(Operation(lambda x: x + other.to(x.device), of_rows=lambda x: x + other.flatten()))
+
+
+def _is_zero(tensor: Tensor) -> bool:
+    """Whether all values are 0, asked once: the host waits for an accelerator's answer."""
+    then, is_zero = _ZEROS.get(tensor, (None, False))
+    if then is None or then != version(tensor):
+        if devices.captures(tensor.device):  # where nobody may wait
+            return False
+        is_zero = not tensor.any()
+        _ZEROS[tensor] = version(tensor), is_zero
+    return is_zero
 
 
 def _number(value: Any) -> float | None:

@@ -68,7 +68,7 @@ _ALIASES = {
     "x2": "other",
     "split_size_or_sections": "split_size",
 }
-_COMMUTATIVE = set(functions("mul multiply __mul__ __rmul__"))
+_COMMUTATIVE = set(functions("mul multiply __mul__ __rmul__ add __add__ __radd__"))
 _FIRST = ("input", "self", "tensor", "x", "a", "x1")
 
 

@@ -40,6 +40,8 @@ BY_NAME = {
     "multiply": lambda z: torch.multiply(other=0.5, input=z),
     "mul, a tensor first": lambda z: torch.tensor(2.0) * z,
     "mul, a function of a tensor first": lambda z: torch.mul(torch.tensor(2.0), z),
+    "add": lambda z: torch.add(input=z, other=torch.zeros(VOCAB)),
+    "add, to a tensor": lambda z: torch.zeros(1, VOCAB) + z,
     "div": lambda z: torch.div(input=z, other=2),
     "true_divide": lambda z: torch.true_divide(input=z, other=3.0),
     "neg": lambda z: torch.neg(input=z),
