@@ -17,6 +17,7 @@ def check_out_of_sight(module: nn.Module) -> None:
     if any(True for _ in rows_in(module)):
         raise ValueError(
             "deepspeed.initialize would broadcast, average and partition the rows of a sharded head: import deepspeed "
-            "before LMHead.shard(model), and call it as deepspeed.initialize, which LMHead.shard has replaced then; or "
-            "call chunked_ce.integrations.deepspeed.initialize with the same arguments"
+            "before LMHead.shard(model), which replaces deepspeed.initialize, and look that up afterwards, not in the "
+            "statement that calls LMHead.shard; or call chunked_ce.integrations.deepspeed.initialize with the same "
+            "arguments"
         )
