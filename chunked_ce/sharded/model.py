@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
@@ -28,6 +29,10 @@ _RESIZE = "resize_token_embeddings"
 _FIRST_UNWRAP = (
     "call LMHead.unwrap(model) on every rank, change the model, resize its embeddings for instance, and call "
     "LMHead.shard again"
+)
+_TRAINABLE_TOKENS = (
+    "PEFT's trainable tokens read rows of the head, or of an embedding tied to it, by their numbers, and a rank of a "
+    "sharded head has its own rows only: train the head and what is tied to it, or leave it whole"
 )
 
 
@@ -126,6 +131,18 @@ def _refuse_resizing(*_args: Any, **_keywords: Any) -> NoReturn:
 
 
 @run_as_written
+def _refuse_trainable_tokens(parent: nn.Module, name: str, module: nn.Module | None) -> None:
+    """Runs when a module is put into another, such as an adapter."""
+    if module is not None and shardings_of(module) and _reads_rows_by_number(parent):
+        raise ValueError(_TRAINABLE_TOKENS)
+
+
+def _reads_rows_by_number(module: nn.Module) -> bool:
+    adapters = sys.modules.get("peft.tuners.trainable_tokens.layer")
+    return adapters is not None and isinstance(module, adapters.TrainableTokensLayer)
+
+
+@run_as_written
 def _refuse_replacement(parent: nn.Module, name: str, module: nn.Module | None) -> None:
     """Runs when a module is put into another: its replacement would be made from this rank's rows alone."""
     before = vars(parent)["_modules"].get(name)
@@ -144,6 +161,7 @@ def _hold_the_same(one: nn.Module, other: nn.Module) -> bool:
     return names == shardings_of(other).keys() and all(getattr(one, name) is getattr(other, name) for name in names)
 
 
+nn.modules.module.register_module_module_registration_hook(_refuse_trainable_tokens)
 nn.modules.module.register_module_module_registration_hook(_refuse_replacement)
 
 
@@ -162,6 +180,8 @@ def _check_shardable(model: nn.Module, head: nn.Linear, holders: list[Holder]) -
     for module in model.modules():
         if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
             raise ValueError(f"model must not be inside {type(module).__name__} yet: call LMHead.shard before")
+        if _reads_rows_by_number(module) and any(module.base_layer is holder.module for holder in holders):
+            raise ValueError(_TRAINABLE_TOKENS)
     if is_parametrized(head):
         raise ValueError("the head has a parametrized weight: remove the parametrization first")
     for parameter in _parameters(head):

@@ -168,3 +168,21 @@ def run_peft(place: str, ranks: int) -> tuple[list[float], dict[str, torch.Tenso
         model.merge_adapter()
         adapters["merged"] = model.state_dict()["base_model.model.lm_head.base_layer.weight"]
     return losses, adapters, [name for name, one in model.named_parameters() if one.requires_grad]
+
+
+def trainable_tokens(ranks: int) -> list[str]:
+    """What sharding a tied head says where PEFT trains some of its tokens, before and after."""
+    import peft
+
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3, 5])
+    orders = (
+        lambda model: LMHead.shard(peft.get_peft_model(model, config)),
+        lambda model: peft.get_peft_model(LMHead.shard(model), config),
+    )
+    said = []
+    for order in orders:
+        try:
+            order(new_model(Training()))
+        except ValueError as error:
+            said.append(str(error))
+    return said

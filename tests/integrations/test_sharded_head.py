@@ -32,6 +32,7 @@ def on_rank(rank, world_size, folder):
 
     for place in PLACES:
         attempt(("peft", place), s.run_peft, place)
+    attempt("trainable tokens", s.trainable_tokens)
     for training in s.TRAININGS:
         attempt(training, s.run_trainer, training, folder / str(training))
     for training in SAVED:
@@ -144,3 +145,8 @@ def test_peft(ranks, place):
     for _, adapters_of_rank, trained_on_rank in found:
         assert trained_on_rank == trained and adapters_of_rank.keys() == adapters.keys()
         assert_same_state(adapters_of_rank, adapters)
+
+
+def test_trainable_tokens_are_refused(ranks):
+    for said in results(ranks, "trainable tokens"):
+        assert len(said) == 2 and all("PEFT's trainable tokens read rows" in one for one in said)
