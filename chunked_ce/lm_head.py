@@ -236,9 +236,15 @@ class LMHead(LazyHead):
         hidden = hidden.to(compute_dtype(self) or hidden.dtype)
         return LazyLogits.of_call(Call(self, hidden), hidden, self.vocab_size, self._settings.logits)
 
+    def can_add_low_rank(self, hidden: Any) -> bool:
+        """Whether `with_low_rank` may take the place of the logits plus a low-rank product; a sharded head must."""
+        if self.vocab is not None:
+            return True
+        return (self.training or self._settings.lazy == "always") and self.layout is None and self._can_be_lazy(hidden)
+
     @not_compiled
     def with_low_rank(self, hidden: Tensor, low_rank_hidden: Tensor, low_rank_weight: Tensor) -> LazyLogits:
-        """The logits of a sharded head plus the product of a low-rank adapter's factors (..., r) and (V_r, r)."""
+        """The lazy logits plus the product of a low-rank adapter's factors (..., r) and (V_r, r)."""
         self._prepare_rows()
         if not self._can_be_lazy(hidden):
             self.check_can_compute("this call of the head")
@@ -364,7 +370,7 @@ def _follow_adapter(module: nn.Module, head: LMHead) -> None:
         module.__class__ = joined(TokenAdapter, type(module))
     lora = sys.modules.get("peft.tuners.lora.layer")
     is_lora = lora is not None and isinstance(module, lora.Linear) and not isinstance(module, LowRankHead)
-    if is_lora and head.vocab is not None and head.layout is None:
+    if is_lora and head.layout is None:
         module.__class__ = joined(LowRankHead, type(module))
 
 

@@ -27,4 +27,6 @@ def test_what_it_calls_followed_is():
     named = {name for row in rows for name in re.findall(r"`([a-z_]+)`", row)}
     assert len(named) > 30
     for name in named:
-        assert any(is_followed(getattr(space, name, None)) for space in (torch.Tensor, torch.nn.functional)), name
+        assert any(is_followed(getattr(space, name, None)) for space in (torch, torch.Tensor, torch.nn.functional)), (
+            name
+        )

@@ -122,7 +122,7 @@ def test_keywords_apply_where_the_loss_is_taken():
     assert torch.equal(F.cross_entropy(head(hidden), target), expected)
     logits = head(hidden)
     with pytest.warns(UserWarning, match=r"z_loss=0\.25 and label_smoothing=0\.125 of the head apply to F\.cross_ent"):
-        logits.mean()
+        logits.relu()
     torch.testing.assert_close(F.cross_entropy(logits, target), expected)
     torch.testing.assert_close(head.eval()(hidden), 2 * torch.tanh(3 * hidden @ head.weight.T / 2))
 
@@ -280,8 +280,9 @@ def test_autocast_of_the_call_holds_for_the_loss(outside):
     assert logits.dtype == torch.bfloat16
     found = F.cross_entropy(logits.float(), target) if outside else inside
     assert torch.equal(found, expected) and not torch.equal(found, linear_cross_entropy(hidden, head.weight, target))
-    with pytest.warns(UserWarning):
-        assert (logits + 0).dtype == torch.bfloat16
+    assert (logits + 0).dtype == torch.bfloat16 and (logits + torch.zeros(1)).dtype == torch.float32
+    with pytest.warns(UserWarning, match="does not follow relu"):
+        assert logits.relu().dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

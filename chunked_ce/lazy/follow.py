@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +20,16 @@ from chunked_ce.tracing import not_compiled
 
 __all__ = ["dispatch", "follows", "functions", "is_followed"]
 
+
+class _Handler(NamedTuple):
+    answer: Callable
+    signature: inspect.Signature
+    computed: bool  # whether it answers even once the logits are computed
+    either: bool  # whether another argument than the first may be the lazy one
+
+
 _QUERIES: set[Callable] = set()
-_FOLLOWED: dict[Callable, tuple[Callable, inspect.Signature, bool]] = {}
+_FOLLOWED: dict[Callable, _Handler] = {}
 
 
 @not_compiled
@@ -37,20 +45,23 @@ def dispatch(function: Callable, args: tuple, kwargs: dict) -> Any:
 
 def _follow(function: Callable, args: tuple, kwargs: dict) -> Any:
     """The answer of the function's handler."""
-    handler, signature, computed = _FOLLOWED[function]
+    handler = _FOLLOWED[function]
     if function in _COMMUTATIVE and len(args) == 2 and not isinstance(args[0], Lazy):
         args = args[::-1]
     try:
-        bound = _bind(signature, args, kwargs)
+        bound = _bind(handler.signature, args, kwargs)
     except TypeError:
         return NotImplemented
-    lazy = next(iter(bound.arguments.values()))
-    if not isinstance(lazy, Lazy) or (lazy.is_computed and not computed):
+    first = next(iter(bound.arguments.values()))
+    found = tree_flatten((bound.args, bound.kwargs))[0] if handler.either else [first]
+    lazy = [one for one in found if isinstance(one, Lazy)]
+    if not lazy or (any(one.is_computed for one in lazy) and not handler.computed):
         return NotImplemented
     if torch._C._are_functorch_transforms_active():
         return NotImplemented
-    lazy.join_graph()  # before the handler reads the hidden states
-    return handler(*bound.args, **bound.kwargs)
+    for one in lazy:
+        one.join_graph()  # before the handler reads the hidden states
+    return handler.answer(*bound.args, **bound.kwargs)
 
 
 def functions(names: str, *spaces: Any) -> list[Callable]:
@@ -64,6 +75,7 @@ _ALIASES = {
     "axis": "dim",
     "axis0": "dim0",
     "axis1": "dim1",
+    "indices": "sections",
     "keepdims": "keepdim",
     "x2": "other",
     "split_size_or_sections": "split_size",
@@ -83,12 +95,13 @@ def _bind(signature: inspect.Signature, args: tuple, kwargs: dict) -> inspect.Bo
     return signature.bind(*args, **kwargs)
 
 
-def follows(names: str, *spaces: Any, computed: bool = False) -> Callable[[Callable], Callable]:
-    """Register a handler for these functions; with ``computed`` it answers even once the logits are computed."""
+def follows(names: str, *spaces: Any, computed: bool = False, either: bool = False) -> Callable[[Callable], Callable]:
+    """Register a handler for these functions; with ``computed`` it answers even once the logits are computed, with
+    ``either`` also where another argument than the first one is lazy."""
 
     def register(handler: Callable) -> Callable:
         for function in functions(names, *spaces):
-            _FOLLOWED[function] = (handler, inspect.signature(handler), computed)
+            _FOLLOWED[function] = _Handler(handler, inspect.signature(handler), computed, either)
         return handler
 
     return register
@@ -145,6 +158,8 @@ _HOOKS = set(functions("register_hook retain_grad", torch.Tensor))
 
 def _query(function: Callable, args: tuple, kwargs: dict) -> Any:
     computed = [x for x in args if isinstance(x, Lazy) and x.is_computed]
+    if function in _HOOKS and not computed and any(step.is_per_token for step in args[0]._operations):
+        return _compute(function, args, kwargs)
     if computed:  # the values have a graph of their own, and may have changed since
         return _of_values(function, args, kwargs, computed)
     with torch._C.DisableTorchFunctionSubclass():

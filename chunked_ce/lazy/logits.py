@@ -6,24 +6,33 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.utils._pytree import tree_map
 
+from chunked_ce.lazy.form import Form
 from chunked_ce.lazy.graph import attach, detour, is_attached
 from chunked_ce.lazy.head import LazyHead
 from chunked_ce.lazy.product import Rows, with_layout
-from chunked_ce.lazy.source import Call, Operation, Root, version
+from chunked_ce.lazy.source import Call, Operation, Root, through, version
+from chunked_ce.lazy.terms import LOGITS, Terms
 from chunked_ce.rows.statistics import Logits
 
-__all__ = ["Lazy", "LazyLogProbs", "LazyLogits"]
+__all__ = ["Lazy", "LazyLogits", "LazyTerms", "Piece"]
+
+
+class Piece(NamedTuple):
+    """What a part of the tokens was cut from."""
+
+    whole: Lazy
+    operations: tuple[Operation, ...]  # of the piece as it was cut, the last one being the cut
 
 
 class Lazy(Tensor):
-    """The base of `LazyLogits` and `LazyLogProbs`: a tensor with a shape and a graph but without values.
+    """The base of `LazyLogits` and `LazyTerms`: a tensor with a shape and a graph but without values.
 
     Its hidden states have the shape of the logits with D in place of V, so that an operation on the other dimensions
     applies to them as well. Its stand-in on the meta device has the shape, strides and dtype of the logits: it goes
@@ -36,13 +45,15 @@ class Lazy(Tensor):
     _operations: tuple[Operation, ...]
     _hidden: Tensor
     _vocab_dim: int
-    _logits: Logits
-    _factor: float  # of the log-probabilities
+    _form: Form  # of the logits whose probabilities the terms have
+    _terms: Terms
     _stand_in: Tensor
     _value: Tensor | None  # once it is computed
     _value_version: int | None
     _hooked: bool  # the gradient must pass through this tensor, so that its hooks are called
     _joined: bool
+    _piece: Piece | None
+    _answers: dict[Any, tuple[Tensor, ...]]  # that its pieces share
 
     @classmethod
     def _make(
@@ -51,9 +62,9 @@ class Lazy(Tensor):
         operations: tuple[Operation, ...],
         hidden: Tensor,
         vocab_dim: int,
-        logits: Logits,
+        form: Form,
         stand_in: Tensor,
-        factor: float = 1.0,
+        terms: Terms = LOGITS,
         tracked: bool = True,
     ):
         """Make a lazy tensor, with a graph behind it if ``tracked``."""
@@ -64,22 +75,15 @@ class Lazy(Tensor):
             facts = {"dtype": stand_in.dtype, "device": call.device}
             self = Tensor._make_wrapper_subclass(cls, stand_in.shape, **memory, **facts)
             self._root, self._operations, self._hidden = root, operations, hidden
-            self._vocab_dim, self._logits, self._factor, self._stand_in = vocab_dim, logits, factor, stand_in
-            self._value, self._hooked, self._joined = None, False, False
+            self._vocab_dim, self._form, self._terms, self._stand_in = vocab_dim, form, terms, stand_in
+            self._value, self._hooked, self._joined, self._piece, self._answers = None, False, False, None, {}
             call.members[id(self)] = self
             return self
 
         if not tracked:
             return make()
-        differentiate = functools.partial(
-            call.differentiate, hidden.detach(), cls._values_of, vocab_dim, logits, factor
-        )
+        differentiate = functools.partial(call.differentiate, hidden.detach(), vocab_dim, form, terms)
         return attach(make, differentiate, hidden, *call.anchors)
-
-    @staticmethod
-    def _values_of(logits: Tensor, factor: float) -> Tensor:
-        """The values that a tensor of this class stands for, given the logits (..., V)."""
-        return logits
 
     @classmethod
     def of_call(cls, call: Call, hidden: Tensor, vocab_size: int, logits: Logits):
@@ -88,23 +92,29 @@ class Lazy(Tensor):
         hidden = hidden if tracked else hidden.detach()
         stand_in = torch.empty(*hidden.shape[:-1], vocab_size, dtype=call.dtype, device="meta")
         root = Root.of_call(call, hidden, logits, stand_in, has_graph=tracked)
-        return cls._make(root, (), hidden, hidden.dim() - 1, logits, stand_in, tracked=tracked)
+        return cls._make(root, (), hidden, hidden.dim() - 1, Form(*logits), stand_in, tracked=tracked)
 
     def derive(self, operation: Operation, **changes: Any):
         """The result of ``operation``, which differs from this tensor in the attributes that ``changes`` names."""
         of_tokens = operation.of_tokens
         # The hidden states come first: an index that is out of range raises on them.
         hidden = self._hidden if of_tokens is None else of_tokens(self._hidden)
-        stand_in = operation.of_logits(self._stand_in)
+        stand_in = operation.of_logits(self._stand_in, *operation.stand_ins)
         tracked = self.requires_grad and torch.is_grad_enabled()
-        return self._next((*self._operations, operation), hidden, stand_in, tracked, **changes)
+        if of_tokens is not None:
+            changes = {"form": self._form.map(of_tokens), "terms": self._terms.map(of_tokens)} | changes
+        found = self._next((*self._operations, operation), hidden, stand_in, tracked, **changes)
+        if of_tokens is None and not self._joined:
+            found._piece = self._piece
+        return found
 
     def without_graph(self):
         """The same tensor, detached."""
-        return self._next(self._operations, self._hidden, self._stand_in, tracked=False)
+        parts = {"form": self._form.detached(), "terms": self._terms.map(Tensor.detach)}
+        return self._next(self._operations, self._hidden, self._stand_in, tracked=False, **parts)
 
     def _next(self, operations: tuple[Operation, ...], hidden: Tensor, stand_in: Tensor, tracked: bool, **changes: Any):
-        parts = {"vocab_dim": self._vocab_dim, "logits": self._logits, "factor": self._factor} | changes
+        parts = {"vocab_dim": self._vocab_dim, "form": self._form, "terms": self._terms} | changes
         cls = parts.pop("cls", type(self))
         root, hidden = (self._root, hidden) if tracked else (self._root.detached(), hidden.detach())
         return cls._make(root, operations, hidden, stand_in=stand_in, tracked=tracked, **parts)
@@ -112,10 +122,10 @@ class Lazy(Tensor):
     def become(self, other: Lazy) -> bool:
         """Take on the state of ``other``, the result of an operation on this tensor; False where that is not sound."""
         alone = all(one is self or one is other for one in self._root.call.members.values())
-        if not alone or (self.requires_grad and not other.requires_grad):
+        if not alone or type(self) is not type(other) or (self.requires_grad and not other.requires_grad):
             return False
         self._root, self._operations, self._hidden = other._root, other._operations, other._hidden
-        self._logits, self._factor = other._logits, other._factor
+        self._form, self._terms = other._form, other._terms
         self._root.call.changed = True
         return True
 
@@ -126,6 +136,10 @@ class Lazy(Tensor):
         if is_attached(self.grad_fn) and not self._hooked:
             return
         self._joined = True
+        if any(operation.is_per_token for operation in self._operations):  # its rows are no function of the product's
+            with torch.enable_grad():
+                self._hidden = detour(self, self._hidden)
+            return
         numbers, of_rows = self._numbers(), self._of_rows()
         with torch.enable_grad():
             self._hidden = detour(self, self._hidden)
@@ -135,13 +149,16 @@ class Lazy(Tensor):
 
     def _numbers(self) -> Tensor:
         """The numbers of the product's rows behind this tensor's rows, in its shape with 1 in place of V."""
+        return self.tokens_of(self._root.numbers)
+
+    def tokens_of(self, numbers: Tensor) -> Tensor:
+        """This tensor's tokens among those of its root, for which ``numbers`` has 1 in place of V."""
         steps = [operation.of_tokens for operation in self._operations if operation.of_tokens is not None]
-        return functools.reduce(lambda numbers, step: step(numbers), steps, self._root.numbers)
+        return functools.reduce(lambda found, step: step(found), steps, numbers)
 
     def _of_rows(self) -> tuple[Callable[[Tensor], Tensor], ...]:
         """The steps from the product's rows to those of this tensor."""
-        steps = [operation.of_rows for operation in self._operations if operation.of_rows is not None]
-        return (*self._root.of_rows, *steps)
+        return (*self._root.of_rows, functools.partial(through, self._operations))
 
     def rows(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Iterator[tuple[Rows, Tensor]]:
         """This tensor's rows in pieces: their places, and their values (m, V) with the bits of `materialize`.
@@ -219,7 +236,8 @@ class Lazy(Tensor):
         return function(*tree_map(value, args), **tree_map(value, kwargs or {}))
 
     def _again(self, with_graph: bool):
-        parts = (self._operations, self._hidden.detach(), self._vocab_dim, self._logits, self._stand_in, self._factor)
+        form, terms = self._form.detached(), self._terms.map(Tensor.detach)
+        parts = (self._operations, self._hidden.detach(), self._vocab_dim, form, self._stand_in, terms)
         again = self._make(self._root.detached(), *parts, tracked=False)
         if self._value is not None:
             again._value = self._value if with_graph else self._value.detach()
@@ -250,9 +268,10 @@ class Lazy(Tensor):
 class LazyLogits(Lazy):
     """The logits of an `LMHead` call, not computed.
 
-    A tensor in shape, dtype, device and graph. Its slices, reshapes, casts and multiples are lazy too. Its losses,
-    log-probabilities, ``argmax``, ``topk``, ``gather`` and ``logsumexp`` are computed from the hidden states, a chunk
-    of tokens or vocabulary entries at a time. Anything else computes the logits once, with a warning.
+    A tensor in shape, dtype, device and graph. Its slices, reshapes, casts and multiples are lazy too, and so are its
+    probabilities. Its losses, log-probabilities, entropies, ``mean``, ``argmax``, ``topk``, ``gather`` and
+    ``logsumexp`` are computed from the hidden states, a chunk of tokens or vocabulary entries at a time. Anything else
+    computes the logits once, with a warning.
 
     >>> import torch
     >>> from chunked_ce import LMHead
@@ -264,12 +283,11 @@ class LazyLogits(Lazy):
     """
 
 
-class LazyLogProbs(Lazy):
-    """The log-softmax of `LazyLogits`, times a number."""
+class LazyTerms(Lazy):
+    """What is made of `LazyLogits` and their probabilities word by word, as log-probabilities are: a few `Terms`.
 
-    @staticmethod
-    def _values_of(logits: Tensor, factor: float) -> Tensor:
-        return factor * logits.log_softmax(-1)
+    Its sums over the vocabulary and its values at some words come from statistics of the tokens.
+    """
 
 
 def _unseen() -> contextlib.AbstractContextManager:

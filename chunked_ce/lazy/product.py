@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from chunked_ce import plan
@@ -30,7 +29,7 @@ class Product:
         hidden: Tensor,
         rows_per_block: int,
         autocast: torch.dtype | None,
-        linear: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear,
+        linear: Callable[[Tensor, Tensor, Tensor | None], Tensor],
     ) -> None:
         self.hidden, self.linear = hidden.detach(), linear  # (..., D)
         self.num_rows = hidden.shape[:-1].numel()

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from chunked_ce.lazy.follow import follows, functions
-from chunked_ce.lazy.logits import Lazy
+from chunked_ce.lazy.logits import Lazy, Piece
 from chunked_ce.lazy.source import Operation
+from chunked_ce.lazy.words import of_index
 
 __all__ = []
 
@@ -136,7 +137,9 @@ def _getitem(lazy: Lazy, index: Any) -> Lazy:
     for item in items:
         shape = lazy.shape[reached : reached + _consumed(item)]
         if reached <= lazy._vocab_dim < reached + len(shape):
-            if not isinstance(item, slice) or item.indices(shape[0]) != (0, shape[0], 1):
+            if not isinstance(item, slice):
+                return _words_by_index(lazy, items)
+            if item.indices(shape[0]) != (0, shape[0], 1):
                 return NotImplemented
             constant, vocab_at = [slice(None)], len(constants)
         else:
@@ -155,6 +158,15 @@ def _getitem(lazy: Lazy, index: Any) -> Lazy:
     kept = sum(not isinstance(item, int | Tensor) for item in constants[:vocab_at])
     vocab_dim = kept + max((item.dim() for item in tensors), default=0)
     return lazy.derive(Operation(at, of_tokens=at), vocab_dim=vocab_dim)
+
+
+def _words_by_index(lazy: Lazy, items: list[Any]) -> Any:
+    """The values that an index finds which has numbers for the words."""
+    *tokens, words = items
+    if lazy._vocab_dim != lazy.dim() - 1 or any(_consumed(item) != 1 for item in items):
+        return NotImplemented
+    tokens = [_constant(item, shape) for item, shape in zip(tokens, ([n] for n in lazy.shape), strict=False)]
+    return of_index(lazy, (*(item for (item,) in tokens), words))
 
 
 def _without_ellipsis(items: list[Any], dims: int) -> list[Any] | None:
@@ -178,14 +190,14 @@ def _consumed(item: Any) -> int | None:
         return item.dim() or None
     if isinstance(item, Tensor) and not item.is_floating_point():
         return 1
-    entries = item if isinstance(item, list) else [item]
+    entries = item if isinstance(item, list | range) else [item]
     return 1 if all(isinstance(entry, int) and not isinstance(entry, bool) for entry in entries) else None
 
 
 def _constant(item: Any, shape: torch.Size) -> list[Any] | None:
     """The item as slices, numbers and tensors of numbers that nobody can change later, for dimensions of this shape."""
-    if isinstance(item, list):
-        return [torch.tensor(item, dtype=torch.long)]
+    if isinstance(item, list | range):
+        return [torch.tensor([*item], dtype=torch.long)]
     if not isinstance(item, Tensor):
         return [item]
     if item.dtype in (torch.bool, torch.uint8):
@@ -212,10 +224,27 @@ def _select(lazy: Lazy, dim: int, index: int) -> Lazy:
 @follows("index_select")
 def _index_select(lazy: Lazy, dim: int, index: Tensor) -> Lazy:
     dim = _dim(dim, lazy.dim())
-    if dim == lazy._vocab_dim or isinstance(index, Lazy):
+    if isinstance(index, Lazy) or index.dim() > 1:
         return NotImplemented
+    if dim == lazy._vocab_dim:
+        return _words_by_index(lazy, [*[slice(None)] * dim, index.reshape(-1)])
     kept = index.clone()  # the caller may change it before the logits are computed
     return _follow(lazy, lambda x: x.index_select(dim, kept.to(x.device)), lazy._vocab_dim)
+
+
+@follows("__get__", inspect.getattr_static(Tensor, "mT"))
+def _mt(lazy: Lazy, owner: Any = None) -> Lazy:
+    return NotImplemented if lazy.dim() < 2 else _transpose(lazy, -2, -1)
+
+
+@follows("__get__", inspect.getattr_static(Tensor, "T"))
+def _t(lazy: Lazy, owner: Any = None) -> Lazy:
+    return NotImplemented if lazy.dim() != 2 else _transpose(lazy, 0, 1)
+
+
+@follows("t")
+def _t_of_matrix(lazy: Lazy) -> Lazy:
+    return NotImplemented if lazy.dim() != 2 else _transpose(lazy, 0, 1)
 
 
 @follows("unbind")
@@ -223,7 +252,7 @@ def _unbind(lazy: Lazy, dim: int = 0) -> tuple[Lazy, ...]:
     dim = _dim(dim, lazy.dim())
     if dim == lazy._vocab_dim:
         return NotImplemented
-    return tuple(_select(lazy, dim, at) for at in range(lazy.shape[dim]))
+    return _pieces_of(lazy, [_select(lazy, dim, at) for at in range(lazy.shape[dim])])
 
 
 @follows("__iter__", Tensor)
@@ -238,6 +267,14 @@ def _split(lazy: Lazy, split_size: Any, dim: int = 0) -> tuple[Lazy, ...]:
     return _parts(lazy, lazy._stand_in.split(split_size, dim), dim)
 
 
+@follows("tensor_split")
+def _tensor_split(lazy: Lazy, sections: Any, dim: int = 0) -> tuple[Lazy, ...]:
+    dim = _dim(dim, lazy.dim())
+    if isinstance(sections, Tensor):
+        return NotImplemented
+    return _parts(lazy, lazy._stand_in.tensor_split(sections, dim), dim)
+
+
 @follows("chunk")
 def _chunk(lazy: Lazy, chunks: int, dim: int = 0) -> tuple[Lazy, ...]:
     dim = _dim(dim, lazy.dim())
@@ -248,7 +285,14 @@ def _parts(lazy: Lazy, stand_ins: tuple[Tensor, ...], dim: int) -> tuple[Lazy, .
     if dim == lazy._vocab_dim:
         return NotImplemented
     sizes = [part.shape[dim] for part in stand_ins]
-    return tuple(_narrow(lazy, dim, sum(sizes[:at]), size) for at, size in enumerate(sizes))
+    return _pieces_of(lazy, [_narrow(lazy, dim, sum(sizes[:at]), size) for at, size in enumerate(sizes)])
+
+
+def _pieces_of(whole: Lazy, parts: list[Lazy]) -> tuple[Lazy, ...]:
+    """Parts that know their whole: what is asked of one is often asked of all, and answered in one pass."""
+    for part in parts:
+        part._piece = Piece(whole, part._operations)
+    return tuple(parts)
 
 
 # ---- memory, graph and dtype ----

@@ -15,12 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from chunked_ce.lazy.form import Form
 from chunked_ce.lazy.head import LazyHead, check_whole, is_whole
 from chunked_ce.lazy.product import Product, rows_per_block, unsafe_view, with_gradient, with_layout
+from chunked_ce.lazy.terms import Terms
 from chunked_ce.options import ChunkOptions
 from chunked_ce.rows.statistics import Logits
 
-__all__ = ["Call", "Operation", "Root", "user_stacklevel", "version"]
+__all__ = ["Call", "Operation", "Root", "through", "user_stacklevel", "version"]
 
 
 class Call:
@@ -32,13 +34,14 @@ class Call:
         self.hidden, self.hidden_version = hidden.detach(), version(hidden)
         # Not by attribute: ZeRO-3 gathers a parameter that is looked up.
         self.parameters = head.own_parameters()
-        self.versions = tuple(map(version, self.parameters))
+        self.versions = tuple(map(version, (*self.parameters, low_rank_weight)))
         self.anchors = self._anchors()
         self.device = hidden.device
         self.autocast = hidden.dtype != torch.float64 and torch.is_autocast_enabled(hidden.device.type)
         self.dtype = torch.get_autocast_dtype(hidden.device.type) if self.autocast else hidden.dtype
         # The lazy tensors, by id: comparing two tensors is an operation on them.
         self.members: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
+        self.log_sum_exps: list[tuple[weakref.ref, Any]] = []  # that somebody holds, and whose they are
         self.computed = False
         self.changed = False  # in place
         tensors = (hidden, *self.parameters)
@@ -60,10 +63,21 @@ class Call:
         """
         parameters = [parameter for parameter in self.parameters if parameter is not None]
         whole = is_whole(parameters[0])
-        return tuple(
+        low_rank = () if self.low_rank_weight is None else (self.low_rank_weight,)
+        return low_rank + tuple(
             one if whole and not hasattr(one, "ds_id") else self.hidden.new_empty(0).requires_grad_(one.requires_grad)
             for one in parameters
         )
+
+    def linear(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The product (..., V) with all rows of the head."""
+        if self.layout is not None:
+            return self.layout.logits(hidden, weight, bias)
+        if self.low_rank_weight is None:
+            return F.linear(hidden, weight, bias)
+        width = weight.shape[1]
+        low_rank = F.linear(hidden[..., width:], self.low_rank_weight.to(hidden.dtype))
+        return F.linear(hidden[..., :width], weight, bias) + low_rank
 
     @contextlib.contextmanager
     def as_it_was(self, tracked: bool):
@@ -89,19 +103,24 @@ class Call:
     def differentiate(
         self,
         hidden: Tensor,
-        values_of: Callable[[Tensor, float], Tensor],
         vocab_dim: int,
-        logits: Logits,
-        factor: float,
+        form: Form,
+        terms: Terms,
         grad: Tensor,  # of the values
     ) -> list[Tensor | None]:
         """The gradients of the hidden states and the anchors, given that of the values a lazy tensor stands for."""
+        if any(factor.requires_grad for factor in terms.tensors) or (form.bias is not None and form.bias.requires_grad):
+            raise RuntimeError(
+                "a gradient of the logits reached lazy logits that were changed by tensors with a gradient: call "
+                "materialize() on the logits before what forms it"
+            )
         if self.changed:
             raise RuntimeError(
                 "a gradient of the logits reached lazy logits that were changed in place: call materialize() on the "
                 "logits before they are changed, and go on with what it returns"
             )
-        parameters = [parameter for parameter in self.parameters if parameter is not None]
+        low_rank = () if self.low_rank_weight is None else (self.low_rank_weight,)
+        parameters = [*low_rank, *(parameter for parameter in self.parameters if parameter is not None)]
         if any(a is not p and p.requires_grad for a, p in zip(self.anchors, parameters, strict=True)):
             raise RuntimeError(
                 "a gradient of the logits reached lazy logits whose head an engine shards: call materialize() on the "
@@ -109,9 +128,13 @@ class Call:
             )
 
         def values(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            found = values_of(logits(F.linear(hidden, weight, bias)), factor)
+            found = at_last.of(form.map(to_last)(self.linear(hidden, weight, bias)))
             return found.movedim(-1, vocab_dim).to(grad.dtype)
 
+        def to_last(factor: Tensor) -> Tensor:
+            return factor.movedim(vocab_dim, -1)
+
+        at_last = terms.map(to_last)
         hidden = hidden.detach().requires_grad_()
         with torch.enable_grad():
             found = self.run(hidden.movedim(vocab_dim, -1), values, tracked=True)
@@ -124,7 +147,8 @@ class Call:
             raise RuntimeError("the hidden states were changed in place after the head was called with them")
 
     def _check_parameters_unchanged(self) -> None:
-        if any(version(t) != then for t, then in zip(self.parameters, self.versions, strict=True)):
+        now = map(version, (*self.parameters, self.low_rank_weight))
+        if any(one != then for one, then in zip(now, self.versions, strict=True)):
             raise RuntimeError(
                 "the head's parameters were changed in place, by an optimizer's step perhaps, after these logits were "
                 "asked for and before they were used: use the logits before the step, or in evaluation mode"
@@ -143,11 +167,24 @@ class Call:
 class Operation(NamedTuple):
     """One operation on logits, in the forms that it takes for the tensors behind them."""
 
-    of_logits: Callable[[Tensor], Tensor]
+    of_logits: Callable[..., Tensor]  # of more than one tensor where it has ``others``
     # For a tensor that has one number, or one hidden state, in place of each row; None if rows stay where they are.
     of_tokens: Callable[[Tensor], Tensor] | None = None
     # For rows (n, V); None if their values stay the same.
-    of_rows: Callable[[Tensor], Tensor] | None = None
+    of_rows: Callable[..., Tensor] | None = None
+    is_per_token: bool = False  # rows are changed by something of their tokens, which has no ``of_rows``
+    # For an operation on several tensors of the same root: the operations that lead to the others, and their stand-ins.
+    others: tuple[tuple[Operation, ...], ...] = ()
+    stand_ins: tuple[Tensor, ...] = ()
+
+
+def through(operations: tuple[Operation, ...], rows: Tensor) -> Tensor:
+    """Rows (n, V) after ``operations``."""
+    found = rows
+    for operation in operations:
+        if operation.of_rows is not None:
+            found = operation.of_rows(found, *(through(other, rows) for other in operation.others))
+    return found
 
 
 class Root:
@@ -173,8 +210,7 @@ class Root:
     @classmethod
     def of_call(cls, call: Call, hidden: Tensor, logits: Logits, stand_in: Tensor, has_graph: bool) -> Root:
         """The root of the logits that ``call`` returns for ``hidden`` (..., D)."""
-        linear = F.linear if call.layout is None else call.layout.logits
-        product = Product(call.hidden, call.rows_per_block, call.dtype if call.autocast else None, linear)
+        product = Product(call.hidden, call.rows_per_block, call.dtype if call.autocast else None, call.linear)
         numbers = torch.arange(product.num_rows).view(*hidden.shape[:-1], 1)
         of_rows = (logits, lambda x: x.to(stand_in.dtype))
         return cls(call, product, numbers, hidden, hidden.dim() - 1, of_rows, stand_in, has_graph)
@@ -202,9 +238,9 @@ class Root:
             return twin.values[operations].detach()  # the same memory
         if operations:
             *first, last = operations
-            before = self.value(tuple(first), tracked)
+            before = [self.value(steps, tracked) for steps in (tuple(first), *last.others)]
             with self._for_values(tracked):
-                return last.of_logits(before)
+                return last.of_logits(*before)
         self.call.check_hidden_unchanged()
         with self._for_values(tracked):
             hidden = self.hidden.movedim(self.vocab_dim, -1)
@@ -219,8 +255,8 @@ class Root:
         values = functools.partial(self.product.whole, numbers, weight, bias, hidden.dtype)
         with self._for_values(tracked):
             factors = map(self.product.factor, (hidden.reshape(tokens.numel(), hidden.shape[-1]), weight, bias))
-            if self.call.layout is not None and tracked:
-                found = self.call.layout.logits(*factors)  # (n, V)
+            if tracked and (self.call.layout is not None or self.call.low_rank_weight is not None):
+                found = self.call.linear(*factors)  # (n, V)
             else:
                 found = with_gradient(values, *factors) if tracked else values()
             for operation in self.of_rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,17 +60,19 @@ def check_index(index: Tensor, vocab_size: int) -> None:
 def selected(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
-    bias: Tensor | None,
-    logits: Logits,
     index: Tensor,  # (N, k)
+    maths: dict[str, Any],  # the keywords by which losses form logits
 ) -> Tensor:
     """The logits (N, k) of k vocabulary entries for each token, differentiable, in the products' dtype."""
     dtype = hidden.dtype
     if dtype != torch.float64 and torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
     with torch.autocast(hidden.device.type, enabled=False):
-        product = _Selected.apply(hidden.to(dtype), weight, bias, index)
-        return logits(product)
+        product = _Selected.apply(hidden.to(dtype), weight, maths["linear_bias"], index)
+        if "linear_adapter" in maths:
+            low_rank_hidden, low_rank_weight = maths["linear_adapter"]
+            product = product + _Selected.apply(low_rank_hidden.to(dtype), low_rank_weight, None, index)
+        return Logits(maths["logit_scale"], maths["softcap"])(product)
 
 
 class _Selected(torch.autograd.Function):
@@ -118,16 +121,14 @@ def logsumexp_and_best(rows: Tensor, places: Rows) -> tuple[Tensor, Tensor]:
 def logsumexp(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
-    bias: Tensor | None,
-    logits: Logits,
     best: Tensor,  # (N, 1), the entries with the largest logits
+    maths: dict[str, Any],
     options: ChunkOptions | None,
 ) -> Tensor:
     """The log-sum-exp (N,) of each token's logits, differentiable, in float32 (float64)."""
     # lse = z - log_prob for any entry; the largest logit is close to lse, so that little cancels.
-    keywords = {"linear_bias": bias, "softcap": logits.softcap, "logit_scale": logits.scale, "options": options}
-    logprob = linear_logprobs(hidden, weight, best.squeeze(-1), **keywords)
-    return selected(hidden, weight, bias, logits, best).squeeze(-1).to(logprob.dtype) - logprob
+    logprob = linear_logprobs(hidden, weight, best.squeeze(-1), options=options, **maths)
+    return selected(hidden, weight, best, maths).squeeze(-1).to(logprob.dtype) - logprob
 
 
 def _gathers(index: Tensor, weight: Tensor) -> Iterator[slice]:

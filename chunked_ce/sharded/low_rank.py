@@ -1,4 +1,4 @@
-"""LoRA on a sharded head: its product is part of the lazy logits, each rank with its rows of the second factor."""
+"""LoRA on an `LMHead`: its product is part of the lazy logits, on a sharded head each rank with its rows of B."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ __all__ = ["LowRankHead"]
 
 
 class LowRankHead:
-    """Goes before PEFT's LoRA layer around a sharded `LMHead`; PEFT's own code would form the logits.
+    """Goes before PEFT's LoRA layer around an `LMHead`; PEFT's own code would form the logits.
 
-    Adapters are whole on every rank, and engines average their gradients as those of any other parameter.
+    Adapters of a sharded head are whole on every rank, and engines average their gradients as those of any other
+    parameter.
     """
 
     base_layer: Any
@@ -24,16 +25,22 @@ class LowRankHead:
         names = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged or args or kwargs or not names:
             return super().forward(x, *args, **kwargs)
-        for name in names:
-            if name in self.lora_variant or self.lora_B[name].bias is not None:
-                raise NotImplementedError(
-                    f"adapter {name!r} on a sharded head must be plain LoRA without a bias: one that is not needs the "
-                    "logits of all words. LMHead.unwrap(model), on every rank, makes the head whole"
-                )
         vocab = self.base_layer.vocab
+        others = [name for name in names if name in self.lora_variant or self.lora_B[name].bias is not None]
+        if others and vocab is not None:
+            raise NotImplementedError(
+                f"adapter {others[0]!r} on a sharded head must be plain LoRA without a bias: one that is not needs the "
+                "logits of all words. LMHead.unwrap(model), on every rank, makes the head whole"
+            )
+        is_released = any(hasattr(self.lora_B[name].weight, "ds_id") for name in names)  # before the loss, by ZeRO-3
+        if others or not self.base_layer.can_add_low_rank(x) or (is_released and vocab is None):
+            return super().forward(x)
         hidden = [self._scaled_hidden(name, x) for name in names]
-        weights = [_OwnRows.apply(self.lora_B[name].weight, vocab) for name in names]
-        return self.base_layer.with_low_rank(x, torch.cat(hidden, -1), torch.cat(weights, -1))
+        weights = [self.lora_B[name].weight for name in names]
+        # Copies: an engine may take a weight back after this forward, and a loss comes later.
+        weights = [weight.clone() if vocab is None else _OwnRows.apply(weight, vocab) for weight in weights]
+        both = (hidden[0], weights[0]) if len(names) == 1 else (torch.cat(hidden, -1), torch.cat(weights, -1))
+        return self.base_layer.with_low_rank(x, *both)
 
     def _scaled_hidden(self, name: str, x: Tensor) -> Tensor:
         """``scaling * A dropout(x)`` (..., r) of an adapter."""
@@ -41,9 +48,9 @@ class LowRankHead:
         return factor(self.lora_dropout[name](self._cast_input_dtype(x, factor.weight.dtype))) * self.scaling[name]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """What merging adds to this rank's rows (V_r, D)."""
-        vocab = self.base_layer.vocab
-        return super().get_delta_weight(adapter)[vocab.start : vocab.stop]
+        """What merging adds to the rows of the head, or to this rank's (V_r, D)."""
+        whole, vocab = super().get_delta_weight(adapter), self.base_layer.vocab
+        return whole if vocab is None else whole[vocab.start : vocab.stop]
 
 
 class _OwnRows(torch.autograd.Function):

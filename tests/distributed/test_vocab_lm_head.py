@@ -14,15 +14,14 @@ FORMS = {
     "softcap": lambda z, y: F.cross_entropy(torch.tanh(z / 2).mul(2).flatten(0, 1), y.flatten(), reduction="sum"),
     "log-probabilities": lambda z, y: z.log_softmax(-1).gather(-1, y[..., None]).square().sum(),
     "their sum": lambda z, y: (z.log_softmax(-1).sum(-1) / 50).sin().sum(),
+    "entropy": lambda z, y: (z.softmax(-1) * z.log_softmax(-1)).sum(-1).square().sum(),
 }
 REFUSED = {
-    "softmax": lambda z: z.softmax(-1),
-    "add": lambda z: z + 1,
+    "relu": lambda z: z.relu(),
+    "clamp": lambda z: (z + 1).clamp(0, 1),
     "argmax": lambda z: z.argmax(-1),
     "max": lambda z: z.max(-1),
     "topk": lambda z: z.topk(2),
-    "logsumexp": lambda z: z.logsumexp(-1),
-    "gather": lambda z: z.gather(-1, torch.zeros(2, 3, 1, dtype=torch.long)),
     "materialize": lambda z: z.materialize(),
 }
 

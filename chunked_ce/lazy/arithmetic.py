@@ -1,0 +1,336 @@
+"""Handlers of arithmetic, word by word: scales and shifts, softcaps, probabilities and their logarithms, products."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from chunked_ce.lazy.answers import same_for_all_words
+from chunked_ce.lazy.follow import follows
+from chunked_ce.lazy.form import Form
+from chunked_ce.lazy.logits import Lazy, LazyLogits, LazyTerms
+from chunked_ce.lazy.soft_targets import times_tensor
+from chunked_ce.lazy.source import Operation
+from chunked_ce.lazy.terms import LOG_PROBABILITIES, ONE, PROBABILITIES, Terms, Word
+from chunked_ce.lazy.together import are_of_the_same, is_log_sum_exp_of, per_token, should_be_computed
+
+__all__ = ["is_over_words", "of_softmax"]
+
+
+# ---- scale and softcap ----
+
+
+@follows("mul multiply __mul__ __rmul__")
+def _mul(lazy: Lazy, other: Any) -> Lazy:
+    number = _number(other)
+    if number is not None:
+        return _scale(lazy, number, lambda x: x * _operand(number, x))
+    if isinstance(other, Lazy):
+        return _of_both(lazy, other, torch.mul, lazy._terms.times(other._terms))
+    found = _by_token(lazy, other, torch.mul, lambda factor: lazy._terms.scaled(factor))
+    return times_tensor(lazy, other) if found is NotImplemented else found
+
+
+@follows("div divide true_divide __truediv__")
+def _div(lazy: Lazy, other: Any, *, rounding_mode: str | None = None) -> Lazy:
+    number = _number(other)
+    if number == 0 or rounding_mode is not None:
+        return NotImplemented
+    if number is None:
+        return _by_token(lazy, other, torch.div, lambda factor: lazy._terms.scaled(1 / factor))
+    return _scale(lazy, 1 / number, lambda x: x / _operand(number, x))
+
+
+@follows("neg negative __neg__")
+def _neg(lazy: Lazy) -> Lazy:
+    return _scale(lazy, -1.0, torch.neg)
+
+
+@follows("tanh")
+def _tanh(lazy: Lazy) -> Lazy:
+    if not isinstance(lazy, LazyLogits) or lazy._form.softcap is not None:
+        return NotImplemented
+    return lazy.derive(Operation(torch.tanh, of_rows=torch.tanh), form=lazy._form._replace(softcap=1.0))
+
+
+def _number(value: Any) -> float | None:
+    """A finite constant, which may come in a tensor without dimensions."""
+    if isinstance(value, Tensor):
+        if isinstance(value, Lazy) or value.dim() or value.requires_grad or value.is_complex() or value.is_meta:
+            return None
+        value = value.item()
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _operand(number: float, x: Tensor) -> float | Tensor:
+    """The factor for ``x``: a stand-in times a number would get other strides in dimensions of size 1."""
+    return x.new_empty(()) if x.is_meta else number
+
+
+def _scale(lazy: Lazy, number: float, operation: Callable[[Tensor], Tensor]) -> Lazy:
+    """``number`` times a lazy tensor, which ``operation`` computes."""
+    if not math.isfinite(number):
+        return NotImplemented
+    scaled = Operation(operation, of_rows=operation)
+    if isinstance(lazy, LazyLogits):
+        form = lazy._form.scaled(number)
+        return NotImplemented if form is None else lazy.derive(scaled, form=form)
+    terms = lazy._terms.scaled(number)
+    finite = all(math.isfinite(factor) for factor in terms.values() if not isinstance(factor, Tensor))
+    return lazy.derive(scaled, terms=terms) if finite else NotImplemented
+
+
+def _in_place(handler: Callable[..., Lazy]) -> Callable[..., Lazy]:
+    """The same in place, where no other tensor shares the logits that would change."""
+
+    @functools.wraps(handler)
+    def change(lazy: Lazy, *args: Any, **kwargs: Any) -> Lazy:
+        result = handler(lazy, *args, **kwargs)
+        return lazy if result is not NotImplemented and lazy.become(result) else NotImplemented
+
+    return change
+
+
+follows("mul_ multiply_ __imul__", Tensor)(_in_place(_mul))
+follows("div_ divide_ true_divide_ __itruediv__ __idiv__", Tensor)(_in_place(_div))
+follows("tanh_")(_in_place(_tanh))
+follows("neg_ negative_")(_in_place(_neg))
+
+
+# ---- sums, and what is the same for all words of a token ----
+
+
+@follows("add __add__ __radd__")
+def _add(lazy: Lazy, other: Any, *, alpha: float = 1) -> Lazy:
+    if alpha != 1:
+        return NotImplemented
+    number = _number(other)
+    if number is not None:
+        terms = lazy._terms.plus(Terms({ONE: number}))
+        return _changed(lazy, lambda x: x + _operand(number, x), terms)
+    if isinstance(other, Lazy):
+        return _of_both(lazy, other, torch.add, lazy._terms.plus(other._terms))
+    if _is_bias(lazy, other):
+        return _with_bias(lazy, other, torch.add, 1.0)
+    return _by_token(lazy, other, torch.add, lambda factor: lazy._terms.plus(Terms({ONE: factor})))
+
+
+@follows("sub subtract __sub__", either=True)
+def _sub(input: Any, other: Any, *, alpha: float = 1) -> Lazy:
+    if alpha != 1:
+        return NotImplemented
+    if not isinstance(input, Lazy):
+        return _reversed_sub(other, input)
+    lazy, number = input, _number(other)
+    if number is not None:
+        terms = lazy._terms.plus(Terms({ONE: -number}))
+        return _changed(lazy, lambda x: x - _operand(number, x), terms)
+    if isinstance(other, Lazy):
+        return _of_both(lazy, other, torch.sub, lazy._terms.plus(other._terms.scaled(-1.0)))
+    if _is_bias(lazy, other):
+        return _with_bias(lazy, other, torch.sub, -1.0)
+    if is_log_sum_exp_of(other, lazy):
+        return _by_token(lazy, other, torch.sub, lambda _: lazy._terms.plus(Terms({Word(lse=1): -1.0})))
+    return _by_token(lazy, other, torch.sub, lambda factor: lazy._terms.plus(Terms({ONE: -factor})))
+
+
+@follows("rsub __rsub__")
+def _reversed_sub(lazy: Lazy, other: Any, *, alpha: float = 1) -> Lazy:
+    """``other - lazy``."""
+    if alpha != 1 or isinstance(other, Lazy) or not isinstance(lazy, Lazy):
+        return NotImplemented
+    number, terms = _number(other), lazy._terms.scaled(-1.0)
+    if number is not None:
+        return _changed(lazy, lambda x: _operand(number, x) - x, terms.plus(Terms({ONE: number})))
+    return _by_token(lazy, other, lambda x, y: y - x, lambda factor: terms.plus(Terms({ONE: factor})))
+
+
+def _is_bias(lazy: Lazy, value: Any) -> bool:
+    """Whether a tensor has a number for each word, the same for all tokens, that can be part of the product."""
+    if not isinstance(lazy, LazyLogits) or type(value) not in (Tensor, torch.nn.Parameter) or not value.dim():
+        return False
+    form, size = lazy._form, lazy.shape[lazy._vocab_dim]
+    is_last = lazy._vocab_dim == lazy.dim() - 1 and value.dim() <= lazy.dim()
+    is_wide = value.shape[-1] == value.numel() == size > 1 and value.device == lazy.device
+    can_train = lazy.requires_grad and not lazy.head.is_sharded
+    is_linear = form.softcap is None and form.scale != 0 and lazy.head.layout is None
+    return is_last and is_wide and is_linear and value.is_floating_point() and (can_train or not value.requires_grad)
+
+
+def _with_bias(lazy: LazyLogits, value: Tensor, function: Callable[..., Tensor], sign: float) -> Lazy:
+    """The logits plus, or minus, a bias of the words."""
+    if should_be_computed(lazy):
+        return NotImplemented
+    kept, form = value.clone(), lazy._form  # the caller may change it before the logits are used
+    dtype = torch.promote_types(torch.promote_types(kept.dtype, lazy.dtype), torch.float32)
+    bias = kept.view(-1).to(dtype) * (sign / form.scale)
+    operation = Operation(
+        lambda x: function(x, torch.empty_like(kept, device="meta") if x.is_meta else kept),
+        of_rows=lambda rows: function(rows, kept.view(-1)),
+    )
+    return lazy.derive(operation, form=form._replace(bias=bias if form.bias is None else form.bias + bias))
+
+
+def _changed(lazy: Lazy, function: Callable[..., Tensor], terms: Terms | None, form: Form | None = None) -> Lazy:
+    """The terms that ``function`` of a tensor makes of another."""
+    if terms is None or should_be_computed(lazy):
+        return NotImplemented
+    operation = Operation(function, of_rows=function)
+    return lazy.derive(operation, cls=LazyTerms, terms=terms, form=form or lazy._form)
+
+
+def _of_both(lazy: Lazy, other: Lazy, function: Callable[..., Tensor], terms: Terms | None) -> Lazy:
+    """The terms that ``function`` makes of two lazy tensors of the same logits."""
+    if terms is None or should_be_computed(lazy) or not are_of_the_same(lazy, other):
+        return NotImplemented
+    others = {"others": (other._operations,), "stand_ins": (other._stand_in,)}
+    per_token = any(operation.is_per_token for operation in other._operations)
+    operation = Operation(function, of_rows=function, is_per_token=per_token, **others)
+    return lazy.derive(operation, cls=LazyTerms, terms=terms)
+
+
+def _by_token(lazy: Lazy, other: Any, function: Callable[..., Tensor], terms_of: Callable[[Tensor], Terms]) -> Lazy:
+    """The terms that ``function`` makes of a lazy tensor and a tensor that is the same for all words of a token."""
+    operand, factor = per_token(other, lazy)
+    if factor is None or should_be_computed(lazy):
+        return NotImplemented
+
+    def of_logits(x: Tensor) -> Tensor:
+        return function(x, torch.empty_like(operand, device="meta") if x.is_meta else operand)
+
+    return lazy.derive(Operation(of_logits, is_per_token=True), cls=LazyTerms, terms=terms_of(factor))
+
+
+# ---- probabilities ----
+
+
+def is_over_words(lazy: Lazy, dim: Any) -> bool:
+    return isinstance(dim, int) and -lazy.dim() <= dim < lazy.dim() and dim % lazy.dim() == lazy._vocab_dim
+
+
+def of_softmax(lazy: Lazy) -> Form | None:
+    """The form of the logits whose softmax is that of this tensor, which may be shifted by something per token."""
+    if isinstance(lazy, LazyLogits):
+        return lazy._form
+    slope, form = lazy._terms.slope(), lazy._form
+    if slope is None:
+        return None
+    if not isinstance(slope, Tensor):
+        if form.temperature is not None:
+            return form._replace(temperature=form.temperature / slope) if slope > 0 else None
+        return form.scaled(slope)
+    if slope.requires_grad or not bool((slope > 0).all() & slope.isfinite().all()):
+        return None
+    temperature = slope.reciprocal()
+    return form._replace(temperature=temperature if form.temperature is None else form.temperature * temperature)
+
+
+def _softmax_of(input: Lazy, dim: int, dtype: torch.dtype | None, function: Callable, terms: Terms) -> Lazy:
+    form = of_softmax(input) if is_over_words(input, dim) else None
+    if form is None:
+        return NotImplemented
+    raised = input if dtype is None else input.to(dtype)
+    if not isinstance(raised, Lazy) or raised.is_computed:
+        return NotImplemented
+    dtype = _dtype_of(function, raised) if dtype is None else dtype
+
+    def of_logits(x: Tensor) -> Tensor:
+        # The values are always contiguous, but torch gives a stand-in other strides in dimensions of size 1.
+        return torch.empty(x.shape, dtype=dtype, device="meta") if x.is_meta else function(x, dim, dtype=dtype)
+
+    operation = Operation(of_logits, of_rows=lambda x: function(x, -1, dtype=dtype))
+    return raised.derive(operation, cls=LazyTerms, terms=terms, form=form)
+
+
+def _dtype_of(function: Callable, lazy: Lazy) -> torch.dtype:
+    """The dtype of a function's result under autocast, which differs between devices and skips a stand-in."""
+    if not torch.is_autocast_enabled(lazy.device.type):
+        return lazy.dtype
+    example = torch.zeros(1, dtype=lazy.dtype, device=lazy.device)
+    return (function(example, -1) if function in (torch.softmax, torch.log_softmax) else function(example)).dtype
+
+
+@follows("log_softmax", Tensor, torch, torch.special)
+def _log_softmax(input: Lazy, dim: int, dtype: torch.dtype | None = None) -> Lazy:
+    return _softmax_of(input, dim, dtype, torch.log_softmax, LOG_PROBABILITIES)
+
+
+@follows("log_softmax", F)
+def _f_log_softmax(input: Lazy, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Lazy:
+    return NotImplemented if dim is None else _log_softmax(input, dim, dtype)
+
+
+@follows("softmax", Tensor, torch, torch.special)
+def _softmax(input: Lazy, dim: int, dtype: torch.dtype | None = None) -> Lazy:
+    if should_be_computed(input):
+        return NotImplemented
+    return _softmax_of(input, dim, dtype, torch.softmax, PROBABILITIES)
+
+
+@follows("softmax", F)
+def _f_softmax(input: Lazy, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Lazy:
+    return NotImplemented if dim is None else _softmax(input, dim, dtype)
+
+
+@follows("exp")
+def _exp(lazy: Lazy) -> Lazy:
+    found = lazy._terms.power
+    if found is None:
+        return NotImplemented
+    if should_be_computed(lazy):
+        return NotImplemented
+    power, shift = found
+    factor = same_for_all_words(lazy, shift)
+    factor = factor.exp() if isinstance(factor, Tensor) else math.exp(factor) if factor < 700 else math.inf
+    if not isinstance(factor, Tensor) and not 0 < factor < math.inf:
+        return NotImplemented
+    return _changed(lazy, _casting(torch.exp, lazy), Terms({Word(p=power): factor}))
+
+
+@follows("square")
+def _square(lazy: Lazy) -> Lazy:
+    return _changed(lazy, torch.square, lazy._terms.times(lazy._terms))
+
+
+@follows("pow __pow__")
+def _pow(lazy: Lazy, exponent: Any) -> Lazy:
+    terms = lazy._terms.times(lazy._terms) if _number(exponent) == 2 else None
+    return _changed(lazy, lambda x: x**exponent, terms)
+
+
+@follows("log")
+def _log(lazy: Lazy) -> Lazy:
+    if len(lazy._terms) != 1:
+        return NotImplemented
+    ((word, factor),) = lazy._terms.items()
+    if word.logp or word.lse or not word.p or (not isinstance(factor, Tensor) and factor <= 0):
+        return NotImplemented
+    shift = factor.log() if isinstance(factor, Tensor) else math.log(factor)
+    terms = Terms({Word(logp=1): float(word.p)}).plus(Terms({ONE: shift}))
+    return _changed(lazy, _casting(torch.log, lazy), terms)
+
+
+def _casting(function: Callable[[Tensor], Tensor], lazy: Lazy) -> Callable[[Tensor], Tensor]:
+    """The ``function`` in the dtype that autocast gives it now."""
+    dtype = _dtype_of(function, lazy)
+    return lambda x: function(x.to(dtype))
+
+
+@follows("clamp clip clamp_min", Tensor, torch)
+def _clamp(lazy: Lazy, min: Any = None, max: Any = None) -> Lazy:
+    """Bounds that no finite number passes, as `torch.distributions` sets them."""
+    limits = torch.finfo(lazy.dtype)
+    least, most = _number(limits.min if min is None else min), _number(limits.max if max is None else max)
+    if least is None or most is None or least > limits.min or most < limits.max:
+        return NotImplemented
+
+    def clamp(x: Tensor) -> Tensor:
+        return x.clamp(least, most)
+
+    return NotImplemented if should_be_computed(lazy) else lazy.derive(Operation(clamp, of_rows=clamp))

@@ -1,0 +1,175 @@
+"""Handlers of distributions over the vocabulary as targets: divergences, and soft labels.
+
+A sum over the vocabulary of something of each word is computed at once, one pass over the head; what it is lazy about
+are the words.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import _reduction
+
+from chunked_ce.functional import linear_loss
+from chunked_ce.lazy.answers import maths
+from chunked_ce.lazy.follow import follows
+from chunked_ce.lazy.logits import Lazy, LazyTerms
+from chunked_ce.lazy.source import Operation
+from chunked_ce.lazy.terms import LOG_PROBABILITIES, PROBABILITIES, TOTAL, Terms
+from chunked_ce.lazy.together import is_exactly, should_be_computed
+from chunked_ce.objectives import Divergence, Teacher
+
+__all__ = ["times_tensor"]
+
+
+class _Target(NamedTuple):
+    """Sums over the words of a constant target t, or of exp(t) for a ``log`` target, with 1 in place of V."""
+
+    tensor: Tensor
+    log: bool
+    total: Tensor  # the sum of the probabilities
+    negentropy: Tensor | None  # the sum of t log t
+
+    @classmethod
+    def of(cls, lazy: Lazy, target: Any, log: bool) -> _Target | None:
+        """None for what cannot be a target of the tokens of ``lazy``."""
+        if type(target) not in (Tensor, torch.nn.Parameter) or target.requires_grad or target.shape != lazy.shape:
+            return None
+        if not target.is_floating_point() or target.device != lazy.device or lazy._vocab_dim != lazy.dim() - 1:
+            return None
+        if lazy.head.is_sharded and lazy.head.vocab is None:
+            return None
+        rows = target.reshape(-1, target.shape[-1])  # (N, V)
+        totals, negentropies = [], []
+        for some in rows.split(max(1, lazy._root.call.rows_per_block)):
+            some = some.to(torch.promote_types(some.dtype, torch.float32))
+            if not log and bool((some < 0).any()):
+                return None
+            totals.append(some.logsumexp(-1).exp() if log else some.sum(-1))
+            negentropies.append(totals[-1] if log else torch.xlogy(some, some).sum(-1))
+        if not totals:
+            return None
+        shape = (*target.shape[:-1], 1)
+        return cls(target, log, torch.cat(totals).view(shape), None if log else torch.cat(negentropies).view(shape))
+
+    @property
+    def teacher(self) -> Teacher:
+        return Teacher(logits=self.tensor) if self.log else Teacher(probabilities=self.tensor)
+
+
+def _divergence(lazy: Lazy, teacher: Teacher | Lazy, beta: float, counted: Tensor | None = None) -> Tensor:
+    """The divergence of each token, with 1 in place of V; 0 where it is not ``counted``."""
+    tracked = lazy.requires_grad and torch.is_grad_enabled()
+
+    def of_student(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        hidden, formed = maths(lazy, hidden, bias)
+        target = torch.zeros(hidden.shape[:-1], dtype=torch.long, device=hidden.device)
+        if counted is not None:
+            target = target.masked_fill(~counted.squeeze(-1), -100)
+
+        def of(teacher: Teacher) -> Tensor:
+            keywords = {"reduction": "none", "teacher": teacher, "options": lazy.head.options}
+            return linear_loss(Divergence(beta), hidden, weight, target, **formed, **keywords)
+
+        def of_teacher(states: Tensor, its_weight: Tensor, its_bias: Tensor | None) -> Tensor:
+            states, its = maths(teacher, states, its_bias)
+            parts = (states, its_weight, its["linear_bias"], its["softcap"], its["logit_scale"])
+            with lazy._root.call.as_it_was(tracked):
+                return of(Teacher(*parts))
+
+        return of(teacher) if isinstance(teacher, Teacher) else teacher.request(of_teacher)
+
+    return lazy.request(of_student).unsqueeze(lazy._vocab_dim)
+
+
+def _can_teach(teacher: Lazy, lazy: Lazy) -> bool:
+    """Whether a lazy tensor stands for constant distributions of the tokens of another one."""
+    plain = teacher._form.temperature is None and teacher._root.call.low_rank_weight is None
+    alike = teacher.shape == lazy.shape and teacher._vocab_dim == lazy._vocab_dim == lazy.dim() - 1
+    constant = not (teacher.requires_grad and torch.is_grad_enabled())
+    here = teacher.head.vocab == lazy.head.vocab and teacher.head.layout is None and lazy.head.layout is None
+    return plain and alike and constant and here and lazy._form.temperature is None
+
+
+@follows("kl_div", F, either=True)
+def _kl_div(
+    input: Any,
+    target: Any,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+) -> Any:
+    if (size_average, reduce) != (None, None):
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    found = _kl_of_tokens(input, target, log_target) if reduction in ("none", "sum", "mean", "batchmean") else None
+    if found is None:
+        return NotImplemented
+    lazy, total = found
+    if reduction == "none":
+        keywords = {"reduction": "none", "log_target": log_target}
+        return _of_words(lazy, total, input, target, functools.partial(F.kl_div, **keywords))
+    size = {"sum": 1, "mean": lazy.numel(), "batchmean": lazy.shape[0]}[reduction]
+    return total.sum() / size
+
+
+def _kl_of_tokens(input: Any, target: Any, log: bool) -> tuple[Lazy, Tensor] | None:
+    """The student, and the sum over words of ``target * (log target - input)``, with 1 in place of V."""
+    of_target = LOG_PROBABILITIES if log else PROBABILITIES
+    forward = isinstance(input, Lazy) and is_exactly(input, LOG_PROBABILITIES)
+    backward = isinstance(target, Lazy) and is_exactly(target, of_target)
+    if forward and backward:
+        if _can_teach(target, input):
+            return input, _divergence(input, target, 0.0)
+        return (target, _divergence(target, input, 1.0)) if _can_teach(input, target) else None
+    if forward and not isinstance(target, Lazy) and not should_be_computed(input):
+        known = _Target.of(input, target, log)
+        if known is None:
+            return None
+        divergence = _divergence(input, known.teacher, 0.0, known.total > 0)
+        return input, known.total * divergence + torch.xlogy(known.total, known.total)
+    if backward and not isinstance(input, Lazy) and not should_be_computed(target):
+        known = _Target.of(target, input, True)
+        return None if known is None else (target, _divergence(target, known.teacher, 1.0) - known.total.log())
+    return None
+
+
+def times_tensor(lazy: Lazy, other: Any) -> Any:
+    """Log-probabilities times soft labels, a constant tensor of their shape."""
+    if not is_exactly(lazy, LOG_PROBABILITIES) or should_be_computed(lazy) or isinstance(other, Lazy):
+        return NotImplemented
+    known = _Target.of(lazy, other, False)
+    if known is None:
+        return NotImplemented
+    divergence = _divergence(lazy, known.teacher, 0.0, known.total > 0)
+    total = known.negentropy - torch.xlogy(known.total, known.total) - known.total * divergence
+    return _of_words(lazy, total, lazy, other, torch.mul)
+
+
+def _of_words(lazy: Lazy, total: Tensor, input: Any, target: Any, function: Any) -> LazyTerms:
+    """What ``function`` makes of each word, whose sum is known."""
+    kept = (input, target)
+    versions = [None if isinstance(one, Lazy) else one._version for one in kept]
+
+    def of_logits(x: Tensor) -> Tensor:
+        if x.is_meta:
+            return function(*(x if one is lazy else _stand_in(one) for one in kept))
+        if any(v is not None and v != one._version for v, one in zip(versions, kept, strict=True)):
+            raise RuntimeError(
+                "a target was changed in place after a divergence from it, whose words are asked for now"
+            )
+        return function(*(x if one is lazy else _value(one) for one in kept))
+
+    return lazy.derive(Operation(of_logits, is_per_token=True), cls=LazyTerms, terms=Terms({TOTAL: total}))
+
+
+def _stand_in(one: Any) -> Tensor:
+    return one._stand_in if isinstance(one, Lazy) else torch.empty_like(one, device="meta")
+
+
+def _value(one: Any) -> Tensor:
+    return one._root.value(one._operations, one.requires_grad) if isinstance(one, Lazy) else one

@@ -1,0 +1,202 @@
+"""Handlers that read a few words of each token: values at given words, and the largest and smallest logits."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chunked_ce.lazy import values
+from chunked_ce.lazy.answers import log_sum_exp, maths, of_whole, same_for_all_words, values_at
+from chunked_ce.lazy.arithmetic import is_over_words, of_softmax
+from chunked_ce.lazy.follow import follows
+from chunked_ce.lazy.logits import Lazy, LazyLogits
+from chunked_ce.lazy.terms import LOG_PROBABILITIES, TOTAL
+from chunked_ce.lazy.together import is_exactly, remember_log_sum_exp, should_be_computed
+
+__all__ = ["of_index"]
+
+# ---- values at some words ----
+
+
+@follows("gather")
+def _gather(lazy: Lazy, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Tensor:
+    if not is_over_words(lazy, dim) or isinstance(index, Lazy) or index.dtype != torch.int64:
+        return NotImplemented
+    if index.dim() != lazy.dim():  # valid for one token and an index without dimensions; else the logits will raise
+        return NotImplemented
+    index = index.movedim(dim, -1)  # (..., k)
+    if index.shape[:-1] != lazy._hidden.movedim(lazy._vocab_dim, -1).shape[:-1] or not index.shape[-1]:
+        return NotImplemented
+    return _at(lazy, index, dim)
+
+
+def of_index(lazy: Lazy, items: tuple[Any, ...]) -> Any:
+    """The values that an index finds whose last item, of the words, is a number or a tensor of numbers."""
+    *tokens, words = items
+    if not isinstance(words, Tensor):
+        words = torch.tensor(words)
+    if words.dtype == torch.bool or words.is_floating_point() or lazy._vocab_dim != lazy.dim() - 1:
+        return NotImplemented
+    size = lazy.shape[-1]
+    words = words.to(lazy.device, torch.int64)
+    words = words.where(words >= 0, words + size)
+    places = [item for item in tokens if isinstance(item, Tensor)]
+    if not places:
+        seen = lazy[(*tokens, slice(None))]  # (..., V)
+        found = _at(seen, words.flatten().expand(*seen.shape[:-1], words.numel()), seen.dim() - 1)
+        return found if found is NotImplemented else found.view(*seen.shape[:-1], *words.shape)
+    if len(places) < len(tokens) or not words.dim():
+        return NotImplemented
+    *places, words = torch.broadcast_tensors(*(place.to(lazy.device) for place in places), words)
+    found = _at(lazy[(*places, slice(None))], words.unsqueeze(-1), words.dim())
+    return found if found is NotImplemented else found.squeeze(-1)
+
+
+def _at(lazy: Lazy, index: Tensor, dim: int) -> Tensor:
+    """The values at words (..., k), which come in place of the vocabulary, dimension ``dim``."""
+    if not isinstance(lazy, LazyLogits) or lazy.head.is_sharded:
+        if should_be_computed(lazy) and not is_exactly(lazy, LOG_PROBABILITIES):
+            return NotImplemented
+        return NotImplemented if TOTAL in lazy._terms else values_at(lazy, index).movedim(-1, dim)
+    if not _can_read(lazy):
+        return NotImplemented
+    values.check_index(index, lazy.shape[dim])
+    flat = index.reshape(-1, index.shape[-1])  # (N, k)
+    logits, _ = _of_rows(lazy, lambda rows, places: (rows.gather(-1, flat[places]), flat[places]))
+    return logits.movedim(-1, dim)
+
+
+@follows("take_along_dim")
+def _take_along_dim(lazy: Lazy, indices: Tensor, dim: int | None = None) -> Tensor:
+    return NotImplemented if dim is None or isinstance(indices, Lazy) else _gather(lazy, dim, indices)
+
+
+# ---- predictions ----
+
+
+def _of_rows(
+    lazy: LazyLogits, read: Callable, differentiable: Callable[..., Tensor] = values.selected
+) -> tuple[Tensor, Tensor]:
+    """The values and vocabulary entries that ``read(rows, places)`` finds in the rows (m, V) of all tokens.
+
+    The values get the gradient of ``differentiable``, which computes them anew from the entries.
+    """
+
+    def of_rows(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        hidden = hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1])  # (N, D)
+        found, entries = values.of_rows(lazy.rows(hidden, weight, bias), read, len(hidden))
+        if torch.is_grad_enabled():
+            narrow, formed = maths(lazy, hidden, bias)
+            found = values.with_gradient_of(differentiable(narrow, weight, entries, formed), found)
+        return found, entries
+
+    # Reshaped out here: engines hang hooks on what a request returns, which a view loses when it is changed in place.
+    tokens = lazy._stand_in.select(lazy._vocab_dim, 0).shape
+    return tuple(part.view((*tokens, *part.shape[1:])) for part in lazy.request(of_rows))
+
+
+def _can_read(lazy: Lazy, *, values: bool = True) -> bool:
+    """Whether logits can be read a few rows at a time; also their ``values``, which need the bits of all logits."""
+    head = lazy.head
+    return not lazy._root.call.is_cheap and (not head.is_sharded or (head.has_all_words and not values))
+
+
+def _best(lazy: Lazy, dim: Any, find: Callable[[Tensor], tuple[Tensor, Tensor]], *, values: bool = True) -> Any:
+    """The logits and entries that ``find`` finds in rows (m, V), each with k in the vocabulary's place."""
+    if not isinstance(lazy, LazyLogits) or not is_over_words(lazy, dim) or not _can_read(lazy, values=values):
+        return NotImplemented
+    return tuple(found.movedim(-1, dim) for found in _of_rows(lazy, lambda rows, _: find(rows)))
+
+
+def _entries(lazy: Lazy, dim: Any, keepdim: bool, find: Callable[..., Tensor]) -> Tensor:
+    """The vocabulary entry that ``find`` finds in each row."""
+
+    def twice(rows: Tensor) -> tuple[Tensor, Tensor]:
+        entries = find(rows, -1, keepdim=True)
+        return entries, entries
+
+    with torch.no_grad():
+        found = _best(lazy, dim, twice, values=False)
+    return found if found is NotImplemented else found[1] if keepdim else found[1].squeeze(dim)
+
+
+@follows("argmax")
+def _argmax(lazy: Lazy, dim: int | None = None, keepdim: bool = False) -> Tensor:
+    return _entries(lazy, dim, keepdim, torch.argmax)
+
+
+@follows("argmin")
+def _argmin(lazy: Lazy, dim: int | None = None, keepdim: bool = False) -> Tensor:
+    return _entries(lazy, dim, keepdim, torch.argmin)
+
+
+@follows("topk")
+def _topk(lazy: Lazy, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
+    if not is_over_words(lazy, dim) or not 1 <= k <= lazy.shape[dim]:
+        return NotImplemented
+    found = _best(lazy, dim, lambda rows: rows.topk(k, largest=largest, sorted=sorted))
+    return found if found is NotImplemented else torch.return_types.topk(found)
+
+
+@follows("max")
+def _max(lazy: Lazy, dim: Any = None, keepdim: bool = False) -> Any:
+    return _extreme(lazy, dim, keepdim, torch.max, torch.return_types.max)
+
+
+@follows("min")
+def _min(lazy: Lazy, dim: Any = None, keepdim: bool = False) -> Any:
+    return _extreme(lazy, dim, keepdim, torch.min, torch.return_types.min)
+
+
+def _extreme(lazy: Lazy, dim: Any, keepdim: bool, function: Callable, returned: Callable) -> Any:
+    found = _best(lazy, lazy._vocab_dim if dim is None else dim, lambda rows: function(rows, -1, keepdim=True))
+    if found is NotImplemented:
+        return found
+    if dim is None:
+        return function(found[0])
+    return returned(found if keepdim else tuple(part.squeeze(dim) for part in found))
+
+
+@follows("amax")
+def _amax(lazy: Lazy, dim: Any = (), keepdim: bool = False) -> Tensor:
+    found = _extreme(lazy, _only(dim), True, torch.max, tuple)
+    return found if found is NotImplemented else found[0] if keepdim else found[0].squeeze(_only(dim))
+
+
+@follows("amin")
+def _amin(lazy: Lazy, dim: Any = (), keepdim: bool = False) -> Tensor:
+    found = _extreme(lazy, _only(dim), True, torch.min, tuple)
+    return found if found is NotImplemented else found[0] if keepdim else found[0].squeeze(_only(dim))
+
+
+def _only(dim: Any) -> Any:
+    """The dimension in a sequence of one."""
+    return dim[0] if isinstance(dim, tuple | list) and len(dim) == 1 else dim
+
+
+@follows("logsumexp", torch, Tensor, torch.special)
+def _logsumexp(lazy: Lazy, dim: Any, keepdim: bool = False) -> Tensor:
+    dim = _only(dim)
+    if not is_over_words(lazy, dim):
+        return NotImplemented
+    if isinstance(lazy, LazyLogits) and _can_read(lazy):
+        (found,) = of_whole(lazy, "log-sum-exp with the bits of the logits", _log_sum_exp_of_rows, of_values=True)
+    else:
+        form = of_softmax(lazy)
+        if form is None or should_be_computed(lazy):
+            return NotImplemented
+        shift = same_for_all_words(lazy, lazy._terms.shift())
+        found = log_sum_exp(lazy, form)
+        found = found + shift if isinstance(shift, Tensor) or shift else found
+    return remember_log_sum_exp(found if keepdim else found.squeeze(dim), lazy)
+
+
+def _log_sum_exp_of_rows(lazy: LazyLogits) -> tuple[Tensor]:
+    """The log-sum-exp of the very logits that other handlers read, with 1 in place of V."""
+    differentiable = functools.partial(values.logsumexp, options=lazy.head.options)
+    found, _ = _of_rows(lazy, values.logsumexp_and_best, differentiable)
+    return (found.unsqueeze(lazy._vocab_dim),)
