@@ -159,8 +159,8 @@ class LazyHead(nn.Linear):
         is_own = self.vocab is not None and self.vocab.tokens == "own"
         whole = ". LMHead.unwrap(model), on every rank, makes it whole" if is_own else ""
         raise NotImplementedError(
-            f"{operation} needs the logits of all words, of which this rank holds {held} (vocab): only losses and "
-            f"log-probabilities are taken from a sharded head{whole}"
+            f"{operation} needs the logits of all words, of which this rank holds {held} (vocab): only losses, "
+            f"log-probabilities and statistics such as entropies are taken from a sharded head{whole}"
         )
 
     def extra_repr(self) -> str:

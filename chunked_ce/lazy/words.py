@@ -45,13 +45,16 @@ def of_index(lazy: Lazy, items: tuple[Any, ...]) -> Any:
     words = words.to(lazy.device, torch.int64)
     words = words.where(words >= 0, words + size)
     places = [item for item in tokens if isinstance(item, Tensor)]
-    if not places:
+    if not places or not words.dim():
         seen = lazy[(*tokens, slice(None))]  # (..., V)
+        if not isinstance(seen, Lazy) or seen.is_computed or seen._vocab_dim != seen.dim() - 1:
+            return NotImplemented
         found = _at(seen, words.flatten().expand(*seen.shape[:-1], words.numel()), seen.dim() - 1)
-        return found if found is NotImplemented else found.view(*seen.shape[:-1], *words.shape)
-    if len(places) < len(tokens) or not words.dim():
+        return found if found is NotImplemented else found.view((*seen.shape[:-1], *words.shape))
+    if any(isinstance(item, slice) for item in tokens):
         return NotImplemented
-    *places, words = torch.broadcast_tensors(*(place.to(lazy.device) for place in places), words)
+    places = [torch.as_tensor(item).to(lazy.device) for item in tokens]
+    *places, words = torch.broadcast_tensors(*places, words)
     found = _at(lazy[(*places, slice(None))], words.unsqueeze(-1), words.dim())
     return found if found is NotImplemented else found.squeeze(-1)
 
