@@ -33,7 +33,8 @@ def doing(
     if not shard.is_own:
         facts["number of tokens"] = len(call.target)
     if teacher is not None:
-        of_tokens = [name for name in teacher.parts if name in ("hidden", "logits", "probabilities")]
+        # With the same tokens, each rank has its own columns of logits that exist.
+        of_tokens = [name for name in teacher.parts if name in ("hidden", *["logits", "probabilities"] * shard.is_own)]
         facts["teacher"] = teacher[1:], [(name, tuple(call.teacher[name].shape[1:])) for name in of_tokens]
     what = "statistics" if specification.objective is None else type(specification.objective).__name__
     if number is None:

@@ -215,7 +215,7 @@ def refused(mesh: Any) -> dict[str, Any]:
     found = {}
     local = parallelized(CASES["local shards"], "after", mesh)
     ids, labels = batch(CASES["local shards"])
-    found["shards"] = message_of(lambda: local(ids).softmax(-1))
+    found["shards"] = message_of(lambda: local(ids).sigmoid())
     found["shard"] = message_of(lambda: LMHead.shard(local))
 
     rowwise = {"head": RowwiseParallel(input_layouts=Replicate())}

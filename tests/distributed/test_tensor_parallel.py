@@ -93,7 +93,7 @@ def test_unwrap_and_lazy_always(results):
 
 def test_what_is_refused(results):
     for result in results:
-        assert result["shards"].startswith("NotImplementedError: softmax needs the logits of all words")
+        assert result["shards"].startswith("NotImplementedError: sigmoid needs the logits of all words")
         assert "sharded by tensor parallelism" in result["shard"]
         assert "must be sharded by ColwiseParallel, if at all, but is sharded by RowwiseParallel" in result["rowwise"]
 
