@@ -79,7 +79,7 @@ def test_zero_3_by_the_deepspeed_launcher_gives_the_same_losses(tmp_path, argume
     assert losses(out) == pytest.approx(losses(trained), abs=TOLERANCE, rel=0)
 
 
-@pytest.mark.thorough  # trainings by DeepSpeed are compared by tests/integrations/test_sharded_head_deepspeed.py as well
+@pytest.mark.thorough  # tests/integrations/test_sharded_head_deepspeed.py trains such heads as well
 def test_a_sharded_head_gives_the_same_losses(tmp_path, arguments, trained):
     config = write_config(tmp_path / "zero3.json", stage=3, batch=2, micro_batches=2)
     command = [*TORCHRUN, *arguments, "--deepspeed-config", config, "--shard-head", "--out", tmp_path / "out"]
