@@ -122,7 +122,7 @@ FACTORS_OF_ONE = [("sum", None), ("mean", 1), ("mean", 1.0), ("mean", None), ("n
     [
         pytest.param("both", "aot_eager", marks=pytest.mark.thorough),
         pytest.param("head", "aot_eager", marks=pytest.mark.thorough),
-        pytest.param("both", "inductor", marks=needs_compiler),
+        pytest.param("both", "inductor", marks=[needs_compiler, pytest.mark.thorough]),
         pytest.param("head", "inductor", marks=[needs_compiler, pytest.mark.thorough]),
     ],
 )

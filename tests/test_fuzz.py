@@ -7,7 +7,7 @@ from tests.fuzz import Ratios, check, draw
 CASES = 2000  # `make fuzz` takes those that follow
 
 
-@pytest.mark.parametrize("cases", [1200, pytest.param(CASES, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("cases", [700, pytest.param(CASES, marks=pytest.mark.thorough)])
 def test_random_cases(cases):
     """Each within the rule, and all of a kind together no worse than the plain loss on average."""
     ratios, failures = Ratios(), []

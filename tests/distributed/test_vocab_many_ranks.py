@@ -41,25 +41,21 @@ CASES = [
         Case(way=way, input_grad=at, dtype=torch.bfloat16, reduce_dtype=reduce_dtype)
         for way, at, reduce_dtype in (
             ("forward", "complete", None),
-            ("forward", "sequence", torch.bfloat16),
-            ("backward", "complete", torch.bfloat16),
-            ("backward", "sequence", None),
+            ("backward", "sequence", torch.bfloat16),
         )
     ),
-    *(
-        Case(way=way, input_grad="own", smoothing=smoothing)
-        for way in ("forward", "backward")
-        for smoothing in (False, True)
-    ),
+    *(Case(way=way, input_grad="own", smoothing=way == "backward") for way in ("forward", "backward")),
     Case(input_grad="own", dtype=torch.bfloat16, train_input=False),
     Case("logprobs", "backward", input_grad="own"),
     *(Case(input_grad=at, train_input=False) for at in ("complete", "sequence")),
     Case("logprobs", "backward"),
-    Case("logprobs", "backward", stats=True),
     Case("logits", "backward", smoothing=True, stats=True),
     Case(check="first"),
 ]
 MORE_CASES = [
+    Case(input_grad="own", smoothing=True),
+    Case(way="backward", input_grad="own"),
+    Case("logprobs", "backward", stats=True),
     Case(way="backward", smoothing=True, stats=True),
     Case(smoothing=True, weight=True),
     *(
@@ -67,8 +63,10 @@ MORE_CASES = [
         for way, at, reduce_dtype in (
             ("forward", "complete", torch.bfloat16),
             ("forward", "sequence", None),
+            ("forward", "sequence", torch.bfloat16),
             ("backward", "complete", None),
-            ("backward", "sequence", torch.bfloat16),
+            ("backward", "complete", torch.bfloat16),
+            ("backward", "sequence", None),
         )
     ),
 ]

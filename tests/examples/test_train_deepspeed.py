@@ -87,6 +87,7 @@ def test_a_sharded_head_gives_the_same_losses(tmp_path, arguments, trained):
     assert losses(tmp_path / "out") == pytest.approx(losses(trained)[:4], abs=TOLERANCE, rel=0)
 
 
+@pytest.mark.thorough  # tests/examples/test_run_directory.py has what a killed run leaves
 def test_a_killed_run_resumes_to_the_very_same_losses(tmp_path, arguments, trained):
     for attempt in range(5):  # a busy machine may kill too late to prove anything
         out = tmp_path / f"out{attempt}"

@@ -238,6 +238,7 @@ def test_gradient_checkpointing(reentrant):
     assert_same_step(step, training_step(plain, loss_of()), exact_step(plain, loss_of()))
 
 
+@pytest.mark.thorough
 def test_compiled():
     plain = new_model("gemma2", tied=True)
     wrapped = copy.deepcopy(plain)
