@@ -105,7 +105,7 @@ class LMHead(LazyHead):
 
         Only the module's class changes. It stays the same object, with its parameters, its hooks and its places in the
         model, so that tied weights stay tied. The output embedding is the module named ``module``; else the one that
-        ``getoutput_embeddings()`` returns; else ``model`` itself if it is an ``nn.Linear``; else the only
+        ``get_output_embeddings()`` returns; else ``model`` itself if it is an ``nn.Linear``; else the only
         ``nn.Linear`` as wide as the model's largest embedding. Tensor parallelism may shard it over the vocabulary,
         before or after: ``ColwiseParallel`` of torch or Transformers, or DeepSpeed's AutoTP.
 

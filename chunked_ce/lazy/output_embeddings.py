@@ -48,7 +48,7 @@ def _as_wide_as_the_vocabulary(model: nn.Module) -> nn.Linear:
     if len(fitting) != 1:
         has_autotp = any(map(is_autotp, modules.values()))
         raise ValueError(
-            f"no output embedding found: the model has no getoutput_embeddings(), and {len(fitting)} of its linear "
+            f"no output embedding found: the model has no get_output_embeddings(), and {len(fitting)} of its linear "
             f"layers have the {width} outputs of its largest embedding ({', '.join(fitting) or 'none'}): name it, "
             "LMHead.wrap(model, 'lm_head')"
             + (f". DeepSpeed's AutoTP has replaced layers of this model. {AUTOTP}" if has_autotp else "")
