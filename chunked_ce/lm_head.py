@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from chunked_ce.checks import check_layer
 from chunked_ce.integrations.deepspeed_initialize import follow_deepspeed
-from chunked_ce.integrations.trainer import follow_trainer
+from chunked_ce.integrations.trainer import follow_label_smoother, follow_trainer
 from chunked_ce.lazy.autotp import autotp_of, is_autotp
 from chunked_ce.lazy.classes import TokenAdapter, in_front, joined, without
 from chunked_ce.lazy.colwise import (
@@ -186,6 +186,7 @@ class LMHead(LazyHead):
             settings = settings.of_layout(layer)
             linear.in_features, linear.out_features = layer.in_features, layer.rows
         linear._settings, linear._head_class = settings, cls
+        follow_label_smoother()
         set_class(linear, in_front(cls, type(linear), nn.Linear, is_parametrized(linear)))
 
     @staticmethod
