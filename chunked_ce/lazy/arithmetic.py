@@ -20,7 +20,7 @@ from chunked_ce.lazy.source import Operation
 from chunked_ce.lazy.terms import LOG_PROBABILITIES, ONE, PROBABILITIES, Terms, Word
 from chunked_ce.lazy.together import are_of_the_same, is_log_sum_exp_of, per_token, should_be_computed
 
-__all__ = ["is_over_words", "of_softmax"]
+__all__ = ["is_over_words", "number_of", "of_softmax", "operand_of"]
 
 
 # ---- scale and softcap ----
@@ -28,9 +28,9 @@ __all__ = ["is_over_words", "of_softmax"]
 
 @follows("mul multiply __mul__ __rmul__")
 def _mul(lazy: Lazy, other: Any) -> Lazy:
-    number = _number(other)
+    number = number_of(other)
     if number is not None:
-        return _scale(lazy, number, lambda x: x * _operand(number, x))
+        return _scale(lazy, number, lambda x: x * operand_of(number, x))
     if isinstance(other, Lazy):
         return _of_both(lazy, other, torch.mul, lazy._terms.times(other._terms))
     found = _by_token(lazy, other, torch.mul, lambda factor: lazy._terms.scaled(factor))
@@ -39,12 +39,12 @@ def _mul(lazy: Lazy, other: Any) -> Lazy:
 
 @follows("div divide true_divide __truediv__")
 def _div(lazy: Lazy, other: Any, *, rounding_mode: str | None = None) -> Lazy:
-    number = _number(other)
+    number = number_of(other)
     if number == 0 or rounding_mode is not None:
         return NotImplemented
     if number is None:
         return _by_token(lazy, other, torch.div, lambda factor: lazy._terms.scaled(1 / factor))
-    return _scale(lazy, 1 / number, lambda x: x / _operand(number, x))
+    return _scale(lazy, 1 / number, lambda x: x / operand_of(number, x))
 
 
 @follows("neg negative __neg__")
@@ -59,7 +59,7 @@ def _tanh(lazy: Lazy) -> Lazy:
     return lazy.derive(Operation(torch.tanh, of_rows=torch.tanh), form=lazy._form._replace(softcap=1.0))
 
 
-def _number(value: Any) -> float | None:
+def number_of(value: Any) -> float | None:
     """A finite constant, which may come in a tensor without dimensions."""
     if isinstance(value, Tensor):
         if isinstance(value, Lazy) or value.dim() or value.requires_grad or value.is_complex() or value.is_meta:
@@ -68,7 +68,7 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def _operand(number: float, x: Tensor) -> float | Tensor:
+def operand_of(number: float, x: Tensor) -> float | Tensor:
     """The factor for ``x``: a stand-in times a number would get other strides in dimensions of size 1."""
     return x.new_empty(()) if x.is_meta else number
 
@@ -110,10 +110,10 @@ follows("neg_ negative_")(_in_place(_neg))
 def _add(lazy: Lazy, other: Any, *, alpha: float = 1) -> Lazy:
     if alpha != 1:
         return NotImplemented
-    number = _number(other)
+    number = number_of(other)
     if number is not None:
         terms = lazy._terms.plus(Terms({ONE: number}))
-        return _changed(lazy, lambda x: x + _operand(number, x), terms)
+        return _changed(lazy, lambda x: x + operand_of(number, x), terms)
     if isinstance(other, Lazy):
         return _of_both(lazy, other, torch.add, lazy._terms.plus(other._terms))
     if _is_bias(lazy, other):
@@ -127,10 +127,10 @@ def _sub(input: Any, other: Any, *, alpha: float = 1) -> Lazy:
         return NotImplemented
     if not isinstance(input, Lazy):
         return _reversed_sub(other, input)
-    lazy, number = input, _number(other)
+    lazy, number = input, number_of(other)
     if number is not None:
         terms = lazy._terms.plus(Terms({ONE: -number}))
-        return _changed(lazy, lambda x: x - _operand(number, x), terms)
+        return _changed(lazy, lambda x: x - operand_of(number, x), terms)
     if isinstance(other, Lazy):
         return _of_both(lazy, other, torch.sub, lazy._terms.plus(other._terms.scaled(-1.0)))
     if _is_bias(lazy, other):
@@ -145,9 +145,9 @@ def _reversed_sub(lazy: Lazy, other: Any, *, alpha: float = 1) -> Lazy:
     """``other - lazy``."""
     if alpha != 1 or isinstance(other, Lazy) or not isinstance(lazy, Lazy):
         return NotImplemented
-    number, terms = _number(other), lazy._terms.scaled(-1.0)
+    number, terms = number_of(other), lazy._terms.scaled(-1.0)
     if number is not None:
-        return _changed(lazy, lambda x: _operand(number, x) - x, terms.plus(Terms({ONE: number})))
+        return _changed(lazy, lambda x: operand_of(number, x) - x, terms.plus(Terms({ONE: number})))
     return _by_token(lazy, other, lambda x, y: y - x, lambda factor: terms.plus(Terms({ONE: factor})))
 
 
@@ -300,7 +300,7 @@ def _square(lazy: Lazy) -> Lazy:
 
 @follows("pow __pow__")
 def _pow(lazy: Lazy, exponent: Any) -> Lazy:
-    terms = lazy._terms.times(lazy._terms) if _number(exponent) == 2 else None
+    terms = lazy._terms.times(lazy._terms) if number_of(exponent) == 2 else None
     return _changed(lazy, lambda x: x**exponent, terms)
 
 
@@ -326,7 +326,7 @@ def _casting(function: Callable[[Tensor], Tensor], lazy: Lazy) -> Callable[[Tens
 def _clamp(lazy: Lazy, min: Any = None, max: Any = None) -> Lazy:
     """Bounds that no finite number passes, as `torch.distributions` sets them."""
     limits = torch.finfo(lazy.dtype)
-    least, most = _number(limits.min if min is None else min), _number(limits.max if max is None else max)
+    least, most = number_of(limits.min if min is None else min), number_of(limits.max if max is None else max)
     if least is None or most is None or least > limits.min or most < limits.max:
         return NotImplemented
 

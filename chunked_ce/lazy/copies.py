@@ -10,6 +10,7 @@ from torch import Tensor
 
 from chunked_ce.lazy.follow import follows, functions
 from chunked_ce.lazy.logits import Lazy, LazyLogits
+from chunked_ce.lazy.mixtures import stacked
 from chunked_ce.lazy.source import Operation
 from chunked_ce.lazy.together import root_now
 
@@ -60,7 +61,8 @@ def _cat(tensors: Any, dim: int = 0) -> Any:
 
 @follows("stack", torch, either=True)
 def _stack(tensors: Any, dim: int = 0) -> Any:
-    return _together(tensors, dim, torch.stack)
+    found = _together(tensors, dim, torch.stack)
+    return stacked(list(tensors), dim) if found is NotImplemented and isinstance(tensors, tuple | list) else found
 
 
 def _together(parts: Any, dim: int, join: Callable[..., Tensor]) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 from chunked_ce.lazy.graph import HiddenGradient
-from chunked_ce.lazy.logits import Lazy
+from chunked_ce.lazy.logits import Lazy, LazyMixture
 from chunked_ce.tracing import not_compiled
 
 __all__ = ["dispatch", "follows", "functions", "is_followed"]
@@ -30,6 +30,7 @@ class _Handler(NamedTuple):
 
 _QUERIES: set[Callable] = set()
 _FOLLOWED: dict[Callable, _Handler] = {}
+_FOLLOWED_OF_MIXTURES: dict[Callable, _Handler] = {}
 
 
 @not_compiled
@@ -39,13 +40,14 @@ def dispatch(function: Callable, args: tuple, kwargs: dict) -> Any:
         return _query(function, args, kwargs)
     if function in (torch.autograd.backward, torch.autograd.grad):
         return _differentiate(function, args, kwargs)
-    result = _follow(function, args, kwargs) if function in _FOLLOWED else NotImplemented
+    mixed = any(isinstance(one, LazyMixture) for one in tree_flatten((args, kwargs))[0])
+    handler = (_FOLLOWED_OF_MIXTURES if mixed else _FOLLOWED).get(function)
+    result = NotImplemented if handler is None else _follow(handler, function, args, kwargs)
     return _compute(function, args, kwargs) if result is NotImplemented else result
 
 
-def _follow(function: Callable, args: tuple, kwargs: dict) -> Any:
+def _follow(handler: _Handler, function: Callable, args: tuple, kwargs: dict) -> Any:
     """The answer of the function's handler."""
-    handler = _FOLLOWED[function]
     if function in _COMMUTATIVE and len(args) == 2 and not isinstance(args[0], Lazy):
         args = args[::-1]
     try:
@@ -95,13 +97,16 @@ def _bind(signature: inspect.Signature, args: tuple, kwargs: dict) -> inspect.Bo
     return signature.bind(*args, **kwargs)
 
 
-def follows(names: str, *spaces: Any, computed: bool = False, either: bool = False) -> Callable[[Callable], Callable]:
+def follows(
+    names: str, *spaces: Any, computed: bool = False, either: bool = False, mixtures: bool = False
+) -> Callable[[Callable], Callable]:
     """Register a handler for these functions; with ``computed`` it answers even once the logits are computed, with
-    ``either`` also where another argument than the first one is lazy."""
+    ``either`` also where another argument than the first one is lazy, with ``mixtures`` where one is a mixture."""
+    registry = _FOLLOWED_OF_MIXTURES if mixtures else _FOLLOWED
 
     def register(handler: Callable) -> Callable:
         for function in functions(names, *spaces):
-            _FOLLOWED[function] = _Handler(handler, inspect.signature(handler), computed, either)
+            registry[function] = _Handler(handler, inspect.signature(handler), computed, either)
         return handler
 
     return register

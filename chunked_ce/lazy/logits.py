@@ -21,7 +21,7 @@ from chunked_ce.lazy.source import Call, Operation, Root, through, version
 from chunked_ce.lazy.terms import LOGITS, Terms
 from chunked_ce.rows.statistics import Logits
 
-__all__ = ["Lazy", "LazyLogits", "LazyTerms", "Piece"]
+__all__ = ["Lazy", "LazyLogits", "LazyMixture", "LazyTerms", "Piece"]
 
 
 class Piece(NamedTuple):
@@ -288,6 +288,15 @@ class LazyTerms(Lazy):
 
     Its sums over the vocabulary and its values at some words come from statistics of the tokens.
     """
+
+
+class LazyMixture(Lazy):
+    """What is made of the probabilities of two heads word by word, of which only a weighted divergence is answered.
+
+    Handlers of other lazy tensors never see it.
+    """
+
+    _state: Any  # `chunked_ce.lazy.mixtures`
 
 
 def _unseen() -> contextlib.AbstractContextManager:

@@ -7,6 +7,7 @@ are the words.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,22 @@ from chunked_ce.lazy.terms import LOG_PROBABILITIES, PROBABILITIES, TOTAL, Terms
 from chunked_ce.lazy.together import is_exactly, should_be_computed
 from chunked_ce.objectives import Divergence, Teacher
 
-__all__ = ["times_tensor"]
+__all__ = ["Kept", "can_be_target", "can_teach", "divergence", "rows_of", "times_tensor"]
+
+
+def can_be_target(lazy: Lazy, target: Any) -> bool:
+    """Whether a tensor is constant and has a number for each word of the tokens of ``lazy``."""
+    if type(target) not in (Tensor, torch.nn.Parameter) or target.requires_grad or target.shape != lazy.shape:
+        return False
+    if not target.is_floating_point() or target.device != lazy.device or lazy._vocab_dim != lazy.dim() - 1:
+        return False
+    return not lazy.head.is_sharded or lazy.head.vocab is not None
+
+
+def rows_of(lazy: Lazy, target: Tensor) -> Iterator[Tensor]:
+    """The rows (m, V) of a target, some at a time, in float32 or more."""
+    for some in target.reshape(-1, target.shape[-1]).split(max(1, lazy._root.call.rows_per_block)):
+        yield some.to(torch.promote_types(some.dtype, torch.float32))
 
 
 class _Target(NamedTuple):
@@ -37,16 +53,10 @@ class _Target(NamedTuple):
     @classmethod
     def of(cls, lazy: Lazy, target: Any, log: bool) -> _Target | None:
         """None for what cannot be a target of the tokens of ``lazy``."""
-        if type(target) not in (Tensor, torch.nn.Parameter) or target.requires_grad or target.shape != lazy.shape:
+        if not can_be_target(lazy, target):
             return None
-        if not target.is_floating_point() or target.device != lazy.device or lazy._vocab_dim != lazy.dim() - 1:
-            return None
-        if lazy.head.is_sharded and lazy.head.vocab is None:
-            return None
-        rows = target.reshape(-1, target.shape[-1])  # (N, V)
         totals, negentropies = [], []
-        for some in rows.split(max(1, lazy._root.call.rows_per_block)):
-            some = some.to(torch.promote_types(some.dtype, torch.float32))
+        for some in rows_of(lazy, target):
             if not log and bool((some < 0).any()):
                 return None
             totals.append(some.logsumexp(-1).exp() if log else some.sum(-1))
@@ -61,7 +71,7 @@ class _Target(NamedTuple):
         return Teacher(logits=self.tensor) if self.log else Teacher(probabilities=self.tensor)
 
 
-def _divergence(lazy: Lazy, teacher: Teacher | Lazy, beta: float, counted: Tensor | None = None) -> Tensor:
+def divergence(lazy: Lazy, teacher: Teacher | Lazy, beta: float, counted: Tensor | None = None) -> Tensor:
     """The divergence of each token, with 1 in place of V; 0 where it is not ``counted``."""
     tracked = lazy.requires_grad and torch.is_grad_enabled()
 
@@ -86,7 +96,7 @@ def _divergence(lazy: Lazy, teacher: Teacher | Lazy, beta: float, counted: Tenso
     return lazy.request(of_student).unsqueeze(lazy._vocab_dim)
 
 
-def _can_teach(teacher: Lazy, lazy: Lazy) -> bool:
+def can_teach(teacher: Lazy, lazy: Lazy) -> bool:
     """Whether a lazy tensor stands for constant distributions of the tokens of another one."""
     plain = teacher._form.temperature is None and teacher._root.call.low_rank_weight is None
     alike = teacher.shape == lazy.shape and teacher._vocab_dim == lazy._vocab_dim == lazy.dim() - 1
@@ -123,18 +133,18 @@ def _kl_of_tokens(input: Any, target: Any, log: bool) -> tuple[Lazy, Tensor] | N
     forward = isinstance(input, Lazy) and is_exactly(input, LOG_PROBABILITIES)
     backward = isinstance(target, Lazy) and is_exactly(target, of_target)
     if forward and backward:
-        if _can_teach(target, input):
-            return input, _divergence(input, target, 0.0)
-        return (target, _divergence(target, input, 1.0)) if _can_teach(input, target) else None
+        if can_teach(target, input):
+            return input, divergence(input, target, 0.0)
+        return (target, divergence(target, input, 1.0)) if can_teach(input, target) else None
     if forward and not isinstance(target, Lazy) and not should_be_computed(input):
         known = _Target.of(input, target, log)
         if known is None:
             return None
-        divergence = _divergence(input, known.teacher, 0.0, known.total > 0)
-        return input, known.total * divergence + torch.xlogy(known.total, known.total)
+        found = divergence(input, known.teacher, 0.0, known.total > 0)
+        return input, known.total * found + torch.xlogy(known.total, known.total)
     if backward and not isinstance(input, Lazy) and not should_be_computed(target):
         known = _Target.of(target, input, True)
-        return None if known is None else (target, _divergence(target, known.teacher, 1.0) - known.total.log())
+        return None if known is None else (target, divergence(target, known.teacher, 1.0) - known.total.log())
     return None
 
 
@@ -145,31 +155,44 @@ def times_tensor(lazy: Lazy, other: Any) -> Any:
     known = _Target.of(lazy, other, False)
     if known is None:
         return NotImplemented
-    divergence = _divergence(lazy, known.teacher, 0.0, known.total > 0)
-    total = known.negentropy - torch.xlogy(known.total, known.total) - known.total * divergence
+    found = divergence(lazy, known.teacher, 0.0, known.total > 0)
+    total = known.negentropy - torch.xlogy(known.total, known.total) - known.total * found
     return _of_words(lazy, total, lazy, other, torch.mul)
 
 
 def _of_words(lazy: Lazy, total: Tensor, input: Any, target: Any, function: Any) -> LazyTerms:
     """What ``function`` makes of each word, whose sum is known."""
-    kept = (input, target)
-    versions = [None if isinstance(one, Lazy) else one._version for one in kept]
+    kept = [None if one is lazy else Kept.of(one) for one in (input, target)]
 
     def of_logits(x: Tensor) -> Tensor:
-        if x.is_meta:
-            return function(*(x if one is lazy else _stand_in(one) for one in kept))
-        if any(v is not None and v != one._version for v, one in zip(versions, kept, strict=True)):
-            raise RuntimeError(
-                "a target was changed in place after a divergence from it, whose words are asked for now"
-            )
-        return function(*(x if one is lazy else _value(one) for one in kept))
+        return function(*(x if one is None else one(x) for one in kept))
 
     return lazy.derive(Operation(of_logits, is_per_token=True), cls=LazyTerms, terms=Terms({TOTAL: total}))
 
 
-def _stand_in(one: Any) -> Tensor:
-    return one._stand_in if isinstance(one, Lazy) else torch.empty_like(one, device="meta")
+class Kept(NamedTuple):
+    """A tensor of words that values may be computed with later."""
 
+    tensor: Tensor  # lazy or not
+    version: int | None
+    operations: tuple[Operation, ...]  # of a lazy one
 
-def _value(one: Any) -> Tensor:
-    return one._root.value(one._operations, one.requires_grad) if isinstance(one, Lazy) else one
+    @classmethod
+    def of(cls, tensor: Tensor) -> Kept:
+        return cls(tensor, None, tensor._operations) if isinstance(tensor, Lazy) else cls(tensor, tensor._version, ())
+
+    @property
+    def is_unchanged(self) -> bool:
+        return self.version is None or self.version == self.tensor._version
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The values, or for a stand-in ``x`` a stand-in."""
+        if x.is_meta:
+            return self.tensor._stand_in if self.version is None else torch.empty_like(self.tensor, device="meta")
+        if not self.is_unchanged:
+            raise RuntimeError(
+                "a target was changed in place after a divergence from it, whose words are asked for now"
+            )
+        if self.version is not None:
+            return self.tensor
+        return self.tensor._root.value(self.operations, self.tensor.requires_grad)

@@ -10,6 +10,7 @@ from torch.distributions import Categorical
 from chunked_ce import ChunkOptions, LazyLogits, LMHead
 from chunked_ce.lazy.logits import Lazy
 from tests.integrations.training import largest_allocation
+from tests.lazy.jensen_shannon import jsd
 
 WIDTH, VOCAB = 5, 40
 TOKENS = (2, 6)
@@ -150,6 +151,14 @@ SOFT = {
         z.flatten(0, 1), soft(z, False).flatten(0, 1), reduction="none"
     ),
 }
+JSD = {
+    "jsd": lambda z: jsd(z.log_softmax(-1), soft(z).log(), 0.3).sum() / 7,
+    "jsd, of each token": lambda z: jsd((z / 2).log_softmax(-1), soft(z).log(), 0.9)[MASK].sum(-1),
+    "jsd, mean": lambda z: jsd(z.log_softmax(-1), soft(z).log()).mean(),
+    "jsd, logaddexp and lerp": lambda z: jsd(z.log_softmax(-1), soft(z).log(), 0.25, how="lerp").sum(-1).mean(),
+    "jsd, the teacher first": lambda z: jsd(z.log_softmax(-1), soft(z).log(), 0.25, how="swapped").sum(-1),
+    "jsd, to itself": lambda z: jsd(z.log_softmax(-1), (z.detach() * 0.6).log_softmax(-1), 0.6).sum(-1),
+}
 SMALL = {
     "cpu": lambda z: z.cpu().mean(),
     "type": lambda z: z.type(z.dtype).mean(),
@@ -163,7 +172,7 @@ SMALL = {
     "stack, later": lambda z: torch.stack([row[2:5] for row in z], dim=1)[1:].mean(-1),
     "softmax by name": lambda z: torch.softmax(input=z, dim=-1).gather(index=SOME, dim=-1),
 }
-FOLLOWED = ENTROPIES | OTHERS | BIASES | SOFT | SMALL
+FOLLOWED = ENTROPIES | OTHERS | BIASES | SOFT | JSD | SMALL
 
 
 def problem(dtype=torch.float64, **keywords):
@@ -207,7 +216,8 @@ def test_no_logits():
     """The largest tensor is a block of two tokens' logits: here the head itself is smaller."""
     head, hidden = LMHead(2, 4096, options=ChunkOptions(chunk_size=1)), torch.randn(*TOKENS, 2, requires_grad=True)
     labels = torch.rand(*TOKENS, 4096)
-    forms = {name: form for name, form in FOLLOWED.items() if name not in SOFT} | {
+    forms = {name: form for name, form in FOLLOWED.items() if name not in SOFT | JSD} | {
+        "jsd, to itself": JSD["jsd, to itself"],
         "kl_div": lambda z: F.kl_div(z.log_softmax(-1), labels),
         "kl_div, the other way": lambda z: F.kl_div(labels, z.log_softmax(-1), log_target=True),
         "kl_div, to itself": lambda z: F.kl_div(z.log_softmax(-1), z.detach().log_softmax(-1), log_target=True),
