@@ -4,32 +4,34 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn.utils.parametrize import is_parametrized
 
 from chunked_ce.checks import check_layer
+from chunked_ce.head_report import Report, report_of
 from chunked_ce.integrations.deepspeed_initialize import follow_deepspeed
 from chunked_ce.integrations.trainer import follow_label_smoother, follow_trainer
+from chunked_ce.lazy.activity import Record
 from chunked_ce.lazy.autotp import autotp_of, is_autotp
+from chunked_ce.lazy.bypass import warn_of_bypass
 from chunked_ce.lazy.classes import TokenAdapter, in_front, joined, without
 from chunked_ce.lazy.colwise import (
     colwise_of,
     has_forward_of_a_style,
-    is_a_styles,
     other_style_of,
     set_class,
     sharding_of,
 )
+from chunked_ce.lazy.evaluation import purpose_of_call
 from chunked_ce.lazy.head import LazyHead, Settings
 from chunked_ce.lazy.layout import Layout
 from chunked_ce.lazy.logits import LazyLogits
+from chunked_ce.lazy.obstacles import obstacle_of_call
 from chunked_ce.lazy.output_embeddings import AUTOTP, check_model, output_embeddings
-from chunked_ce.lazy.source import Call, user_stacklevel
+from chunked_ce.lazy.source import Call
 from chunked_ce.parallel.dtensors import is_dtensor
 from chunked_ce.sharded.ddp import check_not_averaged
 from chunked_ce.sharded.deepspeed import check_out_of_sight
@@ -46,8 +48,7 @@ __all__ = ["LMHead"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# Their hooks gather and release a module's parameters, and so belong around the loss as well as around the logits.
-_ENGINES = ("deepspeed.", "torch.distributed.fsdp.")
+_EVALUATION = "in evaluation mode"
 _FEATURES = ("in_features", "out_features")
 
 
@@ -95,7 +96,7 @@ class LMHead(LazyHead):
         settings = Settings(**keywords)
         rows = vocab_size if settings.vocab is None else settings.vocab.rows
         super().__init__(in_features, rows, bias=bias, device=device, dtype=dtype)
-        self._settings = settings
+        self._settings, self._record = settings, Record()
 
     # ---- swapping it in ----
 
@@ -185,7 +186,7 @@ class LMHead(LazyHead):
         if layer is not None:  # its parameters do not tell how it is sharded
             settings = settings.of_layout(layer)
             linear.in_features, linear.out_features = layer.in_features, layer.rows
-        linear._settings, linear._head_class = settings, cls
+        linear._settings, linear._head_class, linear._record = settings, cls, Record()
         follow_label_smoother()
         set_class(linear, in_front(cls, type(linear), nn.Linear, is_parametrized(linear)))
 
@@ -202,12 +203,42 @@ class LMHead(LazyHead):
         heads = [module for module in model.modules() if "_head_class" in vars(module)]
         for head in heads:
             set_class(head, without(type(head), head._head_class, nn.Linear))
-            for name in ("_head_class", "_settings", "_told", *(() if isinstance(head, nn.Linear) else _FEATURES)):
+            for name in ("_head_class", "_settings", "_record", *(() if isinstance(head, nn.Linear) else _FEATURES)):
                 vars(head).pop(name, None)
         for module in model.modules():
             for front in (TokenAdapter, LowRankHead):
                 module.__class__ = without(type(module), front, nn.Module)
         return model
+
+    @staticmethod
+    def report(model: nn.Module) -> Report:
+        """What the heads of ``model`` are, whether their logits are lazy or why not, and what the last step did.
+
+        It counts, for the calls since the optimizer's last step (or of that step), the losses and statistics that were
+        taken without logits, and the logits that were computed all the same: for which operation, in which shape, and
+        at which place of the code that asked.
+
+        Returns:
+            An object with a tuple ``heads``, and a text for people.
+
+        Raises:
+            ValueError: the model has no `LMHead`.
+
+        >>> model = LMHead.wrap(nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 10)), z_loss=0.5)
+        >>> nn.CrossEntropyLoss()(model(torch.arange(3)), torch.arange(3)).backward()
+        >>> print(LMHead.report(model))
+        1 (plain): lazy
+          settings: z_loss=0.5
+          last training step: 1 calls of the head
+            without logits: cross_entropy (1 x)
+        """
+        check_model(model)
+        return report_of(model)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and self.training and not torch.compiler.is_compiling():
+            warn_of_bypass(self.record, sys._getframe(1))
+        return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if shardings_of(self):
@@ -220,40 +251,47 @@ class LMHead(LazyHead):
     # ---- calls ----
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        settings = self._settings
-        is_layers = settings.vocab is None or settings.layout is not None
-        if not self.training and settings.lazy != "always" and is_layers:
-            return super().__call__(*args, **kwargs)
-        return self._lazy_call(*args, **kwargs)
+        if self.is_always_lazy:
+            return self._lazy_call(None, *args, **kwargs)
+        purpose = purpose_of_call(self, _only(args, kwargs))
+        if purpose is not None:
+            return self._lazy_call(purpose, *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            self.record.new_call(training=False).plain[_EVALUATION] += 1
+        return super().__call__(*args, **kwargs)
 
     @not_compiled
-    def _lazy_call(self, *args: Any, **kwargs: Any) -> Any:
+    def _lazy_call(self, purpose: str | None, *args: Any, **kwargs: Any) -> Any:
         self._prepare_rows()
-        hidden = args[0] if len(args) == 1 and not kwargs else kwargs.get("input") if len(kwargs) == 1 else None
-        if not self._can_be_lazy(hidden):
-            self._say_why_not(hidden)
+        hidden = _only(args, kwargs)
+        obstacle = obstacle_of_call(self, hidden)
+        if obstacle is not None:
+            self._compute_at_once(obstacle)
             return super().__call__(*args, **kwargs)
         hidden = hidden if self.layout is None else self.layout.whole(hidden)
         hidden = hidden.to(compute_dtype(self) or hidden.dtype)
-        return LazyLogits.of_call(Call(self, hidden), hidden, self.vocab_size, self._settings.logits)
+        return LazyLogits.of_call(Call(self, hidden, purpose=purpose), hidden, self.vocab_size, self._settings.logits)
 
     def can_add_low_rank(self, hidden: Any) -> bool:
         """Whether `with_low_rank` may take the place of the logits plus a low-rank product; a sharded head must."""
         if self.vocab is not None:
             return True
-        return (self.training or self._settings.lazy == "always") and self.layout is None and self._can_be_lazy(hidden)
+        if self.layout is not None or obstacle_of_call(self, hidden) is not None:
+            return False
+        return self.is_always_lazy or purpose_of_call(self, hidden) is not None
 
     @not_compiled
     def with_low_rank(self, hidden: Tensor, low_rank_hidden: Tensor, low_rank_weight: Tensor) -> LazyLogits:
         """The lazy logits plus the product of a low-rank adapter's factors (..., r) and (V_r, r)."""
         self._prepare_rows()
-        if not self._can_be_lazy(hidden):
+        if obstacle_of_call(self, hidden) is not None:
             self.check_can_compute("this call of the head")
         dtype = compute_dtype(self) or hidden.dtype
         joint = torch.cat([hidden.to(dtype), low_rank_hidden.to(dtype)], -1)
         if low_rank_weight.requires_grad and not joint.requires_grad:
             joint.requires_grad_()
-        call = Call(self, joint, low_rank_weight)
+        purpose = None if self.is_always_lazy else purpose_of_call(self, hidden)
+        call = Call(self, joint, low_rank_weight, purpose)
         return LazyLogits.of_call(call, joint, self.vocab_size, self._settings.logits)
 
     def _prepare_rows(self) -> None:
@@ -265,55 +303,20 @@ class LMHead(LazyHead):
             follow_steps()
             follow_trainer()
 
-    def _can_be_lazy(self, hidden: Any) -> bool:
-        """Whether the logits can wait: nothing has to see them now, and the loss can be computed later."""
-        layout = self.layout
-        return (
-            isinstance(hidden, Tensor)
-            and (self._takes(hidden) if layout is None else layout.takes(hidden))
-            and hidden.is_floating_point()
-            and not hidden.is_meta
-            and not torch._C._are_functorch_transforms_active()
-            and forward_ad._current_level < 0
-            and not torch.compiler.is_compiling()
-            and not torch.jit.is_tracing()
-            and type(self).forward is LMHead.forward
-            and ("forward" not in vars(self) or has_forward_of_a_style(self))
-            and self.own_parameters()[0] is not None
-            and (layout is not None or not self._is_dtensor())
-            and all(map(_is_engines, self._hooks()))
-        )
-
-    def _takes(self, hidden: Tensor) -> bool:
-        return type(hidden) in (Tensor, nn.Parameter) and hidden.shape[-1:] == (self.in_features,)
-
-    def _is_dtensor(self) -> bool:
-        return is_dtensor(self.own_parameters()[0]) and not _is_fsdp(self)
-
-    def _say_why_not(self, hidden: Any) -> None:
-        """Warn once that a sharded head computes the logits of all tokens."""
-        layout = self.layout
-        if "_told" in vars(self) or not (self._is_dtensor() or layout is not None):
-            return
-        vars(self)["_told"] = True
-        if self._is_dtensor() and (layout is None or not layout.takes(hidden)):
-            why = (
-                f"the head {sharding_of(self)}: losses are taken in chunks where ColwiseParallel shards it, with "
-                "output_layouts Replicate() or Shard(-1)"
+    def _compute_at_once(self, obstacle: str) -> None:
+        """Count a call that computes its logits at once, and warn where that matters."""
+        self.record.new_call(self.training).plain[obstacle] += 1
+        if self.layout is not None or is_dtensor(self.own_parameters()[0]):
+            self.record.tell("sharded", f"an LMHead that is sharded over ranks computes its logits, because {obstacle}")
+        elif self.terms and torch.is_grad_enabled():
+            self.record.tell(
+                "terms", f"{self.terms} of the head have no effect: it computes its logits at once, because {obstacle}"
             )
-        else:
-            why = "something must see them at once: a hook on the head, or a transform of its call"
-        warnings.warn(
-            f"an LMHead that is sharded over ranks computes its logits, because {why}",
-            UserWarning,
-            stacklevel=user_stacklevel(),
-        )
 
-    def _hooks(self) -> Iterator[Callable]:
-        """The hooks around a call of this module, those of all modules among them."""
-        for kind in ("forward_pre_hooks", "forward_hooks", "backward_hooks", "backward_pre_hooks"):
-            yield from getattr(self, f"_{kind}").values()
-            yield from getattr(nn.modules.module, f"_global_{kind}").values()
+
+def _only(args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The only argument of a call, or None."""
+    return args[0] if len(args) == 1 and not kwargs else kwargs.get("input") if len(kwargs) == 1 else None
 
 
 def _heads_to_shard(model: nn.Module, name: str | None, keywords: dict[str, Any]) -> dict[nn.Linear, Settings]:
@@ -408,12 +411,3 @@ def _new_place(parent: nn.Module, name: str, module: nn.Module | None) -> None:
 
 
 nn.modules.module.register_module_module_registration_hook(_new_place)
-
-
-def _is_engines(hook: Callable) -> bool:
-    return f"{getattr(hook, '__module__', None)}.".startswith(_ENGINES) or is_a_styles(hook)
-
-
-def _is_fsdp(module: nn.Module) -> bool:
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and isinstance(module, fsdp.FSDPModule)

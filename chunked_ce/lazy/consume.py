@@ -46,8 +46,8 @@ def _cross_entropy(
 
 def _of_class_probabilities(input: Lazy, target: Tensor, reduction: str) -> Tensor:
     """The cross-entropy with soft labels, of the shape of the logits."""
-    lost = input.head.loss_keywords
-    if input._vocab_dim != min(1, input.dim() - 1) or any(lost.values()) or reduction not in ("none", "sum", "mean"):
+    terms = input._root.call.terms
+    if input._vocab_dim != min(1, input.dim() - 1) or terms or reduction not in ("none", "sum", "mean"):
         return NotImplemented
     products = times_tensor(input.log_softmax(input._vocab_dim), target)
     if products is NotImplemented:
@@ -83,7 +83,7 @@ def _loss(
         return NotImplemented
     if legacy != (None, None):
         keywords["reduction"] = _reduction.legacy_get_string(*legacy)
-    keywords |= lazy.head.keywords_of_loss(label_smoothing)
+    keywords |= lazy._root.call.keywords_of_loss(label_smoothing)
     if lazy.is_computed:
         del keywords["options"]
         if lazy._value.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):

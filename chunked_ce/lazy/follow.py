@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
+from chunked_ce.lazy.activity import during, name_of
 from chunked_ce.lazy.graph import HiddenGradient
 from chunked_ce.lazy.logits import Lazy, LazyMixture
 from chunked_ce.tracing import not_compiled
@@ -42,8 +43,9 @@ def dispatch(function: Callable, args: tuple, kwargs: dict) -> Any:
         return _differentiate(function, args, kwargs)
     mixed = any(isinstance(one, LazyMixture) for one in tree_flatten((args, kwargs))[0])
     handler = (_FOLLOWED_OF_MIXTURES if mixed else _FOLLOWED).get(function)
-    result = NotImplemented if handler is None else _follow(handler, function, args, kwargs)
-    return _compute(function, args, kwargs) if result is NotImplemented else result
+    with during(function):
+        result = NotImplemented if handler is None else _follow(handler, function, args, kwargs)
+        return _compute(function, args, kwargs) if result is NotImplemented else result
 
 
 def _follow(handler: _Handler, function: Callable, args: tuple, kwargs: dict) -> Any:
@@ -121,7 +123,7 @@ def _compute(function: Callable, args: tuple, kwargs: dict) -> Any:
     """``function`` of the logits themselves."""
     lazy = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Lazy)]
     for one in lazy:
-        one.compute_for(_name(function))
+        one.compute_for(name_of(function))
     return _of_values(function, args, kwargs, lazy)
 
 
@@ -147,12 +149,6 @@ def _differentiate(function: Callable, args: tuple, kwargs: dict) -> Any:
             "loss and the gradient of what it returns"
         )
     return _compute(function, args, kwargs)
-
-
-def _name(function: Callable) -> str:
-    name = getattr(function, "__name__", str(function))
-    owner = getattr(function, "__self__", None)
-    return f"Tensor.{owner.__name__}" if name in ("__get__", "__set__", "__delete__") and owner is not None else name
 
 
 # ---- questions that need no values ----

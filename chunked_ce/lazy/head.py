@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from chunked_ce.arguments import described, is_one_of
 from chunked_ce.checks import check_keywords, check_options, check_vocab
+from chunked_ce.lazy.activity import Record
 from chunked_ce.lazy.colwise import colwise_of
 from chunked_ce.lazy.layout import Layout
 from chunked_ce.options import ChunkOptions
@@ -110,6 +111,11 @@ class LazyHead(nn.Linear):
         return tuple(dict.get(self._parameters, name, attributes.get(name)) for name in ("weight", "bias"))
 
     @property
+    def record(self) -> Record:
+        """What has happened in its calls, shared with the replicas of `nn.DataParallel`."""
+        return vars(self).setdefault("_record", Record())
+
+    @property
     def options(self) -> ChunkOptions | None:
         return self._settings.options
 
@@ -121,6 +127,12 @@ class LazyHead(nn.Linear):
     def layout(self) -> Layout | None:
         """How a tensor-parallel layer has sharded the head, if one has."""
         return self._settings.layout or colwise_of(self)
+
+    @property
+    def is_always_lazy(self) -> bool:
+        """Whether logits wait in the mode that the head is in, whatever they are for."""
+        has_rows_only = self.vocab is not None and self._settings.layout is None
+        return self.training or self._settings.lazy == "always" or has_rows_only
 
     @property
     def is_sharded(self) -> bool:
@@ -142,6 +154,11 @@ class LazyHead(nn.Linear):
     def loss_keywords(self) -> dict[str, float]:
         """The terms that the head adds to every cross-entropy."""
         return {"z_loss": self._settings.z_loss, "label_smoothing": self._settings.label_smoothing}
+
+    @property
+    def terms(self) -> str:
+        """The same in words; empty if there are none."""
+        return " and ".join(f"{name}={value}" for name, value in self.loss_keywords.items() if value)
 
     def keywords_of_loss(self, label_smoothing: float) -> dict[str, Any]:
         """The keywords of a cross-entropy that the caller asked for with ``label_smoothing``."""

@@ -176,6 +176,7 @@ class Lazy(Tensor):
         call = self._root.call
         call.check_hidden_unchanged()
         tracked = self.requires_grad and torch.is_grad_enabled()
+        call.take(tracked)
         hidden = self._hidden.movedim(self._vocab_dim, -1)
         return call.run(hidden if tracked else hidden.detach(), function, tracked)
 
@@ -191,19 +192,23 @@ class Lazy(Tensor):
         """Compute the values, with the one warning that ``operation`` needs them."""
         call = self._root.call
         call.head.check_can_compute(operation)
-        if not call.computed and not call.is_cheap:
+        if not call.computed and not call.is_cheap and call.purpose is None:
             call.warn(operation, self.shape)
-        call.changed |= version(self.materialize()) != self._value_version
+        call.changed |= version(self._computed(operation)) != self._value_version
 
     def materialize(self) -> Tensor:
         """The tensor that this one stands for, computed at the first call, with its graph.
 
         From then on every operation on this tensor, and on all others from the same logits, works on these values.
         """
+        return self._computed("materialize")
+
+    def _computed(self, operation: str) -> Tensor:
         if self._value is None:
             call = self._root.call
-            call.head.check_can_compute("materialize")
-            call.computed = True
+            call.head.check_can_compute(operation)
+            if not call.computed:
+                call.compute(operation, self.shape, self.requires_grad and torch.is_grad_enabled())
             # All at once, so that views of one another are views of the same memory.
             members = list(call.members.values())
             with _unseen():

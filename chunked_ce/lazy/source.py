@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 import warnings
 import weakref
 from collections.abc import Callable
@@ -15,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from chunked_ce.lazy.activity import user_stacklevel
+from chunked_ce.lazy.evaluation import LABELS
 from chunked_ce.lazy.form import Form
 from chunked_ce.lazy.head import LazyHead, check_whole, is_whole
 from chunked_ce.lazy.product import Product, rows_per_block, unsafe_view, with_gradient, with_layout
@@ -22,14 +23,22 @@ from chunked_ce.lazy.terms import Terms
 from chunked_ce.options import ChunkOptions
 from chunked_ce.rows.statistics import Logits
 
-__all__ = ["Call", "Operation", "Root", "through", "user_stacklevel", "version"]
+__all__ = ["Call", "Operation", "Root", "through", "version"]
 
 
 class Call:
     """One call of a head: its parameters and precision at that time, and the lazy tensors that came of it."""
 
-    def __init__(self, head: LazyHead, hidden: Tensor, low_rank_weight: Tensor | None = None) -> None:
-        """``low_rank_weight`` (V_r, r) is multiplied by the last r entries of the hidden states."""
+    def __init__(
+        self, head: LazyHead, hidden: Tensor, low_rank_weight: Tensor | None = None, purpose: str | None = None
+    ) -> None:
+        """``low_rank_weight`` (V_r, r) is multiplied by the last r entries of the hidden states.
+
+        ``purpose`` is that of a call whose logits evaluation code does not expect to be lazy: values that it reads are
+        computed without a warning, with the bits of a layer that is not lazy where they are for it to read.
+        """
+        self.purpose, self.passes = purpose, 0
+        self.activity = head.record.new_call(head.training, head.terms if torch.is_grad_enabled() else "")
         self.head, self.layout, self.low_rank_weight = head, head.layout, low_rank_weight
         self.hidden, self.hidden_version = hidden.detach(), version(hidden)
         # Not by attribute: ZeRO-3 gathers a parameter that is looked up.
@@ -51,9 +60,45 @@ class Call:
         budget = ChunkOptions(memory_budget=options.memory_budget)
         # A few rows without a gradient, such as a step of generation, fit into a chunk (a CPU's, on all devices): their
         # logits may as well be computed, with the bits of a layer that is not lazy.
-        self.is_cheap = not is_trained and rows_per_block(*sizes, self.dtype, budget, "cpu") >= sizes[0]
+        may_be_few = not is_trained and purpose is None
+        self.has_few_rows = may_be_few and rows_per_block(*sizes, self.dtype, budget, "cpu") >= sizes[0]
         at_a_time = rows_per_block(*sizes, self.dtype, options, hidden.device.type)
-        self.rows_per_block = sizes[0] if self.is_cheap else at_a_time
+        self.rows_per_block = sizes[0] if self.has_few_rows or purpose is LABELS else at_a_time
+
+    @property
+    def is_cheap(self) -> bool:
+        """Whether values may as well be computed when they are needed, a loss apart.
+
+        Besides few rows, those that evaluation code reads after the loss: more would be read of them.
+        """
+        return self.has_few_rows or (self.purpose is LABELS and self.passes > 0)
+
+    def take(self, tracked: bool) -> None:
+        """Count a pass over the head."""
+        self.activity.take(tracked)
+        self.passes += 1
+
+    def compute(self, operation: str, shape: torch.Size, tracked: bool) -> None:
+        """Count that the logits are computed."""
+        self.computed = True
+        self.activity.compute(operation, shape, tracked)
+        self._expect_readers(operation)
+
+    def _expect_readers(self, operation: str) -> None:
+        if self.purpose is not None:
+            self.head.record.reads_logits.setdefault(self.purpose, operation)
+
+    @property
+    def terms(self) -> str:
+        """The names and values of what the head adds to cross-entropies of this call; a plain evaluation has none."""
+        return self.head.terms if self.purpose is None else ""
+
+    def keywords_of_loss(self, label_smoothing: float) -> dict[str, Any]:
+        """The keywords of a cross-entropy that the caller asked for with ``label_smoothing``."""
+        if self.purpose is not None:
+            return {"label_smoothing": label_smoothing, "options": self.head.options}
+        self.activity.losses_with_terms += 1
+        return self.head.keywords_of_loss(label_smoothing)
 
     def _anchors(self) -> tuple[Tensor, ...]:
         """The leaves behind lazy tensors in the graph, where engines look for the parameters of a forward.
@@ -149,14 +194,23 @@ class Call:
     def _check_parameters_unchanged(self) -> None:
         now = map(version, (*self.parameters, self.low_rank_weight))
         if any(one != then for one, then in zip(now, self.versions, strict=True)):
+            self._expect_readers("a reader after a step of the optimizer")
             raise RuntimeError(
                 "the head's parameters were changed in place, by an optimizer's step perhaps, after these logits were "
-                "asked for and before they were used: use the logits before the step, or in evaluation mode"
+                "asked for and before they were used: use the logits before the step, keep what materialize() returns, "
+                "or ask for them in evaluation mode, without labels"
             )
 
     def warn(self, operation: str, shape: torch.Size) -> None:
-        lost = [f"{name}={value}" for name, value in self.head.loss_keywords.items() if value]
-        only = f" {' and '.join(lost)} of the head apply to F.cross_entropy of these logits only." if lost else ""
+        terms = self.head.terms
+        only = f" {terms} of the head apply to F.cross_entropy of these logits only." if terms else ""
+        if vars(self.head).get("_is_replica"):
+            self.head.record.tell(
+                "replica",
+                f"LazyLogits does not follow {operation}: the logits {tuple(shape)} were computed. nn.DataParallel "
+                f"gathers what its replicas return: let their forward return the loss alone.{only}",
+            )
+            return
         warnings.warn(
             f"LazyLogits does not follow {operation}: the logits {tuple(shape)} were computed.{only}",
             UserWarning,
@@ -290,11 +344,3 @@ def _count_step(*_: Any) -> None:
 
 
 register_optimizer_step_post_hook(_count_step)
-
-
-def user_stacklevel() -> int:
-    """The stack level of the first frame that is neither in this package nor in torch."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("chunked_ce", "torch"):
-        level, frame = level + 1, frame.f_back
-    return level

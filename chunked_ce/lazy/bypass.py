@@ -1,0 +1,32 @@
+"""Packages whose patched forwards multiply by a head's weight themselves, so that the head is never called."""
+
+from __future__ import annotations
+
+from types import FrameType
+
+from chunked_ce.lazy.activity import Record
+
+__all__ = ["warn_of_bypass"]
+
+# By package: what to do.
+_READERS = {
+    "trl": "call chunked_ce.integrations.trl.install() before the trainer is made",
+    "liger_kernel": "leave its fused loss out (use_liger_kernel=False, or fused_linear_cross_entropy=False of a patch)",
+    "cut_cross_entropy": "leave cce_patch out",
+    "verl": "leave use_fused_kernels out",
+}
+
+
+def warn_of_bypass(record: Record, reader: FrameType) -> None:
+    """Warn once if ``reader``, which looks up a head's weight while training, takes the loss without the head."""
+    module = reader.f_globals.get("__name__", "")
+    advice = _READERS.get(module.split(".")[0])
+    function = reader.f_code.co_name
+    if advice is None or not ("forward" in function or "loss" in function):
+        return
+    record.activity(training=True).bypasses[f"{module}.{function}"] += 1
+    record.tell(
+        "bypass",
+        f"LMHead has no effect here: {module} reads the weight of the head and takes the loss without it, so that the "
+        f"head's settings do not apply. To let the LMHead take the loss, {advice}",
+    )

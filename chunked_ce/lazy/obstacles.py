@@ -1,0 +1,84 @@
+"""Why a head computes its logits at once: something must see them now, or a loss cannot be taken later."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from chunked_ce.lazy.colwise import has_forward_of_a_style, is_a_styles, sharding_of
+from chunked_ce.lazy.head import LazyHead
+from chunked_ce.parallel.dtensors import is_dtensor
+
+__all__ = ["is_fsdp_unit", "obstacle_of_call", "obstacle_of_head"]
+
+# Their hooks gather and release a module's parameters, and so belong around the loss as well as around the logits.
+_ENGINES = ("deepspeed.", "torch.distributed.fsdp.")
+
+
+def obstacle_of_call(head: LazyHead, hidden: Any) -> str | None:
+    """Why a call of ``head`` with ``hidden`` must compute its logits at once; None if they can wait."""
+    return obstacle_of_head(head) or _obstacle_of_input(head, hidden) or _obstacle_around()
+
+
+def obstacle_of_head(head: LazyHead) -> str | None:
+    """The same for all calls."""
+    layout = head.layout
+    if type(head).forward is not LazyHead.forward or ("forward" in vars(head) and not has_forward_of_a_style(head)):
+        return "its forward has been replaced"
+    if head.own_parameters()[0] is None:
+        return "its weight is parametrized or pruned"
+    if layout is None and is_dtensor(head.own_parameters()[0]) and not is_fsdp_unit(head):
+        return _how_it_must_be_sharded(head)
+    hook = next((hook for hook in _hooks(head) if not _is_engines(hook)), None)
+    if hook is not None:
+        return f"something must see them at once: a hook on the head, {getattr(hook, '__qualname__', repr(hook))}"
+    return None
+
+
+def _obstacle_of_input(head: LazyHead, hidden: Any) -> str | None:
+    if not isinstance(hidden, Tensor):
+        return "it is called with something else than one tensor"
+    layout = head.layout
+    is_plain = type(hidden) in (Tensor, nn.Parameter) and hidden.shape[-1:] == (head.in_features,)
+    is_taken = is_plain if layout is None else layout.takes(hidden)
+    if not is_taken and layout is not None and is_dtensor(head.own_parameters()[0]):
+        return _how_it_must_be_sharded(head)
+    if not is_taken or not hidden.is_floating_point() or hidden.is_meta:
+        return f"it is called with a {type(hidden).__name__} of shape {tuple(hidden.shape)} and {hidden.dtype}"
+    return None
+
+
+def _obstacle_around() -> str | None:
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return "something must see them at once: a transform of its call"
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return "its call is traced"
+    return None
+
+
+def _how_it_must_be_sharded(head: LazyHead) -> str:
+    return (
+        f"the head {sharding_of(head)}: losses are taken in chunks where ColwiseParallel shards it, with "
+        "output_layouts Replicate() or Shard(-1)"
+    )
+
+
+def _hooks(head: nn.Module) -> Iterator[Callable]:
+    """The hooks around a call of this module, those of all modules among them."""
+    for kind in ("forward_pre_hooks", "forward_hooks", "backward_hooks", "backward_pre_hooks"):
+        yield from getattr(head, f"_{kind}").values()
+        yield from getattr(nn.modules.module, f"_global_{kind}").values()
+
+
+def _is_engines(hook: Callable) -> bool:
+    return f"{getattr(hook, '__module__', None)}.".startswith(_ENGINES) or is_a_styles(hook)
+
+
+def is_fsdp_unit(module: nn.Module) -> bool:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
