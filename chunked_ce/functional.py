@@ -456,6 +456,7 @@ def linear_statistics(
     - ``"log_sum_sq_probs"``: log sum_v p_v^2
     - ``"mean_logit"``: (1 / V) sum_v z_v
     - ``"is_top1"``: 1.0 where the target has the largest logit, the first of equals; it has no gradient
+    - ``"predicted"``: the id of the largest logit, the first of equals, in int64, -1 where ignored; it has no gradient
 
     Only what they need is computed. As in `linear_logprobs`, their short form, logits are formed again in the backward,
     one block of the vocabulary at a time.

@@ -28,7 +28,8 @@ __all__ = [
 class TokenStatistics(NamedTuple):
     """Statistics of the predicted distribution p of each token, in the shape of the tokens; None if not asked for.
 
-    They are in float32 (float64 for float64 input), 0 where ignored, and differentiable but for ``is_top1``.
+    They are in float32 (float64 for float64 input), 0 where ignored, and differentiable but for ``is_top1`` and
+    ``predicted``.
     """
 
     logprob: Tensor | None = None
@@ -43,6 +44,8 @@ class TokenStatistics(NamedTuple):
     """(1 / V) sum_v z_v."""
     is_top1: Tensor | None = None
     """1.0 where the target has the largest logit, the first of equals; it has no gradient."""
+    predicted: Tensor | None = None
+    """The id of the largest logit, the first of equals: int64, -1 where ignored; it has no gradient."""
 
 
 class _Output(NamedTuple):
@@ -60,6 +63,7 @@ _OUTPUTS = {
     "log_sum_sq_probs": _Output(("squares",), lambda rows, size: rows.squares - 2 * rows.log_sum),
     "mean_logit": _Output(("total",), lambda rows, size: rows.total / size),
     "is_top1": _Output(("correct",), lambda rows, size: rows.correct),
+    "predicted": _Output(("predicted",), lambda rows, size: rows.predicted.long()),
 }
 
 
@@ -189,7 +193,11 @@ def _over_the_vocabulary(call: Call, outputs: Sequence[str], ids: Tensor | None,
     if ids is not None:
         call = call.with_per_token(call.per_token | {"target": ids}, ids="target")
         valid = ids != call.ignore_index
-    return _token_statistics(outputs, dispatch.statistics(call), call.vocab_size, shape, valid)
+    found = _token_statistics(outputs, dispatch.statistics(call), call.vocab_size, shape, valid)
+    if found.predicted is None:
+        return found
+    counted = (call.target != call.ignore_index).view(shape)
+    return found._replace(predicted=found.predicted.where(counted, -1))
 
 
 def _over_a_support(

@@ -31,7 +31,7 @@ from tests.test_work import train, work
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
 INVARIANT = ChunkOptions(invariant=True)
 WIDE = replace(INVARIANT, logits_dtype=torch.float32)
-OUTPUTS = ("logprob", "entropy", "lse", "log_sum_sq_probs", "mean_logit", "is_top1")
+OUTPUTS = ("logprob", "entropy", "lse", "log_sum_sq_probs", "mean_logit", "predicted", "is_top1")
 TOKENS = 2 * INVARIANT_TOKENS + 40
 # D and V, even and odd, below and beyond a vector and a block of the vocabulary.
 SHAPES = [(1, 2), (7, 3), (16, 48), (65, 7), (31, 1009), (257, 1000), (96, 4096), (33, INVARIANT_ENTRIES + 907)]

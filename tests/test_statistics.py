@@ -177,6 +177,22 @@ def test_top1():
         assert values.is_top1.tolist() == hits and not values.is_top1.requires_grad
 
 
+@pytest.mark.parametrize("options", [None, chunks(4)], ids=str)
+@pytest.mark.parametrize("num_ids", [None, 2])
+def test_predicted(num_ids, options):
+    """The first of equals, whatever the ids of the target; -1 where a token is ignored."""
+    call = inputs(12, 4, 11, num_ids=num_ids, bias=True, terms=("softcap", "logit_scale"))
+    with torch.no_grad():
+        call.head[7] = call.head[3]
+        call.bias[[3, 7]] = 2.0
+    values = linear_statistics(*call.arguments(), outputs=("predicted",), options=options, **call.keywords())
+    ignored = (call.target == IGNORED).view(12, -1).all(-1)
+    assert ignored.any() and (values.predicted == 3).any()
+    products = torch.nn.functional.linear(call.hidden, call.head, call.bias)
+    assert torch.equal(values.predicted, products.argmax(-1).masked_fill(ignored, -1))
+    assert values.predicted.dtype == torch.int64 and not values.predicted.requires_grad
+
+
 def test_shapes_of_tokens():
     call = inputs(12, 4, 11, num_ids=2, size=3)
     flat = found(call)

@@ -8,7 +8,7 @@ import torch
 
 from chunked_ce.rows.statistic import EXP_IS_ZERO, Statistic
 
-__all__ = ["AtIds", "Correct", "LogSum", "Maximum", "Mean", "Squares", "Target", "Total", "Weighted"]
+__all__ = ["AtIds", "Correct", "LogSum", "Maximum", "Mean", "Predicted", "Squares", "Target", "Total", "Weighted"]
 
 
 class Maximum(Statistic):
@@ -109,16 +109,24 @@ class Mean(Statistic):
         return slope.abs() * (2 + rows.log_sum - rows.mean)  # |p log p| <= 1 / e
 
 
-class Correct(Statistic):
-    """Its part is the index of the largest logit, the first one in a tie."""
+class Predicted(Statistic):
+    """Its part is the index of the largest logit, the first one in a tie; fp32 holds those below 2**24."""
 
-    name, reads, differentiable, in_gradient = "correct", "logits", False, False
+    name, reads, differentiable, in_gradient, in_triton = "predicted", "logits", False, False, False
+    is_index = True
 
     def part(self, values, row):
         return (values.argmax(-1).to(values.dtype),)
 
     def merge(self, part, shards):
         return (part[0].where(shards.is_largest, torch.inf).amin(0),)
+
+    def reference(self, logits, shifted, row):
+        return logits.argmax(-1).to(logits.dtype)
+
+
+class Correct(Predicted):
+    name, in_triton = "correct", True
 
     def value(self, part, sum_exp, target):
         return (part[0] == target).to(sum_exp.dtype)

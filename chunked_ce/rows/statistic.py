@@ -71,6 +71,7 @@ class RowStatistics(NamedTuple):
     reverse_kl: Tensor | None = None
     mixture_kl: Tensor | None = None
     student_kl: Tensor | None = None
+    predicted: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> RowStatistics:
         """Apply ``function`` to every statistic that is not None."""
@@ -165,6 +166,7 @@ class Statistic:
     adds = False  # whether its slope adds one number, times the class weights, to the gradients of all logits
     in_gradient = True  # whether the gradient of the logits needs its value
     in_triton = True  # whether the Triton kernels compute it
+    is_index = False  # whether its part is a column, which counts from the first one of the whole vocabulary
     per_id = False  # whether it is (n, K), and its part too
     of_teacher = False  # whether it depends on a teacher
     reads_gap = False  # whether its part needs the gap between teacher and student

@@ -10,6 +10,7 @@ They are relative to the row's largest logit ``m``, so that a large common offse
     squares   = log sum_v exp(2 (z_v - m))          log sum_v p_v^2 = squares - 2 log_sum
     at_ids    = z_id - m for each of K ids          -inf for an id that stands for none
     total     = sum_v z_v                           not relative: m + weighted / V would round as m does
+    predicted = the first v with the largest z_v
 
 A teacher's logits t, their maximum m' and probabilities p' add
 
@@ -100,6 +101,7 @@ STATISTICS: dict[str, Statistic] = {
         of_teacher.ReverseKL(),
         of_teacher.MixtureKL(),
         of_teacher.StudentKL(),
+        of_logits.Predicted(),
     )
 }
 _ALWAYS = ("maximum", "log_sum", "target")

@@ -107,8 +107,9 @@ def shard_statistics(
     visit_rows(visit, products, logits, per_row, pairs, overwrite=overwrite)
     columns = parts.unbind(-1)
     columns[places["target"].start].masked_fill_(target < 0, -torch.inf)
-    if "correct" in places:
-        columns[places["correct"].start].add_(start)
+    for name in names:
+        if STATISTICS[name].is_index:
+            columns[places[name].start].add_(start)
     return parts
 
 

@@ -75,7 +75,7 @@ def of_a_support(x, vocab, target=None):
     return statistics(x, vocab, target, support=x.more["full_ids"], outputs=("logprob", "entropy", "lse"))
 
 
-ALL = ("logprob", "entropy", "lse", "log_sum_sq_probs", "mean_logit", "is_top1")
+ALL = ("logprob", "entropy", "lse", "log_sum_sq_probs", "mean_logit", "predicted", "is_top1")
 
 
 def policy(x, vocab, way, **keywords):
