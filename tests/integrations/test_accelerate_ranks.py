@@ -1,4 +1,4 @@
-"""A loop with Accelerate on two processes, with FSDP2 and with ZeRO-3: wrapped or sharded heads train as the plain one."""
+"""A loop with Accelerate on two processes, under FSDP2 and ZeRO-3: wrapped or sharded heads train as the plain one."""
 
 import itertools
 import traceback
