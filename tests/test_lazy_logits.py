@@ -317,7 +317,7 @@ COMPUTED = {
     "pow": lambda z, p: z**2,
     "masked_fill": lambda z, p: loss(z.masked_fill(torch.arange(VOCAB) == 3, -100.0), p),
     "where": lambda z, p: loss(torch.where(torch.arange(VOCAB) > 3, z, -9.0), p),
-    "__getitem__": lambda z, p: z[..., 3:7],
+    "__getitem__": lambda z, p: z[..., 3:7].relu(),
     "__getitem__, a mask": lambda z, p: z[z.detach() > 0],
     "gt": lambda z, p: z > 0,
     "sort": lambda z, p: tuple(z.sort(-1)),
@@ -366,7 +366,7 @@ def test_computed_with_one_warning(name):
     [
         (lambda z: z + torch.arange(VOCAB), "add"),
         (lambda z: z.softmax(0), "softmax"),
-        (lambda z: z[..., :3], "__getitem__"),
+        (lambda z: z[..., 0:0], "__getitem__"),
         (lambda z: torch.where(z.detach().isnan(), z, z), "isnan"),
     ],
 )
@@ -399,6 +399,9 @@ STEPS = {
     "view scaled": lambda z: (z.detach()[..., 0, :].mul_(2) if z.dim() > 1 else None, z)[1],
     "swapped twice": lambda z: z.transpose(0, -1).transpose(0, -1),
     "new dimension": lambda z: z.unsqueeze(0),
+    "a view scaled": lambda z: (z[..., :1, :].mul_(-1.5) if z.dim() > 1 else None, z)[1],
+    "a view divided": lambda z: (z.view(-1, VOCAB)[1:].div_(2) if z.is_contiguous() else None, z)[1],
+    "words scaled": lambda z: (z[..., 3:9].mul_(0.5), z)[1],
     "word set": lambda z: z.index_fill(-1, torch.tensor([1]), 0.5),
 }
 

@@ -19,22 +19,27 @@ __all__ = ["log_sum_exp", "maths", "of_whole", "same_for_all_words", "statistics
 _NOTHING_IGNORED = torch.iinfo(torch.int64).min  # never an index, so that -100 is refused as any wrong index is
 
 
-def maths(lazy: Lazy, hidden: Tensor, bias: Tensor | None, form: Form | None = None) -> tuple[Tensor, dict[str, Any]]:
-    """The hidden states (..., D) and the keywords by which a loss forms the logits of a lazy tensor."""
-    form = lazy._form if form is None else form
+def maths(
+    lazy: Lazy, hidden: Tensor, weight: Tensor, bias: Tensor | None, form: Form | None = None
+) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
+    """The hidden states (..., D), the weight and the keywords by which a loss forms the logits of a lazy tensor."""
+    form, whole = lazy._form if form is None else form, lazy.head.vocab
+    vocab = form.vocab(whole)
     keywords = {
-        "linear_bias": form.with_bias(bias, lazy.head.vocab),
+        "linear_bias": form.with_bias(None if bias is None else form.rows(bias, whole), vocab),
         "softcap": form.softcap,
         "logit_scale": form.scale,
-        "vocab": lazy.head.vocab,
+        "vocab": vocab,
     }
+    weight = form.rows(weight, whole)
     if form.temperature is not None:
         keywords["temperature"] = form.temperature.movedim(lazy._vocab_dim, -1).squeeze(-1)
     low_rank_weight = lazy._root.call.low_rank_weight
     if low_rank_weight is None:
-        return hidden, keywords
+        return (hidden, weight), keywords
     width = lazy.head.in_features
-    return hidden[..., :width], keywords | {"linear_adapter": (hidden[..., width:], low_rank_weight)}
+    adapter = {"linear_adapter": (hidden[..., width:], form.rows(low_rank_weight, whole))}
+    return (hidden[..., :width], weight), keywords | adapter
 
 
 def statistics(lazy: Lazy, names: tuple[str, ...], form: Form | None = None) -> tuple[Tensor, ...]:
@@ -46,13 +51,13 @@ def statistics(lazy: Lazy, names: tuple[str, ...], form: Form | None = None) -> 
         def ask(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
             target = torch.zeros(hidden.shape[:-1], dtype=torch.long, device=hidden.device)
             remember(target, -100, None)
-            hidden, keywords = maths(lazy, hidden, bias, form)
-            found = linear_statistics(hidden, weight, target, outputs=names, options=lazy.head.options, **keywords)
+            factors, keywords = maths(lazy, hidden, weight, bias, form)
+            found = linear_statistics(*factors, target, outputs=names, options=lazy.head.options, **keywords)
             return tuple(getattr(found, name) for name in names)
 
         return tuple(found.unsqueeze(lazy._vocab_dim) for found in lazy.request(ask))
 
-    if form.temperature is not None or form.bias is not None:
+    if form.temperature is not None or form.bias is not None or isinstance(form.words, Tensor):
         return of(lazy)
     return of_whole(lazy, (names, form), of)
 
@@ -103,11 +108,11 @@ def values_at(lazy: Lazy, ids: Tensor) -> Tensor:
     has_one = ids.shape[-1] == 1
 
     def ask(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
-        hidden, keywords = maths(lazy, hidden, bias)
+        factors, keywords = maths(lazy, hidden, weight, bias)
         keywords |= {"ignore_index": _NOTHING_IGNORED, "options": lazy.head.options}
         if names == ("logprob",) and has_one:
-            return (linear_logprobs(hidden, weight, ids.squeeze(-1), **keywords),)
-        found = linear_statistics(hidden, weight, ids.squeeze(-1) if has_one else ids, outputs=names, **keywords)
+            return (linear_logprobs(*factors, ids.squeeze(-1), **keywords),)
+        found = linear_statistics(*factors, ids.squeeze(-1) if has_one else ids, outputs=names, **keywords)
         return tuple(getattr(found, name) for name in names)
 
     logprob, *rest = lazy.request(ask)

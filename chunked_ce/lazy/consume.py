@@ -95,8 +95,8 @@ def _loss(
         return NotImplemented
 
     def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        hidden, formed = maths(lazy, hidden, bias, form)
-        return linear_cross_entropy(hidden, weight, target, **formed, **keywords)
+        factors, formed = maths(lazy, hidden, weight, bias, form)
+        return linear_cross_entropy(*factors, target, **formed, **keywords)
 
     return lazy.request(loss)
 

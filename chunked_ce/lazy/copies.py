@@ -51,6 +51,17 @@ for _function in functions("zeros_like ones_like full_like empty_like rand_like 
     follows(_function.__name__, torch, computed=True)(_like(_function))
 
 
+def _creator(function: Callable) -> Callable:
+    def create(lazy: Lazy, *args: Any, **kwargs: Any) -> Tensor:
+        return function(torch.empty(0, dtype=lazy.dtype, device=lazy.device), *args, **kwargs)
+
+    return create
+
+
+for _function in functions("new_zeros new_ones new_full new_empty new_tensor", Tensor):
+    follows(_function.__name__, Tensor, computed=True)(_creator(_function))
+
+
 # ---- parts of one call ----
 
 

@@ -41,7 +41,10 @@ def dispatch(function: Callable, args: tuple, kwargs: dict) -> Any:
         return _query(function, args, kwargs)
     if function in (torch.autograd.backward, torch.autograd.grad):
         return _differentiate(function, args, kwargs)
-    mixed = any(isinstance(one, LazyMixture) for one in tree_flatten((args, kwargs))[0])
+    lazy = [one for one in tree_flatten((args, kwargs))[0] if isinstance(one, Lazy)]
+    if any(one.is_behind for one in lazy):
+        return _compute(function, args, kwargs)
+    mixed = any(isinstance(one, LazyMixture) for one in lazy)
     handler = (_FOLLOWED_OF_MIXTURES if mixed else _FOLLOWED).get(function)
     with during(function):
         result = NotImplemented if handler is None else _follow(handler, function, args, kwargs)
@@ -159,7 +162,8 @@ _HOOKS = set(functions("register_hook retain_grad", torch.Tensor))
 
 def _query(function: Callable, args: tuple, kwargs: dict) -> Any:
     computed = [x for x in args if isinstance(x, Lazy) and x.is_computed]
-    if function in _HOOKS and not computed and any(step.is_per_token for step in args[0]._operations):
+    values_only = not computed and (args[0].is_behind or any(step.is_per_token for step in args[0]._operations))
+    if function in _HOOKS and values_only:
         return _compute(function, args, kwargs)
     if computed:  # the values have a graph of their own, and may have changed since
         return _of_values(function, args, kwargs, computed)

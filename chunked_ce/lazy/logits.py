@@ -53,6 +53,7 @@ class Lazy(Tensor):
     _hooked: bool  # the gradient must pass through this tensor, so that its hooks are called
     _joined: bool
     _piece: Piece | None
+    _pending: tuple[tuple[Operation, ...], ...]  # changes in place of its memory, by the operations that lead to them
     _answers: dict[Any, tuple[Tensor, ...]]  # that its pieces share
 
     @classmethod
@@ -77,6 +78,7 @@ class Lazy(Tensor):
             self._root, self._operations, self._hidden = root, operations, hidden
             self._vocab_dim, self._form, self._terms, self._stand_in = vocab_dim, form, terms, stand_in
             self._value, self._hooked, self._joined, self._piece, self._answers = None, False, False, None, {}
+            self._pending = ()
             call.members[id(self)] = self
             return self
 
@@ -120,14 +122,41 @@ class Lazy(Tensor):
         return cls._make(root, operations, hidden, stand_in=stand_in, tracked=tracked, **parts)
 
     def become(self, other: Lazy) -> bool:
-        """Take on the state of ``other``, the result of an operation on this tensor; False where that is not sound."""
-        alone = all(one is self or one is other for one in self._root.call.members.values())
-        if not alone or type(self) is not type(other) or (self.requires_grad and not other.requires_grad):
+        """Take on the state of ``other``, the result of an operation on this tensor; False where that is not sound.
+
+        Other tensors of the same memory are computed, with this change, when they are used.
+        """
+        if type(self) is not type(other) or (self.requires_grad and not other.requires_grad):
             return False
-        self._root, self._operations, self._hidden = other._root, other._operations, other._hidden
+        others = [one for one in self._root.call.members.values() if one is not self and one is not other]
+        sharing = [one for one in others if one._memory == self._memory]
+        if others and not all(one._can_wait_for_a_change_of(self) for one in (self, *sharing)):
+            return False
+        operations = other._operations
+        if others:
+            *before, last = operations
+            operations = (*before, last._replace(of_logits=lambda x: x.copy_(last.of_logits(x)), in_place=True))
+        for one in sharing:
+            one._pending = (*one._pending, operations)
+        self._root, self._operations, self._hidden = other._root, operations, other._hidden
         self._form, self._terms = other._form, other._terms
         self._root.call.changed = True
         return True
+
+    @property
+    def _memory(self) -> int:
+        """Equal for tensors whose values share memory."""
+        return self._stand_in.untyped_storage()._cdata
+
+    def _can_wait_for_a_change_of(self, other: Lazy) -> bool:
+        """Whether the values can be computed by the operations alone, after a change in place of those of ``other``."""
+        plain = isinstance(self, LazyLogits) and self._value is None and not self._hooked
+        return plain and self._root is other._root and is_attached(self.grad_fn)
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the memory was changed through another tensor, so that only the values are right."""
+        return bool(self._pending) and not self.is_computed
 
     def join_graph(self) -> None:
         """Let the gradient of the hidden states pass through whatever others have put into this tensor's graph."""
@@ -217,7 +246,11 @@ class Lazy(Tensor):
                     if one._value is None:
                         value = one._root.value(one._operations, one.requires_grad)
                         one._value = with_layout(value, one._stand_in)
-                        one._value_version = version(one._value)
+                for one in members:
+                    for operations in one._pending:
+                        one._root.value(operations, one.requires_grad)
+                for one in members:
+                    one._value_version = version(one._value)
         return self._value
 
     @classmethod
@@ -228,6 +261,8 @@ class Lazy(Tensor):
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         """Calls from below Python: they give the same tensor again, or operate on the values."""
         aten, lazy = torch.ops.aten, args[0]
+        if isinstance(lazy, Lazy) and lazy.is_behind:
+            lazy.compute_for(str(function))
         same = function in (aten.detach.default, aten.alias.default)
         if isinstance(lazy, Lazy) and (same or (function is aten.view.default and tuple(args[1]) == tuple(lazy.shape))):
             return lazy._again(with_graph=not same)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chunked_ce.lazy.follow import follows, functions
+from chunked_ce.lazy.follow import follows
 from chunked_ce.lazy.logits import Lazy, Piece
 from chunked_ce.lazy.source import Operation
-from chunked_ce.lazy.words import of_index
+from chunked_ce.lazy.words import of_index, of_words
 
 __all__ = []
 
@@ -133,15 +133,13 @@ def _getitem(lazy: Lazy, index: Any) -> Lazy:
     items = _without_ellipsis(list(index) if isinstance(index, tuple) else [index], lazy.dim())
     if items is None:
         return NotImplemented
-    constants, reached, vocab_at = [], 0, 0
+    constants, reached, vocab_at, words = [], 0, 0, slice(None)
     for item in items:
         shape = lazy.shape[reached : reached + _consumed(item)]
         if reached <= lazy._vocab_dim < reached + len(shape):
             if not isinstance(item, slice):
                 return _words_by_index(lazy, items)
-            if item.indices(shape[0]) != (0, shape[0], 1):
-                return NotImplemented
-            constant, vocab_at = [slice(None)], len(constants)
+            constant, vocab_at, words = [slice(None)], len(constants), item
         else:
             constant = _constant(item, shape)
         if constant is None:
@@ -153,11 +151,20 @@ def _getitem(lazy: Lazy, index: Any) -> Lazy:
         return NotImplemented
 
     def at(x: Tensor) -> Tensor:
-        return x[tuple(item.to(x.device) if isinstance(item, Tensor) else item for item in constants)]
+        return x[tuple(_on(x, constants))]
 
     kept = sum(not isinstance(item, int | Tensor) for item in constants[:vocab_at])
     vocab_dim = kept + max((item.dim() for item in tensors), default=0)
-    return lazy.derive(Operation(at, of_tokens=at), vocab_dim=vocab_dim)
+    numbers = range(lazy.shape[lazy._vocab_dim])[words]
+    if len(numbers) == lazy.shape[lazy._vocab_dim]:
+        return lazy.derive(Operation(at, of_tokens=at), vocab_dim=vocab_dim)
+    some = [*constants[:vocab_at], words, *constants[vocab_at + 1 :]]
+    numbers = numbers if numbers.step == 1 else torch.tensor(numbers)
+    return of_words(lazy, numbers, lambda x: x[tuple(_on(x, some))], at, vocab_dim)
+
+
+def _on(x: Tensor, index: list[Any]) -> list[Any]:
+    return [item.to(x.device) if isinstance(item, Tensor) else item for item in index]
 
 
 def _words_by_index(lazy: Lazy, items: list[Any]) -> Any:
@@ -209,7 +216,9 @@ def _constant(item: Any, shape: torch.Size) -> list[Any] | None:
 def _narrow(lazy: Lazy, dim: int, start: int, length: int) -> Lazy:
     dim = _dim(dim, lazy.dim())
     if dim == lazy._vocab_dim:
-        return NotImplemented
+        words = slice(start, start + length)
+        is_within = 0 <= start <= start + length <= lazy.shape[dim]
+        return _getitem(lazy, (*[slice(None)] * dim, words)) if is_within else NotImplemented
     return _follow(lazy, lambda x: x.narrow(dim, start, length), lazy._vocab_dim)
 
 
@@ -386,14 +395,5 @@ def _caster(dtype: torch.dtype) -> Callable:
     return cast
 
 
-def _creator(function: Callable) -> Callable:
-    def create(lazy: Lazy, *args: Any, **kwargs: Any) -> Tensor:
-        return function(torch.empty(0, dtype=lazy.dtype, device=lazy.device), *args, **kwargs)
-
-    return create
-
-
 for _name, _dtype in _FLOATS.items():
     follows(_name)(_caster(_dtype))
-for _function in functions("new_zeros new_ones new_full new_empty new_tensor", Tensor):
-    follows(_function.__name__, Tensor, computed=True)(_creator(_function))

@@ -76,18 +76,18 @@ def divergence(lazy: Lazy, teacher: Teacher | Lazy, beta: float, counted: Tensor
     tracked = lazy.requires_grad and torch.is_grad_enabled()
 
     def of_student(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        hidden, formed = maths(lazy, hidden, bias)
+        factors, formed = maths(lazy, hidden, weight, bias)
         target = torch.zeros(hidden.shape[:-1], dtype=torch.long, device=hidden.device)
         if counted is not None:
             target = target.masked_fill(~counted.squeeze(-1), -100)
 
         def of(teacher: Teacher) -> Tensor:
             keywords = {"reduction": "none", "teacher": teacher, "options": lazy.head.options}
-            return linear_loss(Divergence(beta), hidden, weight, target, **formed, **keywords)
+            return linear_loss(Divergence(beta), *factors, target, **formed, **keywords)
 
         def of_teacher(states: Tensor, its_weight: Tensor, its_bias: Tensor | None) -> Tensor:
-            states, its = maths(teacher, states, its_bias)
-            parts = (states, its_weight, its["linear_bias"], its["softcap"], its["logit_scale"])
+            its_factors, its = maths(teacher, states, its_weight, its_bias)
+            parts = (*its_factors, its["linear_bias"], its["softcap"], its["logit_scale"])
             with lazy._root.call.as_it_was(tracked):
                 return of(Teacher(*parts))
 
@@ -101,8 +101,14 @@ def can_teach(teacher: Lazy, lazy: Lazy) -> bool:
     plain = teacher._form.temperature is None and teacher._root.call.low_rank_weight is None
     alike = teacher.shape == lazy.shape and teacher._vocab_dim == lazy._vocab_dim == lazy.dim() - 1
     constant = not (teacher.requires_grad and torch.is_grad_enabled())
-    here = teacher.head.vocab == lazy.head.vocab and teacher.head.layout is None and lazy.head.layout is None
+    here = _has_same_rows(teacher, lazy) and teacher.head.layout is None and lazy.head.layout is None
     return plain and alike and constant and here and lazy._form.temperature is None
+
+
+def _has_same_rows(teacher: Lazy, lazy: Lazy) -> bool:
+    """Whether this rank holds the rows of the same words of both heads."""
+    vocab = lazy.head.vocab
+    return teacher.head.vocab == vocab and (vocab is None or teacher._form.words == lazy._form.words)
 
 
 @follows("kl_div", F, either=True)

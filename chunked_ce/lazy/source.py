@@ -187,6 +187,12 @@ class Call:
         gradients = dict(zip(map(id, trained), torch.autograd.grad(found, trained, grad), strict=True))
         return [gradients.get(id(one)) for one in (hidden, *parameters)]
 
+    def compute_before(self, change: Operation) -> None:
+        """Compute the values of the tensors that are not made by a change in place, which is about to happen."""
+        for one in list(self.members.values()):
+            if one._value is None and not any(step is change for step in one._operations):
+                one._root.value(one._operations, one.requires_grad)
+
     def check_hidden_unchanged(self) -> None:
         if version(self.hidden) != self.hidden_version:
             raise RuntimeError("the hidden states were changed in place after the head was called with them")
@@ -230,6 +236,7 @@ class Operation(NamedTuple):
     # For an operation on several tensors of the same root: the operations that lead to the others, and their stand-ins.
     others: tuple[tuple[Operation, ...], ...] = ()
     stand_ins: tuple[Tensor, ...] = ()
+    in_place: bool = False  # changes the memory of what it operates on, and of all tensors that share it
 
 
 def through(operations: tuple[Operation, ...], rows: Tensor) -> Tensor:
@@ -290,6 +297,10 @@ class Root:
         twin = self.tracked_twin()
         if twin is not None and operations in twin.values:
             return twin.values[operations].detach()  # the same memory
+        if operations and operations[-1].in_place:
+            if twin is not None:
+                return twin.value(operations, True).detach()
+            self.call.compute_before(operations[-1])
         if operations:
             *first, last = operations
             before = [self.value(steps, tracked) for steps in (tuple(first), *last.others)]

@@ -13,11 +13,15 @@ from chunked_ce.lazy import values
 from chunked_ce.lazy.answers import log_sum_exp, maths, of_whole, same_for_all_words, values_at
 from chunked_ce.lazy.arithmetic import is_over_words, of_softmax
 from chunked_ce.lazy.follow import follows
+from chunked_ce.lazy.form import Words, index_of
 from chunked_ce.lazy.logits import Lazy, LazyLogits
+from chunked_ce.lazy.source import Operation
 from chunked_ce.lazy.terms import LOG_PROBABILITIES, TOTAL
 from chunked_ce.lazy.together import is_exactly, remember_log_sum_exp, should_be_computed
 
-__all__ = ["of_index"]
+__all__ = ["of_index", "of_words"]
+
+_FEW = 64  # words whose values are taken
 
 # ---- values at some words ----
 
@@ -47,6 +51,11 @@ def of_index(lazy: Lazy, items: tuple[Any, ...]) -> Any:
     places = [item for item in tokens if isinstance(item, Tensor)]
     if not places or not words.dim():
         seen = lazy[(*tokens, slice(None))]  # (..., V)
+        if words.dim() == 1 and len(words) > _FEW and isinstance(seen, Lazy):
+            values.check_index(words, size)
+            many = of_words(seen, words, lambda x: x[..., words.to(x.device)])
+            if many is not NotImplemented:
+                return many
         if not isinstance(seen, Lazy) or seen.is_computed or seen._vocab_dim != seen.dim() - 1:
             return NotImplemented
         found = _at(seen, words.flatten().expand(*seen.shape[:-1], words.numel()), seen.dim() - 1)
@@ -57,6 +66,26 @@ def of_index(lazy: Lazy, items: tuple[Any, ...]) -> Any:
     *places, words = torch.broadcast_tensors(*places, words)
     found = _at(lazy[(*places, slice(None))], words.unsqueeze(-1), words.dim())
     return found if found is NotImplemented else found.squeeze(-1)
+
+
+def of_words(
+    lazy: Lazy,
+    words: Words,
+    function: Callable[[Tensor], Tensor],  # that takes the words of some tokens
+    of_tokens: Callable[[Tensor], Tensor] | None = None,  # that takes the tokens
+    vocab_dim: int | None = None,
+) -> Any:
+    """The lazy logits of some words, which are those of a head that has no others."""
+    can = isinstance(lazy, LazyLogits) and not lazy.is_computed and not should_be_computed(lazy) and len(words)
+    options = lazy.head.options
+    if not can or lazy.head.layout is not None or (options is not None and options.accumulate_into is not None):
+        return NotImplemented
+    if lazy.head.vocab is not None and not isinstance(words, range):
+        return NotImplemented
+    form = lazy._form if of_tokens is None else lazy._form.map(of_tokens)
+    operation = Operation(function, of_tokens=of_tokens, of_rows=lambda rows: rows[..., index_of(words)])
+    changes = {} if vocab_dim is None else {"vocab_dim": vocab_dim}
+    return lazy.derive(operation, form=form.of_words(words), **changes)
 
 
 def _at(lazy: Lazy, index: Tensor, dim: int) -> Tensor:
@@ -93,8 +122,8 @@ def _of_rows(
         hidden = hidden.reshape(hidden.shape[:-1].numel(), hidden.shape[-1])  # (N, D)
         found, entries = values.of_rows(lazy.rows(hidden, weight, bias), read, len(hidden))
         if torch.is_grad_enabled():
-            narrow, formed = maths(lazy, hidden, bias)
-            found = values.with_gradient_of(differentiable(narrow, weight, entries, formed), found)
+            factors, formed = maths(lazy, hidden, weight, bias)
+            found = values.with_gradient_of(differentiable(*factors, entries, formed), found)
         return found, entries
 
     # Reshaped out here: engines hang hooks on what a request returns, which a view loses when it is changed in place.

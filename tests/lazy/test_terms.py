@@ -159,6 +159,21 @@ JSD = {
     "jsd, the teacher first": lambda z: jsd(z.log_softmax(-1), soft(z).log(), 0.25, how="swapped").sum(-1),
     "jsd, to itself": lambda z: jsd(z.log_softmax(-1), (z.detach() * 0.6).log_softmax(-1), 0.6).sum(-1),
 }
+PARTS = {
+    "first words": lambda z: F.cross_entropy(z[..., :17].flatten(0, 1), WORDS.flatten() % 17),
+    "words in the middle": lambda z: entropy(z[..., 15:33]),
+    "words of some tokens": lambda z: z[:, 1:, -30:].log_softmax(-1).gather(-1, SOME[:, 1:] % 30),
+    "words of tokens by number": lambda z: z[0, [4, 1], 3:].mean(-1),
+    "words of words": lambda z: z[..., 3:30][:, :, 2:20].logsumexp(-1),
+    "narrow": lambda z: z.narrow(-1, 4, 20).mean(),
+    "words with biases": lambda z: entropy((z + bias(z))[..., 7:29] / 2 - bias(z)[..., :22]),
+    "soft labels of words": lambda z: F.kl_div(z[..., 4:24].log_softmax(-1), soft(z)[..., 4:24] * 2, reduction="sum"),
+    "a teacher's words": lambda z: F.kl_div(
+        (z / 2)[..., 4:].log_softmax(-1), z.detach()[..., 4:].softmax(-1), reduction="sum"
+    ),
+    "every other word": lambda z: entropy(torch.tanh(z)[..., ::2]),
+    "best of some words": lambda z: tuple(z[..., 5:25].max(-1)),
+}
 SMALL = {
     "cpu": lambda z: z.cpu().mean(),
     "type": lambda z: z.type(z.dtype).mean(),
@@ -172,7 +187,7 @@ SMALL = {
     "stack, later": lambda z: torch.stack([row[2:5] for row in z], dim=1)[1:].mean(-1),
     "softmax by name": lambda z: torch.softmax(input=z, dim=-1).gather(index=SOME, dim=-1),
 }
-FOLLOWED = ENTROPIES | OTHERS | BIASES | SOFT | JSD | SMALL
+FOLLOWED = ENTROPIES | OTHERS | BIASES | SOFT | JSD | PARTS | SMALL
 
 
 def problem(dtype=torch.float64, **keywords):
@@ -216,7 +231,9 @@ def test_no_logits():
     """The largest tensor is a block of two tokens' logits: here the head itself is smaller."""
     head, hidden = LMHead(2, 4096, options=ChunkOptions(chunk_size=1)), torch.randn(*TOKENS, 2, requires_grad=True)
     labels = torch.rand(*TOKENS, 4096)
-    forms = {name: form for name, form in FOLLOWED.items() if name not in SOFT | JSD} | {
+    forms = {name: form for name, form in FOLLOWED.items() if name not in SOFT | JSD | PARTS} | {
+        "first words": lambda z: F.cross_entropy(z[..., :4000].flatten(0, 1), WORDS.flatten()),
+        "many words": lambda z: entropy(z[..., torch.arange(0, 4096, 3)]),
         "jsd, to itself": JSD["jsd, to itself"],
         "kl_div": lambda z: F.kl_div(z.log_softmax(-1), labels),
         "kl_div, the other way": lambda z: F.kl_div(labels, z.log_softmax(-1), log_target=True),
