@@ -68,7 +68,8 @@ class LMHead(LazyHead):
         softcap, logit_scale: as in `linear_cross_entropy`, part of the logits, in evaluation too.
         vocab: the vocabulary entries of this rank (`VocabShard`); the parameters hold only their rows, and the logits
             are always lazy.
-        lazy: ``"auto"`` while training, ``"always"`` in evaluation too.
+        lazy: ``"auto"`` while training, and in evaluation for a `Trainer` that keeps the loss only, and in a forward
+            with ``labels``; ``"always"`` in all of evaluation, with z_loss and label_smoothing.
 
     Raises:
         ValueError, TypeError: a keyword is not as described.

@@ -18,6 +18,8 @@ def test_its_python_runs():
         for block in re.findall(r"^```python\n(.*?)^```", DOC, re.DOTALL | re.MULTILINE):
             exec(compile(block, "docs/drop_in.md", "exec"), names)
     assert repr(names["logits"]) in DOC
+    printed = str(names["LMHead"].report(names["model"])).splitlines()
+    assert "".join(f"    {line}\n" for line in printed) in DOC
 
 
 def test_what_it_calls_followed_is():

@@ -56,15 +56,15 @@ def _is_on_this_rank(head: LazyHead) -> bool:
 
 def _purpose() -> str | None:
     """What the callers of a head want, by their arguments."""
-    frame, has_labels = sys._getframe(2), False
+    frame, has_labels = sys._getframe(2), None
     while frame is not None:
         code = frame.f_code
         if code.co_name == "prediction_step" and _takes(code, "prediction_loss_only"):
             return TRAINER if frame.f_locals["prediction_loss_only"] else None
         if frame.f_globals.get("__name__", "").startswith("transformers.generation."):
             return None
-        if not has_labels and code.co_name == "forward" and _takes(code, "labels"):
-            has_labels = frame.f_locals["labels"] is not None
+        if has_labels is None and code.co_name == "forward" and _takes(code, "labels"):
+            has_labels = frame.f_locals["labels"] is not None  # not those of a student around this model, say
         frame = frame.f_back
     return LABELS if has_labels else None
 

@@ -169,6 +169,46 @@ def test_predictions_are_ordinary_tensors(tmp_path):
     assert (ours.predictions == plain.predictions).all()
 
 
+# ---- evaluation ----
+
+
+@pytest.mark.parametrize("settings", [{}, {"prediction_loss_only": True}, {"label_smoothing_factor": 0.2}])
+def test_an_evaluation_forms_no_logits(tmp_path, monkeypatch, settings):
+    """`Trainer` keeps the loss only where it has no `compute_metrics`."""
+    monkeypatch.setitem(globals(), "VOCAB", 50_000)
+    largest, losses = [], []
+    for wrapped in (True, False):
+        trainer = new_trainer(tmp_path, wrapped, **settings)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "LazyLogits")
+            largest.append(largest_allocation(lambda trainer=trainer: losses.append(trainer.evaluate()["eval_loss"])))
+    logits = 4 * 2 * LENGTH * VOCAB
+    assert largest[0] < 0.2 * logits and largest[1] >= logits  # chunks of 8 of 48 tokens
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("keeps", ["logits", "predictions"])
+def test_metrics_see_the_logits_themselves(tmp_path, keeps):
+    def metrics(prediction):
+        seen.append(prediction.predictions)
+        return {}
+
+    seen = []
+    for wrapped in (True, False):
+        trainer = new_trainer(tmp_path, wrapped)
+        trainer.compute_metrics = metrics
+        if keeps == "predictions":
+            trainer.preprocess_logits_for_metrics = lambda logits, labels: logits.argmax(-1)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "LazyLogits")
+            trainer.evaluate()
+    assert (seen[0] == seen[1]).all() and seen[0].shape[:2] == (4, LENGTH)
+    trainer = new_trainer(tmp_path, True)
+    trainer.compute_metrics = metrics
+    trainer.evaluate()
+    assert dict(LMHead.report(trainer.model).heads[0].evaluation.plain) == {"in evaluation mode": 2}  # and no loss
+
+
 # ---- two processes ----
 
 

@@ -113,6 +113,20 @@ def test_labels_that_do_not_count(labels):
     torch.testing.assert_close(loss, torch.nan_to_num(expected))
 
 
+def test_the_labels_of_a_model_around_it_are_not_its_own():
+    class Student(nn.Module):
+        def __init__(self, teacher):
+            super().__init__()
+            self.teacher = teacher
+
+        def forward(self, input_ids, labels=None):
+            return self.teacher(input_ids)
+
+    ours, plain = pair()
+    (_, logits), (_, expected) = both(Student(ours), Student(plain))
+    assert type(logits) is torch.Tensor and torch.equal(logits, expected)
+
+
 # ---- logits that are read ----
 
 READERS = {
