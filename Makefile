@@ -36,7 +36,7 @@ test: lint
 thorough: install
 	$(PYTEST) -m thorough
 
-# The same numbers as other people's packages: TRL, Liger and verl, in an environment of their own.
+# The same numbers as other people's packages: TRL, Liger, CCE and verl, in an environment of their own.
 PACKAGES := .venv-packages
 packages: $(PACKAGES)/.installed
 	OMP_NUM_THREADS=1 $(PACKAGES)/bin/python -m pytest -q tests/packages

@@ -21,6 +21,10 @@ PUBLIC = {
     "logits_loss",
     "predict_memory",
     "LinearCrossEntropyLoss.__init__",
+    "LigerFusedLinearGRPOLoss.__init__",
+    "LigerFusedLinearGRPOLoss.forward",
+    "liger_cross_entropy",
+    "liger_fused_linear_cross_entropy",
 }
 
 

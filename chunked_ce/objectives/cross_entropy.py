@@ -71,9 +71,9 @@ def check_label_smoothing(value: float) -> float:
     return float(value)
 
 
-def check_z_loss(value: float) -> float:
-    if not 0.0 <= number("z_loss", value) < math.inf:
-        raise ValueError(f"z_loss must be finite and >= 0, was {described(value)}")
+def check_z_loss(value: float, name: str = "z_loss") -> float:
+    if not 0.0 <= number(name, value) < math.inf:
+        raise ValueError(f"{name} must be finite and >= 0, was {described(value)}")
     return float(value)
 
 
