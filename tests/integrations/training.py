@@ -51,7 +51,12 @@ def assert_same_step(ours: Step, plain: Step, exact: Step):
 
 def largest_allocation(step: Callable[[], object]) -> int:
     """Bytes, inside operators too."""
+    return max(allocations(step))
+
+
+def allocations(step: Callable[[], object]) -> list[int]:
+    """Bytes of each, inside operators too."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
     events = profile.profiler.kineto_results.events()
-    return max(event.nbytes() for event in events if event.name() == "[memory]")
+    return [event.nbytes() for event in events if event.name() == "[memory]"]
