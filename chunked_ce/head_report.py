@@ -72,7 +72,8 @@ def _lines(title: str, activity: Activity) -> list[str]:
     bypasses = [
         f"    the head's weight read, and the head not called: {by} ({n} x)" for by, n in activity.bypasses.items()
     ]
-    return [f"  {title}: {activity.calls} calls of the head", *taken, *computed, *plain, *bypasses]
+    calls = "1 call" if activity.calls == 1 else f"{activity.calls} calls"
+    return [f"  {title}: {calls} of the head", *taken, *computed, *plain, *bypasses]
 
 
 def report_of(model: nn.Module) -> Report:

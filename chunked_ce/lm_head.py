@@ -230,7 +230,7 @@ class LMHead(LazyHead):
         >>> print(LMHead.report(model))
         1 (plain): lazy
           settings: z_loss=0.5
-          last training step: 1 calls of the head
+          last training step: 1 call of the head
             without logits: cross_entropy (1 x)
         """
         check_model(model)

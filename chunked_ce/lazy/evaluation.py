@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from types import CodeType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from chunked_ce.lazy.head import LazyHead
-from chunked_ce.lazy.obstacles import obstacle_of_call
+from chunked_ce.lazy.obstacles import is_fsdp_unit, obstacle_of_call
 from chunked_ce.lazy.product import rows_per_block
 from chunked_ce.options import ChunkOptions
 from chunked_ce.parallel.dtensors import is_dtensor
@@ -19,6 +19,7 @@ __all__ = ["LABELS", "TRAINER", "purpose_of_call"]
 
 TRAINER = "an evaluation by a Trainer that keeps the loss only"
 LABELS = "a forward with labels in evaluation mode"
+_FSDP = "torch.distributed.fsdp"
 
 
 def purpose_of_call(head: LazyHead, hidden: Any) -> str | None:
@@ -30,15 +31,18 @@ def purpose_of_call(head: LazyHead, hidden: Any) -> str | None:
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    purpose = _purpose()
-    if purpose is None or purpose in head.record.reads_logits:
+    callers = _Callers.now()
+    if callers.purpose is None or callers.purpose in head.record.reads_logits:
         return None
     if obstacle_of_call(head, hidden) is not None:
         return None
-    if _is_on_this_rank(head):
-        return None if _is_one_chunk(head, hidden) else purpose
-    # On all ranks alike, whatever the size of their batches, and only if no rank reads logits alone.
-    return purpose if purpose is TRAINER else None
+    weight, _ = head.own_parameters()
+    if head.layout is None and not hasattr(weight, "ds_id") and not callers.have_fsdp and not is_dtensor(weight):
+        return None if _is_one_chunk(head, hidden) else callers.purpose
+    # On all ranks alike, whatever the size of their batches, and only if no rank reads logits alone. FSDP may take the
+    # weight back after the forward, and with it what a loss outside needs.
+    is_at_hand = callers.have_labels or not callers.have_fsdp or is_fsdp_unit(head)
+    return TRAINER if callers.purpose is TRAINER and is_at_hand else None
 
 
 def _is_one_chunk(head: LazyHead, hidden: Tensor) -> bool:
@@ -48,25 +52,29 @@ def _is_one_chunk(head: LazyHead, hidden: Tensor) -> bool:
     return rows_per_block(num_rows, head.vocab_size, hidden.shape[-1], dtype, options, device) >= num_rows
 
 
-def _is_on_this_rank(head: LazyHead) -> bool:
-    """Whether the logits can be computed without other ranks, and outside of the model's forward."""
-    weight, _ = head.own_parameters()
-    return head.layout is None and not hasattr(weight, "ds_id") and not is_dtensor(weight)
+class _Callers(NamedTuple):
+    """Who calls a head, by the stack of frames."""
 
+    purpose: str | None
+    have_labels: bool  # that the innermost model which takes labels was given
+    have_fsdp: bool
 
-def _purpose() -> str | None:
-    """What the callers of a head want, by their arguments."""
-    frame, has_labels = sys._getframe(2), None
-    while frame is not None:
-        code = frame.f_code
-        if code.co_name == "prediction_step" and _takes(code, "prediction_loss_only"):
-            return TRAINER if frame.f_locals["prediction_loss_only"] else None
-        if frame.f_globals.get("__name__", "").startswith("transformers.generation."):
-            return None
-        if has_labels is None and code.co_name == "forward" and _takes(code, "labels"):
-            has_labels = frame.f_locals["labels"] is not None  # not those of a student around this model, say
-        frame = frame.f_back
-    return LABELS if has_labels else None
+    @classmethod
+    def now(cls) -> _Callers:
+        frame, has_labels, has_fsdp, keeps_loss_only = sys._getframe(2), None, False, None
+        while frame is not None and keeps_loss_only is None:
+            code = frame.f_code
+            if code.co_name == "prediction_step" and _takes(code, "prediction_loss_only"):
+                keeps_loss_only = bool(frame.f_locals["prediction_loss_only"])
+            elif frame.f_globals.get("__name__", "").startswith("transformers.generation."):
+                keeps_loss_only = False
+            elif has_labels is None and code.co_name == "forward" and _takes(code, "labels"):
+                has_labels = frame.f_locals["labels"] is not None
+            elif code.co_name == "_wrapped_call_impl" and _FSDP in sys.modules:
+                has_fsdp |= any(kind.__module__.startswith(_FSDP) for kind in type(frame.f_locals["self"]).__mro__)
+            frame = frame.f_back
+        of_loop = LABELS if has_labels and keeps_loss_only is None else None
+        return cls(TRAINER if keeps_loss_only else of_loop, bool(has_labels), has_fsdp)
 
 
 def _takes(code: CodeType, name: str) -> bool:

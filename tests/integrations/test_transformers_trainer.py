@@ -107,7 +107,7 @@ def curve(folder, wrapped: bool, ranks: int = 1, **settings) -> dict[str, list[f
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "LazyLogits")
         trainer.train()
-        found = trainer.evaluate()["eval_loss"] if "deepspeed" not in settings else 0.0
+        found = trainer.evaluate()["eval_loss"]
     assert trainer.args.world_size == ranks
     if "deepspeed" in settings:
         engine = trainer.accelerator.deepspeed_engine_wrapped.engine

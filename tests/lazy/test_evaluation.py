@@ -1,6 +1,8 @@
 """Evaluation: losses are taken without logits where nothing reads logits, and what reads them gets the layer's own."""
 
 import copy
+import sys
+import types
 import warnings
 
 import pytest
@@ -193,6 +195,33 @@ def test_a_trainer_that_keeps_the_loss_only_never_forms_logits():
             assert type(found[1]) is torch.Tensor and torch.equal(found[1], expected[1])
             cost = work(lambda inputs=inputs: step(ours, inputs, False, metrics))
             assert cost.multiplications == IDS.numel() * VOCAB * WIDTH
+
+
+class Unit:
+    """What `fully_shard` puts before a model's class."""
+
+
+Unit.__module__ = "torch.distributed.fsdp"
+
+
+@pytest.mark.parametrize("shared", ["ZeRO-3", "FSDP2", "FSDP2, the head apart"])
+def test_heads_that_ranks_share_wait_in_a_trainer_only(monkeypatch, shared):
+    """Where one rank may read logits alone they are computed by all, whatever the size of their batches."""
+    monkeypatch.setitem(sys.modules, "torch.distributed.fsdp", types.SimpleNamespace(FSDPModule=Unit))
+    ours, _ = pair()
+    if shared == "ZeRO-3":
+        ours.out.weight.ds_id, ours.out.weight.ds_shape = 0, ours.out.weight.shape
+    else:
+        for module in (ours, ours.out)[: 1 + ("apart" in shared)]:
+            module.__class__ = type("Sharded", (Unit, type(module)), {})
+    few = {"input_ids": IDS[:1, :5], "labels": IDS[:1, :5]}
+    with torch.no_grad():
+        assert type(ours(IDS, IDS)[1]) is torch.Tensor
+
+    kinds = []
+    for inputs in (few, {"input_ids": IDS}):  # with labels the loss is taken inside of the forward
+        Trainer().prediction_step(ours, inputs, True, lambda _, logits: kinds.append(type(logits)))
+    assert kinds == [LazyLogits, torch.Tensor if shared == "FSDP2" else LazyLogits]
 
 
 # ---- heads of adapters ----
