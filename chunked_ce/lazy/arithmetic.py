@@ -17,6 +17,7 @@ from chunked_ce.lazy.form import Form
 from chunked_ce.lazy.logits import Lazy, LazyLogits, LazyTerms
 from chunked_ce.lazy.soft_targets import times_tensor
 from chunked_ce.lazy.source import Operation
+from chunked_ce.lazy.sums import of_two_heads
 from chunked_ce.lazy.terms import LOG_PROBABILITIES, ONE, PROBABILITIES, Terms, Word
 from chunked_ce.lazy.together import are_of_the_same, is_log_sum_exp_of, per_token, should_be_computed
 
@@ -115,7 +116,8 @@ def _add(lazy: Lazy, other: Any, *, alpha: float = 1) -> Lazy:
         terms = lazy._terms.plus(Terms({ONE: number}))
         return _changed(lazy, lambda x: x + operand_of(number, x), terms)
     if isinstance(other, Lazy):
-        return _of_both(lazy, other, torch.add, lazy._terms.plus(other._terms))
+        found = _of_both(lazy, other, torch.add, lazy._terms.plus(other._terms))
+        return of_two_heads(lazy, other, 1.0) if found is NotImplemented else found
     if _is_bias(lazy, other):
         return _with_bias(lazy, other, torch.add, 1.0)
     return _by_token(lazy, other, torch.add, lambda factor: lazy._terms.plus(Terms({ONE: factor})))
@@ -132,7 +134,8 @@ def _sub(input: Any, other: Any, *, alpha: float = 1) -> Lazy:
         terms = lazy._terms.plus(Terms({ONE: -number}))
         return _changed(lazy, lambda x: x - operand_of(number, x), terms)
     if isinstance(other, Lazy):
-        return _of_both(lazy, other, torch.sub, lazy._terms.plus(other._terms.scaled(-1.0)))
+        found = _of_both(lazy, other, torch.sub, lazy._terms.plus(other._terms.scaled(-1.0)))
+        return of_two_heads(lazy, other, -1.0) if found is NotImplemented else found
     if _is_bias(lazy, other):
         return _with_bias(lazy, other, torch.sub, -1.0)
     if is_log_sum_exp_of(other, lazy):

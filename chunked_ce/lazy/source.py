@@ -193,6 +193,10 @@ class Call:
             if one._value is None and not any(step is change for step in one._operations):
                 one._root.value(one._operations, one.requires_grad)
 
+    def check_unchanged(self) -> None:
+        self.check_hidden_unchanged()
+        self._check_parameters_unchanged()
+
     def check_hidden_unchanged(self) -> None:
         if version(self.hidden) != self.hidden_version:
             raise RuntimeError("the hidden states were changed in place after the head was called with them")
