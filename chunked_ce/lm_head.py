@@ -17,7 +17,7 @@ from chunked_ce.integrations.trainer import follow_label_smoother, follow_traine
 from chunked_ce.lazy.activity import Record
 from chunked_ce.lazy.autotp import autotp_of, is_autotp
 from chunked_ce.lazy.bypass import warn_of_bypass
-from chunked_ce.lazy.classes import TokenAdapter, in_front, joined, without
+from chunked_ce.lazy.classes import in_front, without
 from chunked_ce.lazy.colwise import (
     colwise_of,
     has_forward_of_a_style,
@@ -33,11 +33,11 @@ from chunked_ce.lazy.obstacles import obstacle_of_call
 from chunked_ce.lazy.output_embeddings import AUTOTP, check_model, output_embeddings
 from chunked_ce.lazy.source import Call
 from chunked_ce.parallel.dtensors import is_dtensor
+from chunked_ce.sharded.adapters import follow_adapter, unfollow_adapter
 from chunked_ce.sharded.ddp import check_not_averaged
 from chunked_ce.sharded.deepspeed import check_out_of_sight
 from chunked_ce.sharded.fsdp_units import check_units, compute_dtype, make_unit, refuse_management
 from chunked_ce.sharded.gradients import mark
-from chunked_ce.sharded.low_rank import LowRankHead
 from chunked_ce.sharded.mesh import sharding_over
 from chunked_ce.sharded.model import shard_parameters, together, unshard_parameters
 from chunked_ce.sharded.optimizers import follow_steps
@@ -179,7 +179,7 @@ class LMHead(LazyHead):
     def _follow_adapters(model: nn.Module, heads: list[nn.Linear]) -> None:
         for parent in model.modules():
             if getattr(parent, "base_layer", None) in heads:
-                _follow_adapter(parent, parent.base_layer)
+                follow_adapter(parent, parent.base_layer)
 
     @classmethod
     def _take(cls, linear: nn.Linear, settings: Settings) -> None:
@@ -207,8 +207,7 @@ class LMHead(LazyHead):
             for name in ("_head_class", "_settings", "_record", *(() if isinstance(head, nn.Linear) else _FEATURES)):
                 vars(head).pop(name, None)
         for module in model.modules():
-            for front in (TokenAdapter, LowRankHead):
-                module.__class__ = without(type(module), front, nn.Module)
+            unfollow_adapter(module)
         return model
 
     @staticmethod
@@ -368,17 +367,6 @@ def _check_wrappable(linear: nn.Linear) -> None:
         )
 
 
-def _follow_adapter(module: nn.Module, head: LMHead) -> None:
-    """Let ``module`` call its head if it is PEFT's layer of trainable tokens or LoRA, so that the logits stay lazy."""
-    tokens = sys.modules.get("peft.tuners.trainable_tokens.layer")
-    if tokens is not None and isinstance(module, tokens.TrainableTokensLayer) and not isinstance(module, TokenAdapter):
-        module.__class__ = joined(TokenAdapter, type(module))
-    lora = sys.modules.get("peft.tuners.lora.layer")
-    is_lora = lora is not None and isinstance(module, lora.Linear) and not isinstance(module, LowRankHead)
-    if is_lora and head.layout is None:
-        module.__class__ = joined(LowRankHead, type(module))
-
-
 @run_as_written
 def _new_place(parent: nn.Module, name: str, module: nn.Module | None) -> None:
     """Runs when a module is put into another: what replaces a head becomes one, or a warning says that it does not.
@@ -386,7 +374,7 @@ def _new_place(parent: nn.Module, name: str, module: nn.Module | None) -> None:
     Resizing the embeddings of a model is one way to replace its head.
     """
     if isinstance(module, LMHead):
-        _follow_adapter(parent, module)
+        follow_adapter(parent, module)
         return
     before = vars(parent)["_modules"].get(name)
     if module is None or not isinstance(before, LMHead):
