@@ -28,6 +28,8 @@ def obstacle_of_call(head: LazyHead, hidden: Any) -> str | None:
 def obstacle_of_head(head: LazyHead) -> str | None:
     """The same for all calls."""
     layout = head.layout
+    if "_obstacle" in vars(head):
+        return vars(head)["_obstacle"]
     if type(head).forward is not LazyHead.forward or ("forward" in vars(head) and not has_forward_of_a_style(head)):
         return "its forward has been replaced"
     if head.own_parameters()[0] is None:

@@ -42,7 +42,7 @@ def of_two_heads(one: Lazy, other: Lazy, sign: float) -> Any:
         factor = factors[0] if len(factors) == 1 else torch.cat(factors, -1)
         if tracked and factor.requires_grad and not joint.requires_grad:
             joint.requires_grad_()
-        call = Call(first.head, joint, factor)
+        call = Call(first.head, joint, factor, first.purpose)
         found = LazyLogits.of_call(call, joint, first.head.vocab_size, Logits(scale, None)).to(one.dtype)
         if bias is None:
             return found

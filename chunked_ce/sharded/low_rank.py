@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from chunked_ce.lazy.head import is_whole
+from chunked_ce.lazy.head import LazyHead, is_whole
 from chunked_ce.parallel.dtensors import is_dtensor
 from chunked_ce.parallel.vocab import VocabShard
 
@@ -36,8 +38,15 @@ class LowRankHead:
                 f"adapter {others[0]!r} on a sharded head must be plain LoRA: one that is not needs the whole head. "
                 "LMHead.unwrap(model), on every rank, makes the head whole"
             )
-        if not self.base_layer.can_add_low_rank(x) or (others and not self._is_dora(names)):
+        if not self.base_layer.can_add_low_rank(x):
             return super().forward(x)
+        if others and not self._is_dora(names):
+            with _computing_at_once(
+                self.base_layer,
+                f"adapter {others[0]!r} on it is no plain LoRA ({_name_of(self.lora_variant[others[0]])}). Of others, "
+                "DoRA is followed, if it is the only adapter, has no bias, and no engine keeps its parameters elsewhere",
+            ):
+                return super().forward(x)
         pairs = [self._dora(names[0], x)] if others else [self._lora(name, x) for name in names]
         hidden, weights = zip(*pairs, strict=True)
         both = pairs[0] if len(pairs) == 1 else (torch.cat(hidden, -1), torch.cat(weights, -1))
@@ -65,8 +74,8 @@ class LowRankHead:
         kind, variant = sys.modules["peft.tuners.lora.variants"].DoraLinearVariant, self.lora_variant[names[0]]
         if len(names) > 1 or not (variant is kind or isinstance(variant, kind)):
             return False
-        factors = (self.lora_B[names[0]], self.lora_A[names[0]], self.lora_magnitude_vector[names[0]], self.base_layer)
-        weights = [dict.get(factor._parameters, "weight") for factor in factors]
+        factors = (self.lora_B[names[0]], self.lora_A[names[0]], self.lora_magnitude_vector[names[0]])
+        weights = [dict.get(one._parameters, "weight") for one in factors] + [self.base_layer.own_parameters()[0]]
         plain = not any(weight is None or hasattr(weight, "ds_id") or is_dtensor(weight) for weight in weights)
         return plain and is_whole(weights[-1]) and self.lora_B[names[0]].bias is None
 
@@ -77,7 +86,7 @@ class LowRankHead:
         it is ``(s - 1) x W^T + s c x A^T B^T``. The two products stay apart: their sum rounded to the head's dtype
         would lose most of an adapter that is small beside it.
         """
-        down, up, weight = self.lora_A[name].weight, self.lora_B[name].weight, self.base_layer.weight
+        down, up, weight = self.lora_A[name].weight, self.lora_B[name].weight, self.base_layer.own_parameters()[0]
         x = self.lora_dropout[name](self._cast_input_dtype(x, down.dtype))
         scale = self.lora_magnitude_vector[name].weight / _norms(weight, down, up, self.scaling[name])
         scale = scale.unsqueeze(1)
@@ -88,6 +97,21 @@ class LowRankHead:
         """What merging adds to the rows of the head, or to this rank's (V_r, D)."""
         whole, vocab = super().get_delta_weight(adapter), self.base_layer.vocab
         return whole if vocab is None else whole[vocab.start : vocab.stop]
+
+
+@contextlib.contextmanager
+def _computing_at_once(head: LazyHead, why: str) -> Iterator[None]:
+    """Let calls of the head compute ordinary logits, with one warning that says why."""
+    head.record.tell("adapter", f"an LMHead computes its logits at once, because {why}")
+    vars(head)["_obstacle"] = why
+    try:
+        yield
+    finally:
+        del vars(head)["_obstacle"]
+
+
+def _name_of(variant: Any) -> str:
+    return (variant if isinstance(variant, type) else type(variant)).__name__
 
 
 @torch.no_grad()

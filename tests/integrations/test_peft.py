@@ -117,6 +117,29 @@ LOW_RANK = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_two_doras_on_the_head_are_computed_with_one_warning():
+    found = []
+    for wrapped in (True, False):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential()
+        model.lm_head = torch.nn.Linear(6, 50)
+        config = peft.LoraConfig(r=3, init_lora_weights=False, target_modules=["lm_head"], use_dora=True)
+        model = peft.get_peft_model(model, config)
+        model.add_adapter("second", config)
+        model.base_model.set_adapter(["default", "second"])
+        hidden = torch.randn(2, 4, 6)
+        if wrapped:
+            LMHead.wrap(model, "base_model.model.lm_head.base_layer")
+            with pytest.warns(UserWarning, match=r"computes its logits at once, because adapter 'default'") as caught:
+                model(hidden)
+                found.append(model(hidden))
+            assert len(caught) == 1
+        else:
+            found.append(model(hidden))
+    assert type(found[0]) is torch.Tensor and torch.equal(*found)
+
+
 KINDS = {"LoRA": ({}, 4), "a bias": ({"lora_bias": True}, 6), "DoRA": ({"use_dora": True}, 3)}  # trained parameters
 
 
