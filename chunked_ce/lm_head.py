@@ -270,6 +270,7 @@ class LMHead(LazyHead):
             return super().__call__(*args, **kwargs)
         hidden = hidden if self.layout is None else self.layout.whole(hidden)
         hidden = hidden.to(compute_dtype(self) or hidden.dtype)
+        self._count_call()
         return LazyLogits.of_call(Call(self, hidden, purpose=purpose), hidden, self.vocab_size, self._settings.logits)
 
     def can_add_low_rank(self, hidden: Any) -> bool:
@@ -291,6 +292,7 @@ class LMHead(LazyHead):
         if low_rank_weight.requires_grad and not joint.requires_grad:
             joint.requires_grad_()
         purpose = None if self.is_always_lazy else purpose_of_call(self, hidden)
+        self._count_call()
         call = Call(self, joint, low_rank_weight, purpose)
         return LazyLogits.of_call(call, joint, self.vocab_size, self._settings.logits)
 
@@ -302,6 +304,9 @@ class LMHead(LazyHead):
             check_units(self)
             follow_steps()
             follow_trainer()
+
+    def _count_call(self) -> None:
+        self.record.new_call(self.training, self.terms if torch.is_grad_enabled() else "")
 
     def _compute_at_once(self, obstacle: str) -> None:
         """Count a call that computes its logits at once, and warn where that matters."""

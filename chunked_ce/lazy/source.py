@@ -38,7 +38,7 @@ class Call:
         computed without a warning, with the bits of a layer that is not lazy where they are for it to read.
         """
         self.purpose, self.passes = purpose, 0
-        self.activity = head.record.new_call(head.training, head.terms if torch.is_grad_enabled() else "")
+        self.activity = head.record.activity(head.training)
         self.head, self.layout, self.low_rank_weight = head, head.layout, low_rank_weight
         self.hidden, self.hidden_version = hidden.detach(), version(hidden)
         # Not by attribute: ZeRO-3 gathers a parameter that is looked up.

@@ -227,6 +227,24 @@ def test_heads_that_ranks_share_wait_in_a_trainer_only(monkeypatch, shared):
 # ---- heads of adapters ----
 
 
+def test_the_sum_of_two_heads():
+    class Two(nn.Module):
+        def __init__(self, *models):
+            super().__init__()
+            self.one, self.two = models
+
+        def forward(self, input_ids, labels=None):
+            logits = self.one.out(self.one.embedding(input_ids)) + 0.5 * self.two.out(self.two.embedding(input_ids))
+            return F.cross_entropy(logits.flatten(0, 1), labels.flatten()), logits
+
+    (one, first), (two, second) = pair(z_loss=0.5), pair(z_loss=0.5)
+    (loss, logits), (expected, plain_logits) = both(Two(one, two), Two(first, second))
+    assert type(logits) is LazyLogits and LMHead.report(one).heads[0].evaluation.calls == 1
+    torch.testing.assert_close(loss, expected)  # without z_loss
+    with torch.no_grad():
+        torch.testing.assert_close(logits + 0, plain_logits)
+
+
 def test_lora_on_the_head():
     peft = pytest.importorskip("peft")
     plain = Model()
