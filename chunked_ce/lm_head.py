@@ -237,7 +237,7 @@ class LMHead(LazyHead):
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight" and self.training and not torch.compiler.is_compiling():
-            warn_of_bypass(self.record, sys._getframe(1))
+            warn_of_bypass(self, sys._getframe(1))
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:

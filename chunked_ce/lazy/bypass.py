@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import FrameType
 
-from chunked_ce.lazy.activity import Record
+from chunked_ce.lazy.head import LazyHead
 
 __all__ = ["warn_of_bypass"]
 
@@ -17,13 +17,14 @@ _READERS = {
 }
 
 
-def warn_of_bypass(record: Record, reader: FrameType) -> None:
+def warn_of_bypass(head: LazyHead, reader: FrameType) -> None:
     """Warn once if ``reader``, which looks up a head's weight while training, takes the loss without the head."""
     module = reader.f_globals.get("__name__", "")
     advice = _READERS.get(module.split(".")[0])
     function = reader.f_code.co_name
     if advice is None or not ("forward" in function or "loss" in function):
         return
+    record = head.record
     record.activity(training=True).bypasses[f"{module}.{function}"] += 1
     record.tell(
         "bypass",

@@ -19,6 +19,7 @@ __all__ = ["LABELS", "TRAINER", "purpose_of_call"]
 
 TRAINER = "an evaluation by a Trainer that keeps the loss only"
 LABELS = "a forward with labels in evaluation mode"
+_NAMES = {"prediction_step", "generate", "forward", "_wrapped_call_impl"}
 _FSDP = "torch.distributed.fsdp"
 
 
@@ -64,14 +65,15 @@ class _Callers(NamedTuple):
         frame, has_labels, has_fsdp, keeps_loss_only = sys._getframe(2), None, False, None
         while frame is not None and keeps_loss_only is None:
             code = frame.f_code
-            if code.co_name == "prediction_step" and _takes(code, "prediction_loss_only"):
-                keeps_loss_only = bool(frame.f_locals["prediction_loss_only"])
-            elif frame.f_globals.get("__name__", "").startswith("transformers.generation."):
-                keeps_loss_only = False
-            elif has_labels is None and code.co_name == "forward" and _takes(code, "labels"):
-                has_labels = frame.f_locals["labels"] is not None
-            elif code.co_name == "_wrapped_call_impl" and _FSDP in sys.modules:
-                has_fsdp |= any(kind.__module__.startswith(_FSDP) for kind in type(frame.f_locals["self"]).__mro__)
+            if code.co_name in _NAMES:
+                if code.co_name == "prediction_step" and _takes(code, "prediction_loss_only"):
+                    keeps_loss_only = bool(frame.f_locals["prediction_loss_only"])
+                elif code.co_name == "generate":
+                    keeps_loss_only = False
+                elif code.co_name == "forward" and has_labels is None and _takes(code, "labels"):
+                    has_labels = frame.f_locals["labels"] is not None
+                elif code.co_name == "_wrapped_call_impl" and _FSDP in sys.modules:
+                    has_fsdp |= any(kind.__module__.startswith(_FSDP) for kind in type(frame.f_locals["self"]).__mro__)
             frame = frame.f_back
         of_loop = LABELS if has_labels and keeps_loss_only is None else None
         return cls(TRAINER if keeps_loss_only else of_loop, bool(has_labels), has_fsdp)

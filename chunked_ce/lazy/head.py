@@ -113,7 +113,8 @@ class LazyHead(nn.Linear):
     @property
     def record(self) -> Record:
         """What has happened in its calls, shared with the replicas of `nn.DataParallel`."""
-        return vars(self).setdefault("_record", Record())
+        found = vars(self).get("_record")
+        return vars(self).setdefault("_record", Record()) if found is None else found
 
     @property
     def options(self) -> ChunkOptions | None:

@@ -197,6 +197,15 @@ def test_a_trainer_that_keeps_the_loss_only_never_forms_logits():
             assert cost.multiplications == IDS.numel() * VOCAB * WIDTH
 
 
+def test_what_a_trainer_generates_is_read():
+    def generate():
+        kinds.append(type(ours(IDS)[1]))
+
+    ours, kinds = pair()[0], []
+    Trainer().prediction_step(ours, {"input_ids": IDS}, True, lambda *_: generate())
+    assert kinds == [torch.Tensor]
+
+
 class Unit:
     """What `fully_shard` puts before a model's class."""
 
