@@ -67,6 +67,7 @@ class Record:
     def __init__(self) -> None:
         self.training, self.evaluation = Activity(), Activity()
         self.told: set[str] = set()
+        self.served: set[str] = set()  # packages that read the head's weight but take the loss from the head
         self.reads_logits: dict[str, str] = {}  # purposes of evaluation calls whose logits were read, and by what
 
     def __reduce__(self) -> tuple:

@@ -20,7 +20,8 @@ _READERS = {
 def warn_of_bypass(head: LazyHead, reader: FrameType) -> None:
     """Warn once if ``reader``, which looks up a head's weight while training, takes the loss without the head."""
     module = reader.f_globals.get("__name__", "")
-    advice = _READERS.get(module.split(".")[0])
+    package = module.split(".")[0]
+    advice = None if package in record.served else _READERS.get(package)
     function = reader.f_code.co_name
     if advice is None or not ("forward" in function or "loss" in function):
         return

@@ -24,7 +24,7 @@ from chunked_ce.lazy.terms import LOG_PROBABILITIES, PROBABILITIES, TOTAL, Terms
 from chunked_ce.lazy.together import is_exactly, should_be_computed
 from chunked_ce.objectives import Divergence, Teacher
 
-__all__ = ["Kept", "can_be_target", "can_teach", "divergence", "rows_of", "times_tensor"]
+__all__ = ["Kept", "can_be_target", "can_teach", "divergence", "divergence_loss", "rows_of", "times_tensor"]
 
 
 def can_be_target(lazy: Lazy, target: Any) -> bool:
@@ -73,27 +73,38 @@ class _Target(NamedTuple):
 
 def divergence(lazy: Lazy, teacher: Teacher | Lazy, beta: float, counted: Tensor | None = None) -> Tensor:
     """The divergence of each token, with 1 in place of V; 0 where it is not ``counted``."""
+    counted = None if counted is None else counted.squeeze(lazy._vocab_dim)
+    return divergence_loss(lazy, teacher, beta, counted, reduction="none").unsqueeze(lazy._vocab_dim)
+
+
+def divergence_loss(
+    lazy: Lazy, teacher: Teacher | Lazy, beta: float, counted: Tensor | None = None, **keywords: Any
+) -> Any:
+    """`linear_loss` of the divergence, with its ``keywords``, over the tokens (...) that are ``counted``."""
     tracked = lazy.requires_grad and torch.is_grad_enabled()
 
-    def of_student(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def of_student(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
         factors, formed = maths(lazy, hidden, weight, bias)
         target = torch.zeros(hidden.shape[:-1], dtype=torch.long, device=hidden.device)
         if counted is not None:
-            target = target.masked_fill(~counted.squeeze(-1), -100)
+            target = target.masked_fill(~counted, -100)
 
-        def of(teacher: Teacher) -> Tensor:
-            keywords = {"reduction": "none", "teacher": teacher, "options": lazy.head.options}
-            return linear_loss(Divergence(beta), *factors, target, **formed, **keywords)
+        def of(teacher: Teacher) -> Any:
+            given = formed | {"teacher": teacher, "options": lazy.head.options} | keywords
+            return linear_loss(Divergence(beta), *factors, target, **given)
 
-        def of_teacher(states: Tensor, its_weight: Tensor, its_bias: Tensor | None) -> Tensor:
+        def of_teacher(states: Tensor, its_weight: Tensor, its_bias: Tensor | None) -> Any:
             its_factors, its = maths(teacher, states, its_weight, its_bias)
+            if "linear_adapter" in its:
+                both = zip(its_factors, its["linear_adapter"], strict=True)
+                its_factors = tuple(torch.cat([whole, low.to(whole.dtype)], -1) for whole, low in both)
             parts = (*its_factors, its["linear_bias"], its["softcap"], its["logit_scale"])
             with lazy._root.call.as_it_was(tracked):
                 return of(Teacher(*parts))
 
         return of(teacher) if isinstance(teacher, Teacher) else teacher.request(of_teacher)
 
-    return lazy.request(of_student).unsqueeze(lazy._vocab_dim)
+    return lazy.request(of_student)
 
 
 def can_teach(teacher: Lazy, lazy: Lazy) -> bool:

@@ -145,7 +145,7 @@ def outcome(build: Callable[[bool, Path], Any], wrapped: bool, folder: Path) -> 
 
 
 def compare(
-    build: Callable[[bool, Path], Any], folder: Path, tokens: int, row: Row | None = None
+    build: Callable[[bool, Path], Any], folder: Path, tokens: int, row: Row | None = None, scale: float = 1.0
 ) -> tuple[Outcome, Outcome]:
     """Train with and without; fail if they differ, if a tensor is large, or if this library warned.
 
@@ -153,10 +153,11 @@ def compare(
         build: makes a trainer from ``(wrapped, folder)``.
         tokens: those of a batch, for `assert_small`.
         row: where the table in the docs has the result, if it has.
+        scale: as in `assert_same`.
     """
     plain = outcome(build, False, folder / "plain")
     ours = outcome(build, True, folder / "ours")
-    assert_same(ours, plain)
+    assert_same(ours, plain, scale=scale)
     assert_small(ours, tokens, plain=plain)
     assert not ours.warnings
     if row is not None:

@@ -1,0 +1,89 @@
+"""TRL's own trainers, three steps with `chunked_ce.integrations.trl.install` and without: the same training."""
+
+import pytest
+
+from tests.packages import trainings as t
+from tests.packages import trl_trainers as r
+
+trl = pytest.importorskip("trl")
+
+from chunked_ce.integrations import trl as integration  # noqa: E402
+
+PACKAGE = f"TRL {trl.__version__}"
+
+
+@pytest.fixture(autouse=True)
+def uninstalled():
+    yield
+    integration.uninstall()
+
+
+def sft(folder, rows=r.texts, **settings):
+    return r.build(trl.SFTTrainer, trl.SFTConfig, folder, rows(), **{"max_length": 128, **settings})
+
+
+def dpo(folder, **settings):
+    more = {"ref_model": t.new_model(initializer_range=0.15)}
+    return r.build(trl.DPOTrainer, trl.DPOConfig, folder, r.preferences(), more=more, **settings)
+
+
+def kto(folder, **settings):
+    more = {"ref_model": t.new_model(initializer_range=0.15)}
+    return r.build(trl.KTOTrainer, trl.KTOConfig, folder, r.judged(), more=more, **settings)
+
+
+def sampled(trainer, config, folder, **settings):
+    more = {"reward_funcs": r.share_of_even_words}
+    sizes = {"num_generations": 4, "max_completion_length": r.ANSWER, "temperature": 0.8}
+    return r.build(trainer, config, folder, r.prompts(), model=r.saved(folder), more=more, **{**sizes, **settings})
+
+
+def grpo(folder, **settings):
+    return sampled(trl.GRPOTrainer, trl.GRPOConfig, folder, **settings)
+
+
+def rloo(folder, **settings):
+    return sampled(trl.RLOOTrainer, trl.RLOOConfig, folder, **settings)
+
+
+def distillation(folder, **settings):
+    more = {"teacher_model": t.new_model(hidden_size=24, initializer_range=0.15)}
+    sizes = {"max_completion_length": r.ANSWER, "temperature": 0.8}
+    return r.build(
+        trl.DistillationTrainer, trl.DistillationConfig, folder, r.prompts(), more=more, **{**sizes, **settings}
+    )
+
+
+CASES = {
+    ("SFT", ""): (sft, {}),
+    ("SFT", "packing"): (sft, {"packing": True, "max_length": 60}),
+    ("SFT", "completion only"): (sft, {"rows": r.completions}),
+    ("SFT", "assistant only"): (sft, {"rows": r.chats, "assistant_only_loss": True}),
+    ("SFT", "loss_type dft"): (sft, {"loss_type": "dft", "learning_rate": 10_000.0}),
+    ("DPO", ""): (dpo, {"learning_rate": 0.1}),
+    ("DPO", "use_weighting"): (dpo, {"use_weighting": True, "learning_rate": 0.1}),
+    ("KTO", ""): (kto, {}),
+    ("RLOO", ""): (rloo, {"learning_rate": 0.2}),
+    ("GRPO", ""): (grpo, {}),
+    ("GRPO", "beta, entropy mask"): (grpo, {"beta": 0.1, "top_entropy_quantile": 0.5}),
+    ("GRPO", "cast_lm_head_to_fp32"): (grpo, {"cast_lm_head_to_fp32": True}),
+    ("Distillation", "beta 0"): (distillation, {"beta": 0.0}),
+    ("Distillation", "beta 0.5"): (distillation, {"beta": 0.5, "learning_rate": 10.0}),
+    ("Distillation", "beta 1"): (distillation, {"beta": 1.0}),
+}
+
+
+# Sums of log-probabilities are terms of these losses: 40 words of some 11 nats, times beta.
+SCALES = {"DPO": 44.0, "KTO": 44.0, "RLOO": 22.0}
+
+
+@pytest.mark.parametrize("trainer, setting", CASES)
+def test_same_training(tmp_path, trainer, setting):
+    make, settings = CASES[trainer, setting]
+
+    def build(wrapped, folder):
+        if wrapped:
+            integration.install(options=t.OPTIONS)
+        return make(folder, **settings)
+
+    t.compare(build, tmp_path, r.TOKENS, t.Row(PACKAGE, trainer, setting, "trl.install"), SCALES.get(trainer, 1.0))
