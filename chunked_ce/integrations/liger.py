@@ -113,7 +113,8 @@ def liger_fused_linear_cross_entropy(
 ) -> Tensor | CrossEntropyOutput:
     """The cross-entropy of the logits ``input @ weight.T + bias``: `chunked_ce.linear_cross_entropy` has the formula.
 
-    The loss is in float32 (float64 for float64 input), 0 where ignored and where no token counts.
+    The loss is in float32 (float64 for float64 input), 0 where ignored and where no token counts; the z-loss beside it
+    has the dtype of ``input``.
 
     Args:
         input: hidden states (..., D).
@@ -121,8 +122,8 @@ def liger_fused_linear_cross_entropy(
         target: class indices (...).
         bias: (V,).
         ce_weight: class weights (V,), which weigh the cross-entropy, but not the z-loss: the mean of the first divides
-            by the sum of ``ce_weight[target]``, that of the second by the number of tokens that count. For the mean of
-            both, the host waits for these two numbers.
+            by the sum of ``ce_weight[target]``, that of the second by the number of tokens that count, for which the
+            host waits if the loss has both.
         lse_square_scale: the factor of the z-loss, >= 0.
         ignore_index, label_smoothing, reduction, softcap: as there.
         accum_dtype: in which the gradient of the head is summed; None is float32 here, whatever the head's dtype.
@@ -155,8 +156,11 @@ def liger_fused_linear_cross_entropy(
         ignore_index,
         reduction,
     )
-    objective = call.objective(ce_weight, lse_square_scale, label_smoothing, use_token_scaling)
-    return call.result(objective, return_z_loss, return_token_accuracy, return_predicted_tokens)
+    objective, call = call.with_terms(ce_weight, lse_square_scale, label_smoothing, use_token_scaling)
+    found = call.result(objective, return_z_loss, return_token_accuracy, return_predicted_tokens)
+    if return_z_loss:
+        found.z_loss = found.z_loss.to(input.dtype)
+    return found
 
 
 def liger_cross_entropy(
@@ -176,6 +180,7 @@ def liger_cross_entropy(
 ) -> Tensor | CrossEntropyOutput:
     """`liger_fused_linear_cross_entropy` of logits ``input`` (..., V) that exist, which stay as they are.
 
+    Loss and z-loss are rounded to the logits' dtype, as those of Liger and of torch are.
     ``weight`` are the class weights (V,). ``size_average`` and ``reduce``, which torch has given up, must be None.
 
     >>> import torch
@@ -193,8 +198,14 @@ def liger_cross_entropy(
         ignore_index,
         reduction,
     )
-    objective = call.objective(weight, lse_square_scale, label_smoothing)
-    return call.result(objective, return_z_loss, return_token_accuracy, return_predicted_tokens)
+    objective, call = call.with_terms(weight, lse_square_scale, label_smoothing)
+    found = call.result(objective, return_z_loss, return_token_accuracy, return_predicted_tokens)
+    if isinstance(found, Tensor):
+        return found.to(input.dtype)
+    found.loss = found.loss.to(input.dtype)
+    if return_z_loss:
+        found.z_loss = found.z_loss.to(input.dtype)
+    return found
 
 
 class LigerFusedLinearCrossEntropyLoss(Options):
@@ -269,17 +280,19 @@ class _Call(NamedTuple):
     def counted(self) -> Tensor:
         return self.target != self.ignore_index
 
-    def objective(
+    def with_terms(
         self, class_weight: Tensor | None, lse_square_scale: float, label_smoothing: float, scaled: bool = False
-    ) -> _Loss:
+    ) -> tuple[_Loss, _Call]:
+        """The objective, and the call with the reduction that it needs."""
         objective = _Loss(label_smoothing, lse_square_scale, class_weight, scaled)
         if not objective.z_loss or class_weight is None or self.reduction != "mean":
-            return objective
-        # The mean will divide all by the sum of weights, and the z-loss goes by the number of tokens.
+            return objective, self
+        # A mean over class weights and one over tokens are one sum.
         counted = self.counted()
-        weights = class_weight.double()[self.target.where(counted, 0)].where(counted, 0)
-        factor = float(weights.sum() / counted.sum().clamp(min=1))
-        return dataclasses.replace(objective, z_loss=objective.z_loss * factor)
+        weights = class_weight.double()
+        weights = weights / weights[self.target.where(counted, 0)].where(counted, 0).sum()
+        z_loss = objective.z_loss / max(int(counted.sum()), 1)
+        return dataclasses.replace(objective, class_weight=weights, z_loss=z_loss), self._replace(reduction="sum")
 
     def result(self, objective: _Loss, z_loss: bool, accuracy: bool, predicted: bool) -> Tensor | CrossEntropyOutput:
         flags = {"return_z_loss": z_loss, "return_token_accuracy": accuracy, "return_predicted_tokens": predicted}

@@ -292,6 +292,36 @@ def test_frozen_tensors_and_none():
         assert not loss(weight, hidden, TARGET, bias).requires_grad
 
 
+def test_dtypes():
+    """A fused loss is float32; one of logits, and z-losses, have the dtype of what is given."""
+    hidden, weight, bias = (part.bfloat16() for part in STUDENT)
+    options = {"lse_square_scale": 0.1, "return_z_loss": True}
+    found = [
+        one.liger_fused_linear_cross_entropy(hidden, weight, TARGET, bias, **options) for one in (liger, functional)
+    ]
+    logits = hidden @ weight.T
+    found += [one.liger_cross_entropy(logits.clone(), TARGET, **options) for one in (liger, functional)]
+    for ours, theirs in (found[:2], found[2:]):
+        assert (ours.loss.dtype, ours.z_loss.dtype) == (theirs.loss.dtype, theirs.z_loss.dtype)
+        torch.testing.assert_close(ours.loss, theirs.loss, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("terms", [{}, {"lse_square_scale": 1e-2}], ids=str)
+def test_class_weights_below_zero(terms):
+    """Their sum, by which a mean divides, may be below 0 as well: Liger asks for no sign."""
+    weights = CLASSES - 1.2
+
+    def of(package):
+        def value(hidden, weight, bias):
+            loss = package.LigerFusedLinearCrossEntropyLoss(weights.to(hidden.dtype), **terms)
+            return loss(weight, hidden, TARGET, bias)
+
+        return value
+
+    assert weights[TARGET[COUNTED]].sum() < -1
+    assert_same(of(liger), of(transformers), STUDENT)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("tokens", [0, 1, 3])
 def test_no_token_counts(tokens, reduction):
