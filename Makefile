@@ -36,7 +36,7 @@ test: lint
 thorough: install
 	$(PYTEST) -m thorough
 
-# The same numbers as other people's packages: TRL, Liger, CCE and verl, in an environment of their own.
+# The same numbers as other people's packages: TRL, Liger, CCE, verl and torchtitan, in an environment of their own.
 PACKAGES := .venv-packages
 packages: $(PACKAGES)/.installed
 	OMP_NUM_THREADS=1 $(PACKAGES)/bin/python -m pytest -q tests/packages
@@ -45,7 +45,7 @@ $(PACKAGES)/.installed: setup.cfg pyproject.toml constraints.txt tests/packages/
 	$(PYTHON) -m venv $(PACKAGES)
 	$(PACKAGES)/bin/python -m pip install --quiet --constraint constraints.txt torch
 	$(PACKAGES)/bin/python -m pip install --quiet --constraint constraints.txt --requirement tests/packages/requirements.txt
-	$(PACKAGES)/bin/python -m pip install --quiet --no-deps verl==0.9.1 --editable .
+	$(PACKAGES)/bin/python -m pip install --quiet --no-deps verl==0.9.1 torchtitan==0.3.0 --editable .
 	touch $@
 
 # Random calls beyond those of the tests, right ones and wrong ones: some five minutes.
