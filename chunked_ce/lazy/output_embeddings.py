@@ -17,6 +17,12 @@ AUTOTP = (
     "partition_config that has no spec for it, or one that skips it)"
 )
 
+_AS_A_LAYER = (
+    "If the logits are a function of an embedding's weight, such as F.linear(hidden, embedding.weight), let the model "
+    "call a layer with this weight: head = LMHead(*reversed(embedding.weight.shape)), head.weight = embedding.weight, "
+    "and head(hidden)"
+)
+
 
 def output_embeddings(model: nn.Module, name: str | None) -> list[nn.Linear]:
     """The linear layers that make the logits; several where an adapter library keeps copies of one."""
@@ -26,9 +32,31 @@ def output_embeddings(model: nn.Module, name: str | None) -> list[nn.Linear]:
     for candidate in model.modules():
         method = getattr(candidate, "get_output_embeddings", None)
         found = method() if callable(method) else None
+        if isinstance(found, nn.Embedding):
+            return _tied_to(found, candidate) or [_as_wide_as_the_vocabulary(candidate)]
         if isinstance(found, nn.Module):
-            return _linears_of(found)
+            linears = _linears_of(found)
+            for linear in linears:
+                _check_makes_words(linear, candidate)
+            return linears
     return [model if isinstance(model, nn.Linear) else _as_wide_as_the_vocabulary(model)]
+
+
+def _tied_to(embedding: nn.Embedding, model: nn.Module) -> list[nn.Linear]:
+    """The linear layers that have the embedding's weight."""
+    linears = (one for one in model.modules() if isinstance(one, nn.Linear))
+    return [one for one in linears if one._parameters.get("weight") is embedding._parameters["weight"]]
+
+
+def _check_makes_words(linear: nn.Module, model: nn.Module) -> None:
+    """Raise if the layer is one before the logits, such as DeBERTa's dense layer: as many outputs as inputs."""
+    sizes = {one.num_embeddings for one in model.modules() if isinstance(one, nn.Embedding)}
+    if isinstance(linear, nn.Linear) and sizes and linear.in_features == linear.out_features not in sizes:
+        raise ValueError(
+            f"get_output_embeddings() returns a layer from {linear.in_features} to {linear.out_features} features, but "
+            f"the model's largest embedding has {max(sizes)} words: name the layer that makes the logits, "
+            f"LMHead.wrap(model, 'lm_head'). {_AS_A_LAYER}"
+        )
 
 
 def _named(model: nn.Module, name: str) -> nn.Module:
@@ -50,7 +78,7 @@ def _as_wide_as_the_vocabulary(model: nn.Module) -> nn.Linear:
         raise ValueError(
             f"no output embedding found: the model has no get_output_embeddings(), and {len(fitting)} of its linear "
             f"layers have the {width} outputs of its largest embedding ({', '.join(fitting) or 'none'}): name it, "
-            "LMHead.wrap(model, 'lm_head')"
+            f"LMHead.wrap(model, 'lm_head'). {_AS_A_LAYER}"
             + (f". DeepSpeed's AutoTP has replaced layers of this model. {AUTOTP}" if has_autotp else "")
         )
     return next(iter(fitting.values()))
@@ -69,7 +97,13 @@ def _linears_of(module: nn.Module) -> list[nn.Linear]:
         return _linears_of(module.get_base_layer())
     if isinstance(module, nn.Linear):
         return [module]
-    pointer = f" of DeepSpeed's AutoTP. {AUTOTP}" if is_autotp(module) else ""
+    pointer = ""
+    if is_autotp(module):
+        pointer = f" of DeepSpeed's AutoTP. {AUTOTP}"
+    elif isinstance(module, nn.Embedding):
+        pointer = f". {_AS_A_LAYER}"
+    elif isinstance(module, nn.ModuleList):
+        pointer = f" of {len(module)}: LMHead.wrap(model, name) takes one of its layers at a time"
     raise ValueError(f"the output embedding must be an nn.Linear, was {type(module).__name__}{pointer}")
 
 
