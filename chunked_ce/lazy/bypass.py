@@ -20,15 +20,15 @@ _READERS = {
 def warn_of_bypass(head: LazyHead, reader: FrameType) -> None:
     """Warn once if ``reader``, which looks up a head's weight while training, takes the loss without the head."""
     module = reader.f_globals.get("__name__", "")
-    package = module.split(".")[0]
-    advice = None if package in record.served else _READERS.get(package)
-    function = reader.f_code.co_name
-    if advice is None or not ("forward" in function or "loss" in function):
+    package, function = module.split(".")[0], reader.f_code.co_name
+    if package not in _READERS or not ("forward" in function or "loss" in function):
         return
     record = head.record
+    if package in record.served:
+        return
     record.activity(training=True).bypasses[f"{module}.{function}"] += 1
     record.tell(
         "bypass",
         f"LMHead has no effect here: {module} reads the weight of the head and takes the loss without it, so that the "
-        f"head's settings do not apply. To let the LMHead take the loss, {advice}",
+        f"head's settings do not apply. To let the LMHead take the loss, {_READERS[package]}",
     )

@@ -44,7 +44,7 @@ class LowRankHead:
             with _computing_at_once(
                 self.base_layer,
                 f"adapter {others[0]!r} on it is no plain LoRA ({_name_of(self.lora_variant[others[0]])}). Of others, "
-                "DoRA is followed, if it is the only adapter, has no bias, and no engine keeps its parameters elsewhere",
+                "DoRA is followed if it is the only adapter, has no bias, and no engine keeps its parameters elsewhere",
             ):
                 return super().forward(x)
         pairs = [self._dora(names[0], x)] if others else [self._lora(name, x) for name in names]
