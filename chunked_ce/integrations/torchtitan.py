@@ -112,7 +112,7 @@ class ChunkedCrossEntropyLoss(titan.ChunkedLossWrapper):
             ValueError: the head computes something else than ``nn.Linear``, with a softcap or without.
         """
         self.logits = _logits_of(lm_head)
-        self.lm_head = lm_head
+        self.lm_head, self.vocab = lm_head, None
         _let_mtp_skip_its_head()
 
     def __call__(

@@ -1,5 +1,7 @@
 """torchtitan's trainer with this library's loss in the place of its own."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -198,6 +200,25 @@ def test_hooks_of_the_head_run():
     head.register_forward_hook(lambda *_: seen.append("after"))
     loss_of(head)(hidden, labels)
     assert seen == ["before", "after"]
+
+
+def test_the_command_line(monkeypatch):
+    """The fields of the configuration are options of torchtitan's command line, and its logs can hold them."""
+    from torchtitan.config.manager import ConfigManager
+    from torchtitan.models.llama3 import config_registry
+
+    def llama3_with_this_loss():
+        config = config_registry.llama3_debugmodel()
+        config.loss = ChunkedCrossEntropyLoss.Config(z_loss=1e-4)
+        return config
+
+    monkeypatch.setattr(config_registry, "llama3_with_this_loss", llama3_with_this_loss, raising=False)
+    arguments = ["--module", "llama3", "--config", "llama3_with_this_loss"]
+    options = ["--loss.chunk_size", "7", "--loss.logits_dtype", "float32", "--loss.metrics"]
+    loss = ConfigManager().parse_args(arguments + options).loss
+    assert json.loads(json.dumps(loss.to_dict())).items() >= {"chunk_size": 7, "z_loss": 1e-4, "metrics": True}.items()
+    built = loss.build().keywords["options"]
+    assert (built.chunk_size, built.logits_dtype) == (7, torch.float32)
 
 
 def test_bad_arguments():

@@ -135,14 +135,14 @@ def test_tensor_parallel():
     expected = ours.linear_cross_entropy(*leaves, ids, torch.tensor([0.7, 1.3]))
     torch.autograd.backward(expected, list(upstream))
     ranks = run(tensor_parallel, 2)
-    for input_grad in ("partial", "complete"):
+    for input_grad in ("partial", "complete", "dtensor"):
         outputs, inputs, rows = zip(*(found[input_grad] for found in ranks), strict=True)
         for found in outputs:
             torch.testing.assert_close(found, [x.detach() for x in expected])
         torch.testing.assert_close(torch.cat(rows), leaves[1].grad)
         complete = sum(inputs) if input_grad == "partial" else inputs[0]
         torch.testing.assert_close(complete, leaves[0].grad)
-        assert torch.allclose(inputs[0], inputs[1]) == (input_grad == "complete")
+        assert torch.allclose(inputs[0], inputs[1]) == (input_grad != "partial")
 
 
 def test_a_head_that_fsdp_shards():

@@ -3,7 +3,9 @@
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from chunked_ce.integrations import verl as ours
 
@@ -19,7 +21,10 @@ def problem(seed=0):
 
 
 def tensor_parallel(rank, world_size):
-    """Values and gradients of verl's kernel signature with a group, for both kinds of the input's gradient."""
+    """Values and gradients of verl's kernel signature with a group, for both kinds of the input's gradient.
+
+    And those of a head that is a DTensor.
+    """
     hidden, weight, ids, upstream = problem()
     temperature, found = torch.tensor([0.7, 1.3]), {}
     for input_grad in ("partial", "complete"):
@@ -30,6 +35,12 @@ def tensor_parallel(rank, world_size):
         )
         torch.autograd.backward(outputs, list(upstream))
         found[input_grad] = [x.detach() for x in outputs], mine.grad, rows.grad
+    mine = hidden.clone().requires_grad_()
+    mesh = init_device_mesh("cpu", (world_size,))
+    head = nn.Parameter(distribute_tensor(weight, mesh, [Shard(0)]))
+    outputs = [x.view(-1) for x in ours.FusedLinearForPPO()(mine, head, ids, temperature)]
+    torch.autograd.backward(outputs, list(upstream))
+    found["dtensor"] = [x.detach() for x in outputs], mine.grad, head.grad.to_local()
     return found
 
 
