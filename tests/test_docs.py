@@ -96,7 +96,9 @@ def test_files_and_names_exist(page):
     for name in re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w/]*)`", text):
         assert (ROOT / name).is_dir(), name
     for name in re.findall(r"\bchunked_ce(?:\.\w+)+", text):
-        assert pkgutil.resolve_name(name) is not None
+        # torchtitan.py needs torchtitan, which is not here.
+        found = importlib.util.find_spec(name) if name.endswith(".torchtitan") else pkgutil.resolve_name(name)
+        assert found is not None
 
 
 def test_the_table_is_that_of_the_results():
