@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from tests.families.exceptions import CONFIGURATIONS
 
@@ -31,7 +31,8 @@ INTEGERS = {
     "(.*_)?(local_|routed_)?experts|moe_num_experts|num_experts_.*": 4,
     "num_experts_per_tok|moe_k|.*top_?k|.*experts_per_tok.*": 2,
     "(num|topk)_(expert_)?group|n_groups?|topk_group": 1,
-    ".*hidden_size_global|.*hidden_size_per_layer_input|.*(hidden|embed|model|proj|output|feature).*(size|dim|dimension)": WIDTH,
+    ".*hidden_size_(global|per_layer_input)": WIDTH,
+    ".*(hidden|embed|model|proj|output|feature).*(size|dim|dimension)": WIDTH,
     "d_model|dim|width|n_embd|emb_dim|.*_dim|.*_hidden_size.*|codevector_dim": WIDTH,
     ".*max.*position.*|n_positions|max_seq_len|n_ctx|seq_length|max_(source|target)_positions|context_length": 128,
     "num_filters": 2,

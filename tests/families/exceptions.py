@@ -12,6 +12,16 @@ from transformers import PreTrainedConfig
 BATCH, LENGTH = 2, 40
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
 
+SIGLIP = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 128,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "intermediate_size": 64,
+    "image_size": 16,
+    "patch_size": 4,
+}
+
 # Fields by the name of a configuration's class.
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "BltPatcherConfig": {"vocab_size": 1031},
@@ -44,6 +54,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "MobileBertConfig": {"embedding_size": 16},
     "MoonshineConfig": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
     "Step3p7TextConfig": {"sliding_window": 8},
+    "DiffusionGemmaTextConfig": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64},
+    "Dots3NoteAudioConfig": {"adapter_input_size": 32},
     "Dots1Config": {
         "n_routed_experts": 4,
         "num_experts_per_tok": 2,
@@ -55,6 +67,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "Ernie4_5_VLMoeTextConfig": {"rope_parameters": ROPE | {"mrope_section": [1, 1, 2]}},
     "EsmcConfig": {"num_key_value_heads": 4},
     "FunAsrNanoAdaptorConfig": {"intermediate_size": 8},
+    "GlmImageTextConfig": {"vision_vocab_size": 1021},
     "GPTNeoConfig": {"attention_types": [[["global", "local"], 1]]},
     "Gemma3nTextConfig": {"intermediate_size": [64, 64]},
     "Glm5NextTextConfig": {"num_key_value_heads": 4, "index_topk": 16},
@@ -62,6 +75,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "deepstack_layer_map": [],
         "spatial_target_layers": [0, 0, 0, 0],
         "downsample_rate": "1/2",
+        "vision_config": SIGLIP,
     },
     "Kosmos2Config": {"latent_query_num": 8},
     "LEDConfig": {"attention_window": 8},
@@ -77,6 +91,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "NeoMMEConfig": {"head_dim": 16},
     "PaddleOCRTextConfig": {"rope_parameters": ROPE | {"mrope_section": [2, 1, 1]}},
     "PerceiverConfig": {"num_latents": 8, "d_latents": 32, "d_model": 32, "num_self_attends_per_block": 2},
+    "Qwen3OmniMoeTalkerConfig": {"spatial_merge_size": 2},
+    "Qwen3OmniMoeTalkerTextConfig": {"shared_expert_intermediate_size": 64},
     "ReformerConfig": {
         "axial_pos_shape": [8, 5],
         "axial_pos_embds_dim": [16, 16],
@@ -121,11 +137,37 @@ HEADLESS = {
     "Wav2Vec2ForPreTraining": "contrasts of speech",
 }
 
-# Classes whose code forms logits without calling the output embedding, with what it does.
-FUNCTIONS = {
-    "CsmForConditionalGeneration": "the depth decoder multiplies by a parameter for each codebook",
-    "MobileBertForMaskedLM": "it multiplies by two weights joined",
-    "MobileBertForPreTraining": "it multiplies by two weights joined",
+# Why other classes are not lazy, or not built.
+REASONS = {
+    "ChameleonForConditionalGeneration": "it masks the words of images",
+    "CsmDepthDecoderForCausalLM": "the logits are products with a parameter for each codebook",
+    "CsmForConditionalGeneration": "the depth decoder's are products with a parameter for each codebook",
+    "DiaForConditionalGeneration": "one layer has the words of all channels",
+    "Dots3NoteForConditionalGeneration": "its configuration fixes settings of 42 layers",
+    "FlavaForPreTraining": "of its four heads one has to be named",
+    "IdeficsForVisionText2Text": "it has two weights",
+    "MobileBertForMaskedLM": "a product with two weights joined",
+    "MobileBertForPreTraining": "a product with two weights joined",
+    "PerceiverForMaskedLM": "the logits are a product with the embedding's weight",
+    "Qwen3OmniMoeTalkerCodePredictorModelForConditionalGeneration": "it has a head for each codebook",
+    "Qwen3OmniMoeTalkerForConditionalGeneration": "it takes what another model has made",
+    "RagSequenceForGeneration": "its loss is over documents",
+    "RagTokenForGeneration": "its loss is over documents",
+    **dict.fromkeys(
+        ("Gemma4AssistantForCausalLM", "Gemma4UnifiedAssistantForCausalLM"), "it takes keys and values of another model"
+    ),
+    **dict.fromkeys(
+        [f"{name}ForConditionalGeneration" for name in ("FastVlm", "Gemma3n", "PerceptionLM")],
+        "it needs timm, which is not installed",
+    ),
+    **dict.fromkeys(
+        [
+            f"{name}For{kind}"
+            for name in ("Musicgen", "MusicgenMelody")
+            for kind in ("CausalLM", "ConditionalGeneration")
+        ],
+        "it has a head for each codebook",
+    ),
 }
 
 
@@ -143,6 +185,17 @@ def labels() -> Tensor:
 
 def speech(config: PreTrainedConfig) -> dict[str, Tensor]:
     return {"input_features": torch.randn(BATCH, config.num_mel_bins, 2 * config.max_source_positions)}
+
+
+def documents(config: PreTrainedConfig) -> dict[str, Tensor]:
+    """What a retriever finds."""
+    number = BATCH * config.n_docs
+    found = {
+        "labels": ids(),
+        "context_input_ids": ids(number, LENGTH),
+        "context_attention_mask": torch.ones(number, LENGTH),
+    }
+    return found | {"doc_scores": torch.randn(BATCH, config.n_docs)}
 
 
 def codes(config: PreTrainedConfig) -> dict[str, Tensor]:
@@ -208,8 +261,20 @@ BATCHES: dict[str, Callable[[PreTrainedConfig], dict[str, Any]]] = {
         "image_attention_mask": torch.ones(BATCH, LENGTH, 1),
     },
     "PerceiverForMaskedLM": lambda _: {"inputs": ids(BATCH, 128), "input_ids": None, "labels": ids(BATCH, 128)},
-    "SeamlessM4TForSpeechToText": lambda _: {"input_features": torch.randn(BATCH, 64, 160)},
-    "SeamlessM4Tv2ForSpeechToText": lambda _: {"input_features": torch.randn(BATCH, 64, 160)},
+    "SeamlessM4TForSpeechToText": lambda _: {"input_features": torch.randn(BATCH, 64, 32)},
+    "SeamlessM4Tv2ForSpeechToText": lambda _: {"input_features": torch.randn(BATCH, 64, 32)},
+    "MoshiForConditionalGeneration": lambda _: {
+        "moshi_audio_codes": ids(BATCH, 8, LENGTH),
+        "user_audio_codes": ids(BATCH, 8, LENGTH),
+        "text_labels": ids(),
+    },
+    "Qwen2_5OmniTalkerForConditionalGeneration": lambda _: {
+        "thinker_reply_part": torch.randn(BATCH, LENGTH, 32),
+        "input_text_ids": ids(),
+    },
+    "Qwen3OmniMoeTalkerCodePredictorModelForConditionalGeneration": lambda _: {"generation_steps": 1},
+    "RagSequenceForGeneration": documents,
+    "RagTokenForGeneration": documents,
     "SpeechEncoderDecoderModel": lambda _: {"input_values": torch.randn(BATCH, 8000)},
     "SpeechT5ForSpeechToText": lambda _: {"input_values": torch.randn(BATCH, 8000)},
     "VisionEncoderDecoderModel": lambda c: {"pixel_values": image(c.encoder.image_size)},

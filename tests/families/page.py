@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import torch
 import transformers
 
-from tests.families.steps import LAZY, STATES, UNBUILT, Finding
+from tests.families.exceptions import REASONS
+from tests.families.steps import HEADLESS_STATE, LAZY, REFUSED, STATES, UNBUILT, Finding
 
 LONGEST = 120  # characters of a detail
 MEANINGS = dict(
@@ -20,7 +21,7 @@ MEANINGS = dict(
             "the logits are computed once, with a warning that names the operation",
             "the model's code does not call its output embedding, so that `wrap` has no effect",
             "`LMHead.wrap` raises an error",
-            "the class is trained by another loss than the cross-entropy of words",
+            "the class is trained by another loss than the cross-entropy of words, and was not tried",
             "no tiny model of it can be built and trained here",
             "loss or gradients differ",
         ),
@@ -32,7 +33,7 @@ MEANINGS = dict(
 def page(findings: Sequence[Finding]) -> str:
     counts = Counter(finding.state for finding in findings)
     summary = [(state, MEANINGS[state], str(counts[state])) for state in STATES if counts[state]]
-    tried = len(findings) - counts[UNBUILT]
+    tried = len(findings) - counts[UNBUILT] - counts[HEADLESS_STATE]
     others = sorted((one for one in findings if one.state != LAZY), key=lambda one: (STATES.index(one.state), one.name))
     lazy = [(f"`{one.name}`", one.detail) for one in findings if one.state == LAZY]
     return "\n".join(
@@ -46,7 +47,7 @@ def page(findings: Sequence[Finding]) -> str:
             "may be as large as the logits.",
             "",
             f"With Transformers {transformers.__version__} and torch {torch.__version__.split('+')[0]}, "
-            f"{len(findings)} classes, of which {tried} were tried:",
+            f"{len(findings)} classes, of which {tried} were built and trained:",
             "",
             *table(("class", "meaning", "number"), summary),
             "",
@@ -55,7 +56,7 @@ def page(findings: Sequence[Finding]) -> str:
             "",
             "## Not lazy",
             "",
-            *table(("class", "state", "why"), [(f"`{one.name}`", one.state, short(one.detail)) for one in others]),
+            *table(("class", "state", "why"), [(f"`{one.name}`", one.state, why(one)) for one in others]),
             "",
             "## Lazy",
             "",
@@ -70,15 +71,22 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in cells]
 
 
-def short(detail: str) -> str:
-    return detail if len(detail) <= LONGEST else f"{detail[: LONGEST - 3].rsplit(' ', 1)[0]} ..."
+def why(finding: Finding) -> str:
+    """The error up to its first colon, or the operation, and the reason."""
+    reason, detail = REASONS.get(finding.name), finding.detail
+    if finding.state == UNBUILT:
+        shortened = f"{detail[: LONGEST - 3].rsplit(' ', 1)[0]} ..."
+        return reason or (detail if len(detail) <= LONGEST else shortened)
+    if finding.state == REFUSED:
+        detail = re.sub(r"^\w+: ", "", detail).split(": ")[0]
+    return f"{detail}: {reason}" if reason else detail
 
 
 def rows_of(text: str) -> dict[str, str]:
     """The state of each class, by the page."""
     lazy = text.index("## Lazy")
-    found = {name: state for name, state in re.findall(r"^\| `(\w+)` \| ([\w ]+) \|", text[:lazy], re.MULTILINE)}
-    return found | dict.fromkeys(re.findall(r"^\| `(\w+)` \|", text[lazy:], re.MULTILINE), LAZY)
+    others = re.findall(r"^\| `(\w+)` \| ([\w ]+) \|", text[:lazy], re.MULTILINE)
+    return dict(others) | dict.fromkeys(re.findall(r"^\| `(\w+)` \|", text[lazy:], re.MULTILINE), LAZY)
 
 
 def counts_of(text: str) -> dict[str, int]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from chunked_ce import ChunkOptions, LMHead
 from tests.families.configurations import WIDTH, small
-from tests.families.exceptions import BATCHES, FUNCTIONS, HEADLESS, OF_MODELS, ids, labels
+from tests.families.exceptions import BATCHES, HEADLESS, OF_MODELS, ids, labels
 from tests.integrations.training import Step, allocations, assert_same_step, training_step
 
 CHUNKS = ChunkOptions(chunk_size=8)
@@ -72,13 +72,14 @@ def compared(name: str, wrapped: nn.Module, double: nn.Module, batch: dict[str, 
     if exact is None:
         assert_close(ours, plain)
     else:
-        assert_same_step(ours, plain, exact)
-    told = [found[1] for one in caught if (found := re.match("LazyLogits does not follow (.*?): ", str(one.message)))]
+        assert_same_step(ours, plain, exact, most_roundings=16)  # the largest error of some 10,000 gradients
+    told = [str(one.message) for one in caught if re.search("LazyLogits|LMHead", str(one.message))]
     if told:
-        return Finding(name, COMPUTED, f"by `{told[0]}`")
+        operation = re.match("LazyLogits does not follow (.*?): ", told[0])
+        return Finding(name, COMPUTED, f"by `{operation[1]}`" if operation else told[0])
     head = next(module for module in wrapped.modules() if isinstance(module, LMHead))
     if most_rows(head.out_features, step) > 2 * WIDTH:  # an embedding of that many words is as large
-        return Finding(name, PAST, FUNCTIONS.get(name, "its code multiplies by a weight"))
+        return Finding(name, PAST, "its code forms logits")
     return Finding(name, LAZY, "float32 only" if exact is None else "")
 
 
@@ -107,7 +108,8 @@ def loss_of(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     output = model(**batch)
     if getattr(output, "loss", None) is not None:
         return output.loss.sum()  # it is one for each sequence in some
-    return F.cross_entropy(output.logits.flatten(0, -2), batch["input_ids"].flatten())
+    logits = output.logits.flatten(0, -2)
+    return F.cross_entropy(logits, torch.arange(len(logits)) % logits.shape[1])
 
 
 def exact_step(double: nn.Module, batch: dict[str, Any]) -> Step | None:
