@@ -13,6 +13,7 @@ from chunked_ce.known_tokens import remember
 from chunked_ce.lazy.form import Form
 from chunked_ce.lazy.logits import Lazy
 from chunked_ce.lazy.terms import ONE, Factor, Terms, at_words, sum_over_words
+from chunked_ce.lazy.together import known_log_sum_exp
 
 __all__ = ["log_sum_exp", "maths", "of_whole", "same_for_all_words", "statistics", "values_at", "word_total"]
 
@@ -99,7 +100,17 @@ def same_for_all_words(lazy: Lazy, terms: Terms) -> Factor:
 
 def word_total(lazy: Lazy) -> Tensor:
     """The sum over the vocabulary, with 1 in its place."""
-    return sum_over_words(lazy._terms, lazy.shape[lazy._vocab_dim], lambda names: statistics(lazy, names))
+
+    def ask(names: tuple[str, ...]) -> tuple[Tensor, ...]:
+        known = known_log_sum_exp(lazy) if "lse" in names else None
+        if known is None:
+            return statistics(lazy, names)
+        # The caller may take the sum from it, and then its gradient cancels before it is rounded to the head's dtype.
+        others = tuple(name for name in names if name != "lse")
+        found = dict(zip(others, statistics(lazy, others) if others else (), strict=True))
+        return tuple(found.get(name, known) for name in names)
+
+    return sum_over_words(lazy._terms, lazy.shape[lazy._vocab_dim], ask)
 
 
 def values_at(lazy: Lazy, ids: Tensor) -> Tensor:

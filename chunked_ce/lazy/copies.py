@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor
 
 from chunked_ce.lazy.follow import follows, functions
-from chunked_ce.lazy.logits import Lazy, LazyLogits
+from chunked_ce.lazy.logits import Lazy, LazyLogits, LazyTerms
 from chunked_ce.lazy.mixtures import stacked
-from chunked_ce.lazy.source import Operation
+from chunked_ce.lazy.source import Operation, through
 from chunked_ce.lazy.together import root_now
 
 __all__ = []
@@ -30,7 +31,10 @@ def _cpu(lazy: Lazy, memory_format: torch.memory_format = torch.preserve_format)
 def _type(lazy: Lazy, dtype: Any = None, non_blocking: bool = False) -> Any:
     if dtype is None:
         return torch.empty(0, dtype=lazy.dtype, device=lazy.device).type()
-    return lazy.to(dtype) if isinstance(dtype, torch.dtype) else NotImplemented
+    if isinstance(dtype, torch.dtype):
+        return lazy.to(dtype)
+    found = torch.empty(0).type(dtype)
+    return lazy.to(device=found.device, dtype=found.dtype)
 
 
 @follows("requires_grad_", Tensor)
@@ -40,9 +44,13 @@ def _requires_grad_(lazy: Lazy, requires_grad: bool = True) -> Lazy:
 
 def _like(function: Callable) -> Callable:
     def create(lazy: Lazy, *args: Any, **kwargs: Any) -> Tensor:
-        if not lazy._stand_in.is_contiguous():
+        example = torch.empty((), dtype=lazy.dtype, device=lazy.device)
+        if "memory_format" in kwargs:
             return NotImplemented
-        return function(torch.empty((), dtype=lazy.dtype, device=lazy.device).expand(lazy.shape), *args, **kwargs)
+        strides = torch.empty_like(lazy._stand_in).stride()
+        order = sorted(range(lazy.dim()), key=lambda dim: -strides[dim])  # of the dimensions in memory
+        found = function(example.expand([lazy.shape[dim] for dim in order]), *args, **kwargs)
+        return found if order == sorted(order) else found.permute([order.index(dim) for dim in range(lazy.dim())])
 
     return create
 
@@ -77,12 +85,12 @@ def _stack(tensors: Any, dim: int = 0) -> Any:
 
 
 def _together(parts: Any, dim: int, join: Callable[..., Tensor]) -> Any:
-    """Tokens of one call, which nothing but their places tells apart, in one lazy tensor."""
+    """Tokens of one call, with the same done to all of them, in one lazy tensor."""
     parts = list(parts) if isinstance(parts, tuple | list) else []
     if not parts or not all(map(_is_selection, parts)):
         return NotImplemented
     first, root = parts[0], root_now(parts[0])
-    if any(root_now(part) is not root or part.requires_grad != first.requires_grad for part in parts):
+    if not all(_is_alike(first, part) for part in parts):
         return NotImplemented
     positions = torch.arange(root.numbers.numel()).view(root.numbers.shape)
     joined = join([part.tokens_of(positions) for part in parts], dim)  # an error of the shapes is torch's own
@@ -100,14 +108,24 @@ def _together(parts: Any, dim: int, join: Callable[..., Tensor]) -> Any:
     whole = LazyLogits._make(
         root, (), root.hidden, root.vocab_dim, first._form, root.stand_in, tracked=first.requires_grad
     )
-    return whole.derive(Operation(of_logits, of_tokens, **others), vocab_dim=len(tokens))
+    changed = whole.derive(Operation(lambda x: x, of_rows=functools.partial(through, first._operations)))
+    joined_parts = Operation(of_logits, of_tokens, **others)
+    return changed.derive(joined_parts, vocab_dim=len(tokens), cls=type(first), terms=first._terms)
 
 
 def _is_selection(part: Any) -> bool:
-    """Whether these are logits of some tokens as the head gives them."""
+    """Whether these are some tokens of which nothing is of their own."""
     return (
-        type(part) is LazyLogits
+        isinstance(part, LazyLogits | LazyTerms)
         and part._vocab_dim == part.dim() - 1
         and part._root.vocab_dim == part._root.stand_in.dim() - 1
-        and not any(step.of_rows is not None or step.is_per_token for step in part._operations)
+        and part._form.temperature is None
+        and not part._terms.tensors
+        and not any(step.is_per_token for step in part._operations)
     )
+
+
+def _is_alike(part: Lazy, other: Lazy) -> bool:
+    """Whether the same was done to both, with the same gradients."""
+    same = part._terms == other._terms and part._form.is_same(other._form) and root_now(part) is root_now(other)
+    return same and part.dtype == other.dtype and part.requires_grad == other.requires_grad

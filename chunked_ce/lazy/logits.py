@@ -126,7 +126,7 @@ class Lazy(Tensor):
 
         Other tensors of the same memory are computed, with this change, when they are used.
         """
-        if type(self) is not type(other) or (self.requires_grad and not other.requires_grad):
+        if not isinstance(other, type(self) | LazyTerms) or (self.requires_grad and not other.requires_grad):
             return False
         others = [one for one in self._root.call.members.values() if one is not self and one is not other]
         sharing = [one for one in others if one._memory == self._memory]
@@ -139,7 +139,7 @@ class Lazy(Tensor):
         for one in sharing:
             one._pending = (*one._pending, operations)
         self._root, self._operations, self._hidden = other._root, operations, other._hidden
-        self._form, self._terms = other._form, other._terms
+        self._form, self._terms, self.__class__ = other._form, other._terms, type(other)
         self._root.call.changed = True
         return True
 

@@ -279,8 +279,7 @@ def _split(lazy: Lazy, split_size: Any, dim: int = 0) -> tuple[Lazy, ...]:
 @follows("tensor_split")
 def _tensor_split(lazy: Lazy, sections: Any, dim: int = 0) -> tuple[Lazy, ...]:
     dim = _dim(dim, lazy.dim())
-    if isinstance(sections, Tensor):
-        return NotImplemented
+    sections = sections.tolist() if isinstance(sections, Tensor) else sections
     return _parts(lazy, lazy._stand_in.tensor_split(sections, dim), dim)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chunked_ce.functional import linear_logprobs
+from chunked_ce.functional import linear_statistics
 from chunked_ce.lazy.product import Rows
 from chunked_ce.options import ChunkOptions
 from chunked_ce.rows.statistics import Logits
@@ -121,14 +121,12 @@ def logsumexp_and_best(rows: Tensor, places: Rows) -> tuple[Tensor, Tensor]:
 def logsumexp(
     hidden: Tensor,  # (N, D)
     weight: Tensor,  # (V, D)
-    best: Tensor,  # (N, 1), the entries with the largest logits
+    entries: Tensor,  # (N, 1), any of the vocabulary
     maths: dict[str, Any],
     options: ChunkOptions | None,
 ) -> Tensor:
     """The log-sum-exp (N,) of each token's logits, differentiable, in float32 (float64)."""
-    # lse = z - log_prob for any entry; the largest logit is close to lse, so that little cancels.
-    logprob = linear_logprobs(hidden, weight, best.squeeze(-1), options=options, **maths)
-    return selected(hidden, weight, best, maths).squeeze(-1).to(logprob.dtype) - logprob
+    return linear_statistics(hidden, weight, entries.squeeze(-1), outputs=("lse",), options=options, **maths).lse
 
 
 def _gathers(index: Tensor, weight: Tensor) -> Iterator[slice]:

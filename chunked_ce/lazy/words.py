@@ -13,10 +13,10 @@ from chunked_ce.lazy import values
 from chunked_ce.lazy.answers import log_sum_exp, maths, of_whole, same_for_all_words, values_at
 from chunked_ce.lazy.arithmetic import is_over_words, of_softmax
 from chunked_ce.lazy.follow import follows
-from chunked_ce.lazy.form import Words, index_of
+from chunked_ce.lazy.form import Form, Words, index_of
 from chunked_ce.lazy.logits import Lazy, LazyLogits
 from chunked_ce.lazy.source import Operation
-from chunked_ce.lazy.terms import LOG_PROBABILITIES, TOTAL
+from chunked_ce.lazy.terms import LOG_PROBABILITIES, TOTAL, Word
 from chunked_ce.lazy.together import is_exactly, remember_log_sum_exp, should_be_computed
 
 __all__ = ["of_index", "of_words"]
@@ -139,9 +139,39 @@ def _can_read(lazy: Lazy, *, values: bool = True) -> bool:
 
 def _best(lazy: Lazy, dim: Any, find: Callable[[Tensor], tuple[Tensor, Tensor]], *, values: bool = True) -> Any:
     """The logits and entries that ``find`` finds in rows (m, V), each with k in the vocabulary's place."""
-    if not isinstance(lazy, LazyLogits) or not is_over_words(lazy, dim) or not _can_read(lazy, values=values):
+    if not is_over_words(lazy, dim) or not _can_read(lazy, values=values):
         return NotImplemented
+    if not isinstance(lazy, LazyLogits):
+        return _best_of_terms(lazy, find, with_values=values)
     return tuple(found.movedim(-1, dim) for found in _of_rows(lazy, lambda rows, _: find(rows)))
+
+
+def _best_of_terms(lazy: Lazy, find: Callable[[Tensor], tuple[Tensor, Tensor]], *, with_values: bool) -> Any:
+    """The same for what has the order of logits, as their probabilities at some temperature do."""
+    form = _form_in_order(lazy)
+    if form is None:
+        return NotImplemented
+
+    def entries(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        numbers = lazy._numbers().movedim(lazy._vocab_dim, -1).flatten()
+        pieces = lazy._root.product.rows(numbers, weight, bias, hidden.dtype)
+        pieces = ((places, form._replace(temperature=None)(rows)) for places, rows in pieces)
+        return values.of_rows(pieces, lambda rows, _: find(rows)[1:], len(numbers))[0]
+
+    found = lazy.request(entries)
+    found = found.view(*lazy._stand_in.select(lazy._vocab_dim, 0).shape, found.shape[-1])
+    kept = values_at(lazy, found) if with_values else found
+    return kept.movedim(-1, lazy._vocab_dim), found.movedim(-1, lazy._vocab_dim)
+
+
+def _form_in_order(lazy: Lazy) -> Form | None:
+    """A form of logits that are in the order of a lazy tensor's values."""
+    terms = lazy._terms
+    if len(terms) == 1 and not terms.tensors:
+        ((word, factor),) = terms.items()
+        if word in (Word(p=1), Word(p=2)) and factor > 0:
+            return lazy._form
+    return of_softmax(lazy)
 
 
 def _entries(lazy: Lazy, dim: Any, keepdim: bool, find: Callable[..., Tensor]) -> Tensor:
@@ -224,7 +254,8 @@ def _logsumexp(lazy: Lazy, dim: Any, keepdim: bool = False) -> Tensor:
         shift = same_for_all_words(lazy, lazy._terms.shift())
         found = log_sum_exp(lazy, form)
         found = found + shift if isinstance(shift, Tensor) or shift else found
-    return remember_log_sum_exp(found if keepdim else found.squeeze(dim), lazy)
+    found = found if keepdim else found.squeeze(dim)
+    return remember_log_sum_exp(found, lazy) if isinstance(lazy, LazyLogits) else found
 
 
 def _log_sum_exp_of_rows(lazy: LazyLogits) -> tuple[Tensor]:

@@ -92,6 +92,8 @@ OTHERS = {
     "log-probabilities by logsumexp": log_probability,
     "shifted and gathered": lambda z: shifted(z).gather(-1, SOME),
     "shifted by a view": lambda z: (z - z.logsumexp(-1).unsqueeze(-1)).gather(-1, SOME),
+    "shifted by more than a number": lambda z: shifted(z + 1.5).gather(-1, SOME),
+    "shifted by what is no log-sum-exp": lambda z: z.log_softmax(-1).logsumexp(-1) + z.sum(-1),
     "shifted by another number": lambda z: (z - z.detach().amax(-1, keepdim=True)).logsumexp(-1),
     "Categorical.log_prob": lambda z: Categorical(logits=z).log_prob(WORDS),
     "amax": lambda z: z.amax(-1),
@@ -185,6 +187,15 @@ SMALL = {
     "cat of later tokens": lambda z: torch.cat([z[:, 1:], z[:, :1]], dim=1).logsumexp(-1),
     "stack": lambda z: F.cross_entropy(torch.stack([z[1, 4], z[0, 2]]), WORDS[0, :2]),
     "stack, later": lambda z: torch.stack([row[2:5] for row in z], dim=1)[1:].mean(-1),
+    "type by name": lambda z: z.type("torch.DoubleTensor" if z.dtype == torch.float64 else "torch.FloatTensor").mean(),
+    "tensor_split by a tensor": lambda z: z.tensor_split(torch.tensor([2, 3]), dim=1)[2].mean(),
+    "cat of scaled tokens": lambda z: torch.cat([torch.tanh(row / 0.7) for row in z.split(1)], dim=1).logsumexp(-1),
+    "cat of log-probabilities": lambda z: torch.stack([row.log_softmax(-1) for row in z]).gather(-1, SOME),
+    "best of log-probabilities": lambda z: tuple(z.log_softmax(-1).max(-1)),
+    "worst of negative ones": lambda z: (-2 * z.log_softmax(-1) + 1).amin(-1),
+    "best at a temperature of each token": lambda z: tuple((z / TEMPERATURE[:, None]).topk(3)),
+    "best probability": lambda z: z[:, 1:].softmax(-1).amax(-1, keepdim=True),
+    "a temperature of each token in place": lambda z: entropy(z[:, 1:].div_(TEMPERATURE[1:, None])),
     "softmax by name": lambda z: torch.softmax(input=z, dim=-1).gather(index=SOME, dim=-1),
 }
 FOLLOWED = ENTROPIES | OTHERS | BIASES | SOFT | JSD | PARTS | SMALL
@@ -304,6 +315,9 @@ def test_new_tensors_like_lazy_ones():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(torch.zeros_like(logits), torch.zeros(*TOKENS, VOCAB, dtype=torch.float64))
+        for form in (lambda z: z.mT, lambda z: z[:, 1:], lambda z: z[..., 3:20], lambda z: z.permute(2, 0, 1)):
+            found, plain = torch.zeros_like(form(logits)), torch.zeros_like(form(torch.empty(logits.shape)))
+            assert found.shape == plain.shape and found.stride() == plain.stride()
         assert torch.full_like(input=logits, fill_value=3, dtype=torch.float32).dtype == torch.float32
         assert logits.type() == "torch.DoubleTensor" and logits.requires_grad_() is logits
 

@@ -15,6 +15,10 @@ NEED_LOGITS = (
     "min",
     "every other word",
     "best of some words",
+    "best of log-probabilities",
+    "worst of negative ones",
+    "best at a temperature of each token",
+    "best probability",
 )
 FORMS = {name: form for name, form in FOLLOWED.items() if name not in NEED_LOGITS}
 RANKS = 2
