@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from chunked_ce.arguments import described, is_one_of
 from chunked_ce.checks import check_keywords, check_options, check_vocab
@@ -96,7 +97,7 @@ class LazyHead(nn.Linear):
         if request is not None:
             if self.vocab is None:
                 check_whole(self.weight)
-            return request(input, self.weight, self.bias)
+            return tree_map(_own, request(input, self.weight, self.bias))
         layout = self._settings.layout
         if layout is not None:
             return self._settings.logits(layout.forward(self, input))
@@ -183,6 +184,12 @@ class LazyHead(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}{self._settings}"
+
+
+def _own(x: Any) -> Any:
+    """A view as a tensor of its own: FSDP2 warns of a module that returns a view with a graph."""
+    is_view = isinstance(x, Tensor) and x.requires_grad and x._base is not None
+    return x.clone() if is_view and torch.is_grad_enabled() else x
 
 
 def is_whole(weight: Tensor) -> bool:

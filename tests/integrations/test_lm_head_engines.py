@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_flatten
 
 from chunked_ce import ChunkOptions, LazyLogits, LMHead
 from tests.distributed.launch import run
@@ -272,3 +273,21 @@ def test_logits_stay_lazy_in_outputs():
     model = new_model(True)
     LMHead.wrap(model)
     assert type(model(*batch(0)[:1]).logits) is LazyLogits
+
+
+def test_answers_are_no_views(monkeypatch):
+    """FSDP2 warns of each module that returns a view with a graph, and a head does so for each answer."""
+    found, run = [], LMHead.run
+
+    def run_and_keep(*args):
+        found.append(run(*args))
+        return found[-1]
+
+    monkeypatch.setattr(LMHead, "run", run_and_keep)
+    logits = LMHead(6, VOCAB)(torch.randn(2, 3, 6))
+    ids = torch.randint(VOCAB, (2, 3, 1))
+    answers = [logits.log_softmax(-1).gather(-1, ids), logits.gather(-1, ids), logits.logsumexp(-1), logits.mean(-1)]
+    answers += [logits.topk(2).values, F.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none")]
+    assert all(answer.requires_grad for answer in answers)
+    tensors = [one for one in tree_flatten(found)[0] if isinstance(one, torch.Tensor) and one.requires_grad]
+    assert len(tensors) >= len(answers) and all(one._base is None for one in tensors)

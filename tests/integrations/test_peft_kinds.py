@@ -24,6 +24,8 @@ ON_THE_HEAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "PiSSA": ("Lora", {**LOW, "init_lora_weights": "pissa"}, LAZY),
     "LoRA, dropout": ("Lora", {**LORA, "lora_dropout": 0.3}, LAZY),
     "LoRA, biases of the model": ("Lora", {**LORA, "bias": "all"}, LAZY),
+    "DoRA": ("Lora", {**LORA, "use_dora": True}, LAZY),
+    "LoRA with a bias": ("Lora", {**LORA, "lora_bias": True}, LAZY),
     "OFT": ("OFT", {"oft_block_size": 8, "init_weights": False}, LAZY),
     "IA3, feedforward": ("IA3", {"feedforward_modules": ["q_proj", "lm_head"], "init_ia3_weights": False}, LAZY),
     "AdaLoRA": ("AdaLora", {"init_r": 4, "target_r": 2, "total_step": 10, "init_lora_weights": False}, CHANGED),
@@ -42,8 +44,6 @@ ON_THE_HEAD: dict[str, tuple[str, dict[str, Any], str]] = {
 ELSEWHERE: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (kind, settings) for name, (kind, settings, _) in ON_THE_HEAD.items() if kind != "IA3"},
     "IA3": ("IA3", {"feedforward_modules": [], "init_ia3_weights": False}),
-    "DoRA": ("Lora", {**LORA, "use_dora": True}),
-    "LoRA with a bias": ("Lora", {**LORA, "lora_bias": True}),
     "layer norms": ("LNTuning", {"target_modules": ["input_layernorm"]}),
     "embeddings": ("Lora", {**LORA, "target_modules": ["embed_tokens"]}),
     "trained head": ("Lora", {**LORA, "modules_to_save": ["lm_head"]}),
