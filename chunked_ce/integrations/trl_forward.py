@@ -62,7 +62,7 @@ class Fused(NamedTuple):
 
     names: tuple[str, ...]  # of the outputs, as TRL calls them
     temperature: float
-    has_terms: bool  # whether z-loss and label smoothing of the head are part of the log-probabilities
+    is_sft: bool  # whose loss has the head's terms, and whose metrics may come after the loss
     output_class: type
 
     def output(
@@ -86,7 +86,7 @@ class Fused(NamedTuple):
         elif self.temperature != 1:
             logits = logits / self.temperature
         is_lazy = isinstance(logits, Lazy) and not logits.is_computed
-        terms = logits._root.call.keywords_of_loss(0.0) if self.has_terms and model.training and is_lazy else {}
+        terms = logits._root.call.keywords_of_loss(0.0) if self.is_sft and model.training and is_lazy else {}
         terms = {name: terms[name] for name in _TERMS if terms.get(name)}
         asked = [_OUTPUTS[name] for name in self.names] + [one for term in terms for one in _TERMS[term]]
         with during(model.forward):
@@ -117,7 +117,8 @@ def forward_of(model: nn.Module, fused: Fused) -> Callable[..., Any]:
         last = kept.pop() if kept else None
         if not fused_lm_head:
             outputs = original(*args, **kwargs)
-            if self.training and torch.is_grad_enabled() and isinstance(getattr(outputs, "logits", None), Lazy):
+            is_lazy = isinstance(getattr(outputs, "logits", None), Lazy)
+            if is_lazy and fused.is_sft and self.training and torch.is_grad_enabled():
                 kept.append(_Kept.of(args, kwargs, outputs))
             return outputs
         labels, shifted, temperature, num_items = (

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from chunked_ce import ChunkOptions, LMHead
+from tests.packages.trl_trainers import output_of_logits
 
 trl = pytest.importorskip("trl")
 transformers = pytest.importorskip("transformers")
@@ -105,19 +106,10 @@ def test_the_fused_output_is_trls(family, mode):
 
 
 def whole_logits(model, inputs, temperature=1.0):
-    """The reference: log-probabilities and entropies from whole logits, through the model's own forward."""
+    """Log-probabilities and entropies from whole logits, through the model's own forward."""
     inputs = dict(inputs)
-    labels = inputs.pop("labels")[:, 1:]
-    logits = model(**inputs).logits[:, :-1]
-    temperature = temperature[:, 1:, None] if isinstance(temperature, torch.Tensor) else temperature
-    logprobs = (logits.float() / temperature).log_softmax(-1)
-    counted = labels != -100
-    found = logprobs.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-    entropy = -(logprobs.exp() * logprobs).sum(-1)
-    loss = -found[counted].sum() / counted.sum()
-    return utils.FusedCausalLMOutput(
-        loss=loss, log_probs=found.where(counted, 0), entropy=entropy.where(counted, 0), label_mask=counted
-    )
+    labels = inputs.pop("labels")
+    return output_of_logits(model(**inputs).logits, labels, temperature)
 
 
 def test_a_temperature_of_each_token():
@@ -127,6 +119,7 @@ def test_a_temperature_of_each_token():
     integration.install()
     utils.add_fused_lm_head(ours, outputs=("log_probs", "entropy"))
     found = outputs_and_gradients(ours, ours(**batch(), fused_lm_head=True, temperature=temperature))
+    del expected[0]["is_top1"]  # not asked for
     assert_alike(found, expected, 1e-5)
     of_rows = ours(**batch(), fused_lm_head=True, temperature=torch.tensor([[0.5], [1.0], [2.0]]))
     same = whole_logits(plain, batch(), torch.tensor([[0.5], [1.0], [2.0]]).expand(3, 9))
@@ -208,7 +201,43 @@ def test_logits_that_a_hook_must_see():
     with pytest.warns(UserWarning, match="hook"):
         found = outputs_and_gradients(model, model(**batch(), fused_lm_head=True))
     assert seen
+    del expected[0]["is_top1"]  # not asked for
     assert_alike(found, expected, 1e-5)
+
+
+def add_as_sft(model, **keywords):
+    """As `SFTTrainer` does while it is built."""
+    token = integration._builds_sft.set(True)
+    utils.add_fused_lm_head(model, **keywords)
+    integration._builds_sft.reset(token)
+
+
+def test_metrics_of_a_smoothed_loss_need_no_second_forward():
+    """TRL takes a smoothed loss from the model's logits, then runs the model once more for its metrics."""
+    integration.install()
+    model, calls = new_model(), []
+    add_as_sft(model, outputs=FIELDS)
+    model.model.register_forward_hook(lambda *_: calls.append(1))
+    inputs = batch()
+    labels = inputs.pop("labels")
+
+    def metrics(**changes):
+        with torch.no_grad():
+            return model(**inputs | changes, labels=labels, fused_lm_head=True, use_cache=False)
+
+    first = metrics()
+    smoother = transformers.trainer_pt_utils.LabelSmoother(epsilon=0.1)
+    loss = smoother(model(**inputs, use_cache=False), labels, shift_labels=True)
+    again = metrics()
+    assert len(calls) == 2
+    for name in FIELDS:
+        torch.testing.assert_close(again[name], first[name])
+    loss.backward()
+    metrics()
+    assert len(calls) == 3, "they are kept for one forward only"
+    smoother(model(**inputs, use_cache=False), labels, shift_labels=True)
+    metrics(input_ids=inputs["input_ids"].flip(0))
+    assert len(calls) == 5, "other inputs have other outputs"
 
 
 # ---- what the head adds ----
@@ -218,9 +247,7 @@ def test_terms_of_the_head_are_part_of_the_loss_of_sft():
     """As `linear_cross_entropy` has them, in training; the loss of an evaluation has none."""
     integration.install(z_loss=1e-3, label_smoothing=0.1)
     model = new_model()
-    token = integration._builds_sft.set(True)
-    utils.add_fused_lm_head(model)
-    integration._builds_sft.reset(token)
+    add_as_sft(model)
     plain = LMHead.wrap(new_model(), z_loss=1e-3, label_smoothing=0.1)
     found, expected = model(**batch(), fused_lm_head=True).loss, plain(**batch()).loss
     torch.testing.assert_close(found, expected)

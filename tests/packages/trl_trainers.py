@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.packages import trainings as t
 
@@ -81,3 +82,32 @@ def build(
         processing_class=t.new_tokenizer(),
         **(more or {}),
     )
+
+
+def output_of_logits(logits: torch.Tensor, labels: torch.Tensor, temperature: Any = 1.0) -> Any:
+    """The reference: what TRL's fused head returns, from whole logits (batch, time, V) and labels (batch, time)."""
+    from trl.trainer.utils import FusedCausalLMOutput
+
+    labels, logits = labels[:, 1:], logits[:, :-1]
+    temperature = temperature[:, 1:, None] if isinstance(temperature, torch.Tensor) else temperature
+    logprobs = (logits.float() / temperature).log_softmax(-1)
+    counted, words = labels != -100, labels.clamp(min=0).unsqueeze(-1)
+    found = logprobs.gather(-1, words).squeeze(-1)
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    is_top1 = (logprobs.argmax(-1, keepdim=True) == words).squeeze(-1) & counted
+    loss = -found[counted].sum() / counted.sum().clamp(min=1)
+    fields = {"log_probs": found.where(counted, 0), "entropy": entropy.where(counted, 0), "is_top1": is_top1}
+    return FusedCausalLMOutput(loss=loss, **fields, label_mask=counted)
+
+
+def add_whole_logits(model: Any, temperature: float = 1.0, cast_lm_head_to_fp32: bool = False, outputs: tuple = ()):
+    """`add_fused_lm_head` from whole logits, whatever is around the head."""
+    forward = model.forward
+
+    def fused(*args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        if not fused_lm_head:
+            return forward(*args, **kwargs)
+        labels = kwargs.pop("labels")
+        return output_of_logits(forward(*args, **kwargs).logits, labels, temperature)
+
+    model.forward = fused
