@@ -36,16 +36,27 @@ test: lint
 thorough: install
 	$(PYTEST) -m thorough
 
-# The same numbers as other people's packages: TRL, Liger, CCE, verl and torchtitan, in an environment of their own.
+# The same numbers as other people's packages: TRL, Liger, CCE, verl and torchtitan, in an environment of their own, and
+# the last TRL without a fused head, in another one with the Transformers that it knows.
 PACKAGES := .venv-packages
-packages: $(PACKAGES)/.installed
+TRL024 := .venv-packages-trl024
+packages: $(PACKAGES)/.installed $(TRL024)/.installed
 	OMP_NUM_THREADS=1 $(PACKAGES)/bin/python -m pytest -q tests/packages
+	OMP_NUM_THREADS=1 $(TRL024)/bin/python -m pytest -q tests/packages/test_trl_024.py
 
 $(PACKAGES)/.installed: setup.cfg pyproject.toml constraints.txt tests/packages/requirements.txt
 	$(PYTHON) -m venv $(PACKAGES)
 	$(PACKAGES)/bin/python -m pip install --quiet --constraint constraints.txt torch
 	$(PACKAGES)/bin/python -m pip install --quiet --constraint constraints.txt --requirement tests/packages/requirements.txt
 	$(PACKAGES)/bin/python -m pip install --quiet --no-deps verl==0.9.1 torchtitan==0.3.0 --editable .
+	touch $@
+
+$(TRL024)/.installed: setup.cfg pyproject.toml constraints.txt tests/packages/requirements-trl024.txt
+	$(PYTHON) -m venv $(TRL024)
+	$(TRL024)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	grep -vE '^(fsspec|huggingface_hub|tokenizers|transformers)==' constraints.txt > $(TRL024)/constraints.txt
+	$(TRL024)/bin/python -m pip install --quiet --constraint $(TRL024)/constraints.txt --requirement tests/packages/requirements-trl024.txt
+	$(TRL024)/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
 # Random calls beyond those of the tests, right ones and wrong ones: some five minutes.
@@ -66,4 +77,4 @@ bench: install
 		--benchmark-json=$(RESULTS)/speed.json
 
 clean:
-	rm -rf $(VENV) $(PACKAGES) runs
+	rm -rf $(VENV) $(PACKAGES) $(TRL024) runs
