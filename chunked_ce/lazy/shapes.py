@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -130,7 +131,7 @@ def _squeeze(lazy: Lazy, dim: int | None = None) -> Lazy:
 
 @follows("__getitem__")
 def _getitem(lazy: Lazy, index: Any) -> Lazy:
-    items = _without_ellipsis(list(index) if isinstance(index, tuple) else [index], lazy.dim())
+    items = _without_ellipsis([*map(_plain, index if isinstance(index, tuple) else [index])], lazy.dim())
     if items is None:
         return NotImplemented
     constants, reached, vocab_at, words = [], 0, 0, slice(None)
@@ -176,6 +177,12 @@ def _words_by_index(lazy: Lazy, items: list[Any]) -> Any:
     return of_index(lazy, (*(item for (item,) in tokens), words))
 
 
+def _plain(item: Any) -> Any:
+    """The item, with numbers for tensors that bound a slice."""
+    bounds = (item.start, item.stop, item.step) if isinstance(item, slice) else None
+    return slice(*(one if one is None else operator.index(one) for one in bounds)) if bounds else item
+
+
 def _without_ellipsis(items: list[Any], dims: int) -> list[Any] | None:
     """The items of an index of all dimensions, None where that is not known."""
     consumed = [None if isinstance(item, Lazy) else _consumed(item) for item in items]
@@ -191,8 +198,7 @@ def _consumed(item: Any) -> int | None:
     if item is None or item is Ellipsis:
         return 0
     if isinstance(item, slice):
-        bounds = (item.start, item.stop, item.step)
-        return None if any(isinstance(bound, Tensor) for bound in bounds) else 1
+        return 1
     if isinstance(item, Tensor) and item.dtype in (torch.bool, torch.uint8):
         return item.dim() or None
     if isinstance(item, Tensor) and not item.is_floating_point():

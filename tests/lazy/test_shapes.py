@@ -67,6 +67,7 @@ def parts(shape, vocab_at, choose):
     yield lambda z: z[at(dim, slice(start, None, 2))], vocab_at
     yield lambda z: z[at(dim, start)], after
     yield lambda z: z[at(dim, torch.tensor(start))], after
+    yield lambda z: z[at(dim, slice(torch.tensor(start), torch.tensor(size), None))], vocab_at
     yield lambda z: z[at(dim, slice(0, 0))], vocab_at
     if size == 1:
         yield lambda z: z.squeeze(dim), after
