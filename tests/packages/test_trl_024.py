@@ -122,7 +122,7 @@ SFT = {
     "packing, wrapped": (texts, {"packing": True, "packing_strategy": "wrapped", "max_length": WORDS}),
     "completion only": (questions, {}),
     "assistant only": (conversations, {"assistant_only_loss": True}),
-    "DFT loss": (questions, {"loss_type": "dft", "learning_rate": 2000.0}),
+    "DFT loss": (questions, {"loss_type": "dft", "learning_rate": 20_000.0}),
     "evaluation": (questions, EVALUATION),
 }
 
@@ -159,7 +159,7 @@ DPO = {
     "rpo_alpha": {"rpo_alpha": 1.0},
     "ld_alpha": {"ld_alpha": 0.5},
     "label smoothing": {"label_smoothing": 0.1},
-    "use_weighting": {"use_weighting": True},
+    "use_weighting": {"use_weighting": True, "learning_rate": 0.3},
     "use_logits_to_keep": {"use_logits_to_keep": True},
     "reference_free": {"reference_free": True},
     "precomputed reference": {"precompute_ref_log_probs": True},
