@@ -215,6 +215,29 @@ def test_others_may_read_the_weight(said):
     assert not said
 
 
+class AroundItsHead(Tied):
+    calls_too = False
+
+    def forward(self, ids):
+        hidden = self.body(self.embedding(ids)).tanh()
+        return self.out(hidden) if self.calls_too and self.out.weight is not None else hidden @ self.out.weight.T
+
+
+def test_a_model_that_never_calls_its_head(said):
+    model = LMHead.wrap(AroundItsHead())
+    step = train(model, steps=3).training
+    (warning,) = said
+    assert "LMHead had no effect in this step: tests.test_report.forward reads the weight" in str(warning.message)
+    assert step.calls == 0 and dict(step.bypasses) == {"tests.test_report.forward": 1}
+
+
+def test_a_model_that_reads_the_weight_and_calls_the_head(said):
+    model = LMHead.wrap(AroundItsHead())
+    model.calls_too = True
+    step = train(model, steps=3).training
+    assert not said and step.calls == 1 and not step.bypasses
+
+
 def test_replicas_of_data_parallel_that_return_logits(said):
     model = LMHead.wrap(Tied())
     for _ in range(2):

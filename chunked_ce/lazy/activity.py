@@ -43,6 +43,7 @@ class Activity:
     computed: dict[Computed, tuple[int, torch.Size]] = dataclasses.field(default_factory=dict)
     plain: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     bypasses: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    readers: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)  # who may be a bypass
     losses_with_terms: int = 0  # the head's z_loss and label_smoothing are added to
     is_trained: bool = False  # something with a gradient was taken or computed
     is_over: bool = False  # an optimizer has made its step
@@ -101,6 +102,14 @@ class Record:
         if step.is_over:
             return
         step.is_over = True
+        if step.readers and not step.calls:
+            step.bypasses.update(step.readers)
+            self.tell(
+                "bypass",
+                f"LMHead had no effect in this step: {', '.join(step.readers)} reads the weight of the head, and the head "
+                "was not called, so that its settings do not apply. To let the LMHead take the loss, the model has to "
+                "call it: head(hidden)",
+            )
         if terms and step.is_trained and not step.losses_with_terms:
             by = ", ".join([*step.taken, *(one.operation for one in step.computed)])
             self.tell(

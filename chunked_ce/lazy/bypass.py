@@ -1,4 +1,4 @@
-"""Packages whose patched forwards multiply by a head's weight themselves, so that the head is never called."""
+"""Forwards that multiply by a head's weight themselves, so that the head is never called."""
 
 from __future__ import annotations
 
@@ -8,19 +8,26 @@ from chunked_ce.lazy.head import LazyHead
 
 __all__ = ["warn_of_bypass"]
 
-# By package: what to do.
+# By package whose patched forwards do: what to do.
 _READERS = {
     "trl": "call chunked_ce.integrations.trl.install() before the trainer is made",
     "liger_kernel": "leave its fused loss out (use_liger_kernel=False, or fused_linear_cross_entropy=False of a patch)",
     "cut_cross_entropy": "leave cce_patch out",
     "verl": "leave use_fused_kernels out",
 }
+# They read a head's weight in forwards of layers around it, and call the head or say themselves why not.
+_LAYERS = ("torch", "peft", "deepspeed", "accelerate", "chunked_ce")
 
 
 def warn_of_bypass(head: LazyHead, reader: FrameType) -> None:
-    """Warn once if ``reader``, which looks up a head's weight while training, takes the loss without the head."""
+    """Warn once if ``reader``, which looks up a head's weight while training, takes the loss without the head.
+
+    A model's own forward may read the weight and call the head all the same: the end of the step tells.
+    """
     module = reader.f_globals.get("__name__", "")
     package, function = module.split(".")[0], reader.f_code.co_name
+    if function == "forward" and package not in (*_READERS, *_LAYERS):
+        head.record.activity(training=True).readers[f"{module}.{function}"] += 1
     if package not in _READERS or not ("forward" in function or "loss" in function):
         return
     record = head.record
