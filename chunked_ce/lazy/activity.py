@@ -107,8 +107,8 @@ class Record:
             self.tell(
                 "bypass",
                 f"LMHead had no effect in this step: {', '.join(step.readers)} reads the weight of the head, and the "
-                "head was not called, so that its settings do not apply. For the LMHead to take the loss, the model has "
-                "to call it: head(hidden)",
+                "head was not called, so that its settings do not apply. For the LMHead to take the loss, the model "
+                "has to call it: head(hidden)",
             )
         if terms and step.is_trained and not step.losses_with_terms:
             by = ", ".join([*step.taken, *(one.operation for one in step.computed)])
