@@ -69,17 +69,15 @@ def new_trainer(model: Any, folder: Path, kind: str = "", more: dict[str, Any] |
 
 def compare(build: Callable[[bool, Path], Any], folder: Path, kind: str, setting: str) -> None:
     """`t.compare`, but for norms of gradients that are not both rounded to fp32."""
-    row = t.Row(PACKAGE, kind, setting, "LMHead.wrap")
     if "smoothing" not in setting:
-        t.compare(build, folder, TOKENS, row)
+        t.compare(build, folder, TOKENS, t.Row(PACKAGE, kind, setting, "LMHead.wrap"))
         return
     plain, ours = (t.outcome(build, wrapped, folder / str(wrapped)) for wrapped in (False, True))
     for log in (*plain.logs, *ours.logs):
         log.pop("grad_norm", None)
     t.assert_same(ours, plain)
     t.assert_small(ours, TOKENS, plain=plain)
-    assert not ours.warnings
-    t.record(ours, plain, TOKENS, row)
+    assert not ours.warnings  # no row in the table: the plain training's largest tensor is in float64
 
 
 @pytest.mark.parametrize("name", SETTINGS)
