@@ -31,6 +31,7 @@ RATES = {
     "BCO": 0.1,
     "GRPO": 0.5,
     "RLOO": 0.05,
+    "NashMD": 0.02,
 }
 # These losses add up log-probabilities of whole sequences, some 800 of a sequence.
 SCALES = dict.fromkeys(["DPO", "CPO", "KTO", "BCO", "OnlineDPO", "NashMD", "XPO"], 100.0)
@@ -170,7 +171,7 @@ OTHERS = {
     "ORPO": {"": {}, "evaluation": EVALUATION},
     "CPO": {
         "": {},
-        "simpo": {"loss_type": "simpo", "cpo_alpha": 0.0},
+        "simpo": {"loss_type": "simpo", "cpo_alpha": 0.0, "learning_rate": 2.0},
         "hinge": {"loss_type": "hinge"},
         "ipo": {"loss_type": "ipo"},
         "evaluation": EVALUATION,
@@ -228,7 +229,8 @@ OF_POLICIES = [("GRPO", setting) for setting in GRPO] + [("RLOO", setting) for s
 def test_policies(tmp_path, kind, setting):
     settings = ROLLOUT | {"GRPO": GRPO, "RLOO": RLOO}[kind][setting]
     ours = check(tmp_path, setting, kind, questions(), BATCH * COMPLETION, settings, reward_funcs=rewards)
-    assert all(log["reward_std"] > 0 for log in ours.logs if "loss" in log)
+    deviations = [log["reward_std"] for log in ours.logs if "reward_std" in log]  # of each generation
+    assert deviations and min(deviations) > 0
 
 
 def longer_text():
