@@ -15,14 +15,15 @@ PACKAGE = f"TRL {trl.__version__}"
 
 
 @pytest.mark.parametrize(
-    "name, trainer, config", [("ORPO", orpo.ORPOTrainer, orpo.ORPOConfig), ("CPO", cpo.CPOTrainer, cpo.CPOConfig)]
+    "name, trainer, config, rate",
+    [("ORPO", orpo.ORPOTrainer, orpo.ORPOConfig, 0.5), ("CPO", cpo.CPOTrainer, cpo.CPOConfig, 0.1)],
 )
-def test_preferences(tmp_path, name, trainer, config):
+def test_preferences(tmp_path, name, trainer, config, rate):
     def build(wrapped, folder):
         model = t.new_model()
         if wrapped:
             LMHead.wrap(model, options=t.OPTIONS)
-        return r.build(trainer, config, folder, r.preferences(), model=model, max_length=128, learning_rate=0.1)
+        return r.build(trainer, config, folder, r.preferences(), model=model, max_length=128, learning_rate=rate)
 
     t.compare(build, tmp_path, r.TOKENS, t.Row(PACKAGE, name, "", "LMHead.wrap"), scale=44.0)
 
@@ -34,7 +35,7 @@ def test_gkd(tmp_path, beta):
         if wrapped:
             LMHead.wrap(model, options=t.OPTIONS)
             LMHead.wrap(teacher, options=t.OPTIONS, lazy="always")
-        settings = {"beta": beta, "lmbda": 0.0, "max_length": 128, "learning_rate": 10.0 if beta == 0.5 else 0.5}
+        settings = {"beta": beta, "lmbda": 0.0, "max_length": 128, "learning_rate": 10.0}
         more = {"teacher_model": teacher}
         return r.build(gkd.GKDTrainer, gkd.GKDConfig, folder, r.chats(), model=model, more=more, **settings)
 
