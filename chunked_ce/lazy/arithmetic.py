@@ -18,8 +18,14 @@ from chunked_ce.lazy.logits import Lazy, LazyLogits, LazyTerms
 from chunked_ce.lazy.soft_targets import times_tensor
 from chunked_ce.lazy.source import Operation
 from chunked_ce.lazy.sums import of_two_heads
-from chunked_ce.lazy.terms import LOG_PROBABILITIES, ONE, PROBABILITIES, Terms, Word
-from chunked_ce.lazy.together import are_of_the_same, is_log_sum_exp_of, per_token, should_be_computed
+from chunked_ce.lazy.terms import LOG_PROBABILITIES, LOGITS, ONE, PROBABILITIES, Terms, Word
+from chunked_ce.lazy.together import (
+    are_of_the_same,
+    are_the_same_tokens,
+    is_log_sum_exp_of,
+    per_token,
+    should_be_computed,
+)
 
 __all__ = ["is_over_words", "number_of", "of_softmax", "operand_of"]
 
@@ -33,7 +39,7 @@ def _mul(lazy: Lazy, other: Any) -> Lazy:
     if number is not None:
         return _scale(lazy, number, lambda x: x * operand_of(number, x))
     if isinstance(other, Lazy):
-        return _of_both(lazy, other, torch.mul, lazy._terms.times(other._terms))
+        return _of_both(lazy, other, torch.mul, Terms.times)
     found = _by_token(lazy, other, torch.mul, lambda factor: lazy._terms.scaled(factor))
     return times_tensor(lazy, other) if found is NotImplemented else found
 
@@ -116,7 +122,7 @@ def _add(lazy: Lazy, other: Any, *, alpha: float = 1) -> Lazy:
         terms = lazy._terms.plus(Terms({ONE: number}))
         return _changed(lazy, lambda x: x + operand_of(number, x), terms)
     if isinstance(other, Lazy):
-        found = _of_both(lazy, other, torch.add, lazy._terms.plus(other._terms))
+        found = _of_both(lazy, other, torch.add, Terms.plus)
         return of_two_heads(lazy, other, 1.0) if found is NotImplemented else found
     if _is_bias(lazy, other):
         return _with_bias(lazy, other, torch.add, 1.0)
@@ -134,7 +140,7 @@ def _sub(input: Any, other: Any, *, alpha: float = 1) -> Lazy:
         terms = lazy._terms.plus(Terms({ONE: -number}))
         return _changed(lazy, lambda x: x - operand_of(number, x), terms)
     if isinstance(other, Lazy):
-        found = _of_both(lazy, other, torch.sub, lazy._terms.plus(other._terms.scaled(-1.0)))
+        found = _of_both(lazy, other, torch.sub, lambda mine, its: mine.plus(its.scaled(-1.0)))
         return of_two_heads(lazy, other, -1.0) if found is NotImplemented else found
     if _is_bias(lazy, other):
         return _with_bias(lazy, other, torch.sub, -1.0)
@@ -188,14 +194,36 @@ def _changed(lazy: Lazy, function: Callable[..., Tensor], terms: Terms | None, f
     return lazy.derive(operation, cls=LazyTerms, terms=terms, form=form or lazy._form)
 
 
-def _of_both(lazy: Lazy, other: Lazy, function: Callable[..., Tensor], terms: Terms | None) -> Lazy:
+def _of_both(
+    lazy: Lazy, other: Lazy, function: Callable[..., Tensor], combine: Callable[[Terms, Terms], Terms | None]
+) -> Lazy:
     """The terms that ``function`` makes of two lazy tensors of the same logits."""
-    if terms is None or should_be_computed(lazy) or not are_of_the_same(lazy, other):
+    if should_be_computed(lazy):
+        return NotImplemented
+    if are_of_the_same(lazy, other):
+        form, mine, its = lazy._form, lazy._terms, other._terms
+    elif lazy._form.temperature is None:
+        form, mine, its = other._form, _at_temperature_of(other, lazy), other._terms
+    else:
+        form, mine, its = lazy._form, lazy._terms, _at_temperature_of(lazy, other)
+    terms = None if mine is None or its is None else combine(mine, its)
+    if terms is None:
         return NotImplemented
     others = {"others": (other._operations,), "stand_ins": (other._stand_in,)}
     per_token = any(operation.is_per_token for operation in other._operations)
     operation = Operation(function, of_rows=function, is_per_token=per_token, **others)
-    return lazy.derive(operation, cls=LazyTerms, terms=terms)
+    return lazy.derive(operation, cls=LazyTerms, terms=terms, form=form)
+
+
+def _at_temperature_of(tempered: Lazy, plain: Lazy) -> Terms | None:
+    """The terms of ``plain``, logits over temperatures of their tokens, in the logits of ``tempered``, such as their
+    probabilities; None for anything else."""
+    form = None if tempered._form.temperature is None else of_softmax(plain)
+    if form is None or form.temperature is None or not are_the_same_tokens(tempered, plain):
+        return None
+    shift, temperature = plain._terms.shift(), tempered._form.temperature
+    same = form._replace(temperature=temperature).is_same(tempered._form) and shift.keys() <= {ONE}
+    return LOGITS.plus(shift) if same and torch.equal(form.temperature, temperature) else None
 
 
 def _by_token(lazy: Lazy, other: Any, function: Callable[..., Tensor], terms_of: Callable[[Tensor], Terms]) -> Lazy:
@@ -291,7 +319,8 @@ def _exp(lazy: Lazy) -> Lazy:
     power, shift = found
     factor = same_for_all_words(lazy, shift)
     factor = factor.exp() if isinstance(factor, Tensor) else math.exp(factor) if factor < 700 else math.inf
-    if not isinstance(factor, Tensor) and not 0 < factor < math.inf:
+    # An infinite factor times a probability of 0 is NaN, where the exponential of a logit is finite.
+    if not (bool(factor.isfinite().all()) if isinstance(factor, Tensor) else 0 < factor < math.inf):
         return NotImplemented
     return _changed(lazy, _casting(torch.exp, lazy), Terms({Word(p=power): factor}))
 

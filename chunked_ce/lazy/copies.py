@@ -95,7 +95,7 @@ def _together(parts: Any, dim: int, join: Callable[..., Tensor]) -> Any:
     positions = torch.arange(root.numbers.numel()).view(root.numbers.shape)
     joined = join([part.tokens_of(positions) for part in parts], dim)  # an error of the shapes is torch's own
     tokens, index = joined.shape[:-1], joined.flatten()
-    if joined.shape[-1] != 1:  # along the words
+    if join([part._stand_in for part in parts], dim).shape != (*tokens, first.shape[-1]):  # along the words
         return NotImplemented
 
     def of_tokens(x: Tensor) -> Tensor:

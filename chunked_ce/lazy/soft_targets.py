@@ -33,6 +33,8 @@ def can_be_target(lazy: Lazy, target: Any) -> bool:
         return False
     if not target.is_floating_point() or target.device != lazy.device or lazy._vocab_dim != lazy.dim() - 1:
         return False
+    if not _temperature_is_linear(lazy):
+        return False
     return not lazy.head.is_sharded or lazy.head.vocab is not None
 
 
@@ -84,7 +86,7 @@ def divergence_loss(
     tracked = lazy.requires_grad and torch.is_grad_enabled()
 
     def of_student(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
-        factors, formed = maths(lazy, hidden, weight, bias)
+        factors, formed = _without_temperature(*maths(lazy, hidden, weight, bias))
         target = torch.zeros(hidden.shape[:-1], dtype=torch.long, device=hidden.device)
         if counted is not None:
             target = target.masked_fill(~counted, -100)
@@ -113,7 +115,37 @@ def can_teach(teacher: Lazy, lazy: Lazy) -> bool:
     alike = teacher.shape == lazy.shape and teacher._vocab_dim == lazy._vocab_dim == lazy.dim() - 1
     constant = not (teacher.requires_grad and torch.is_grad_enabled())
     here = _has_same_rows(teacher, lazy) and teacher.head.layout is None and lazy.head.layout is None
-    return plain and alike and constant and here and lazy._form.temperature is None
+    return plain and alike and constant and here and _temperature_is_linear(lazy)
+
+
+def _temperature_is_linear(lazy: Lazy) -> bool:
+    """Whether tokens have no temperatures of their own, or such as may divide the hidden states in place of logits."""
+    is_precise = lazy._root.call.dtype in (torch.float32, torch.float64)  # their quotient is rounded to it
+    return lazy._form.temperature is None or (lazy._form.softcap is None and is_precise)
+
+
+def _without_temperature(
+    factors: tuple[Tensor, Tensor], keywords: dict[str, Any]
+) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
+    """The same logits with the tokens' temperatures in the hidden states, and the bias as an adapter of rank 1.
+
+    The temperature of a loss would divide the logits of its teacher too.
+    """
+    temperature, bias = keywords.pop("temperature", None), keywords["linear_bias"]
+    if temperature is None:
+        return factors, keywords
+    hidden, weight = factors
+    adapters = [keywords["linear_adapter"]] if "linear_adapter" in keywords else []
+    if bias is not None:
+        adapters.append((torch.ones_like(hidden[..., :1]), bias.unsqueeze(1).to(weight.dtype)))
+
+    def divided(states: Tensor) -> Tensor:
+        return (states / temperature.unsqueeze(-1)).to(hidden.dtype)
+
+    if adapters:
+        states, low_rank_weights = zip(*adapters, strict=True)
+        keywords["linear_adapter"] = (divided(torch.cat(states, -1)), torch.cat(low_rank_weights, -1))
+    return (divided(hidden), weight), keywords | {"linear_bias": None}
 
 
 def _has_same_rows(teacher: Lazy, lazy: Lazy) -> bool:

@@ -15,6 +15,7 @@ from chunked_ce.lazy.terms import LOGITS, Factor
 
 __all__ = [
     "are_of_the_same",
+    "are_the_same_tokens",
     "is_exactly",
     "is_log_sum_exp_of",
     "known_log_sum_exp",
@@ -35,9 +36,11 @@ def root_now(lazy: Lazy) -> Root:
     return lazy._root if lazy.requires_grad and torch.is_grad_enabled() else lazy._root.detached()
 
 
-def _are_the_same_tokens(a: Lazy, b: Lazy) -> bool:
+def are_the_same_tokens(a: Lazy, b: Lazy) -> bool:
     """Whether they stand for the same rows of the same product, in the same places, with the same gradients."""
-    if root_now(a) is not root_now(b) or a.shape != b.shape or a._vocab_dim != b._vocab_dim or b.is_computed:
+    if root_now(a) is not root_now(b) or a.shape != b.shape or a._vocab_dim != b._vocab_dim:
+        return False
+    if b.is_computed or b._hooked:
         return False
     mine, theirs = ([one.of_tokens for one in lazy._operations if one.of_tokens is not None] for lazy in (a, b))
     return mine == theirs or torch.equal(a._numbers(), b._numbers())
@@ -45,7 +48,7 @@ def _are_the_same_tokens(a: Lazy, b: Lazy) -> bool:
 
 def are_of_the_same(a: Lazy, b: Lazy) -> bool:
     """Whether their terms are those of the same logits."""
-    return a._form.is_same(b._form) and _are_the_same_tokens(a, b)
+    return a._form.is_same(b._form) and are_the_same_tokens(a, b)
 
 
 def is_exactly(lazy: Lazy, terms: dict[Any, Factor]) -> bool:

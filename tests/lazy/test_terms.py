@@ -39,6 +39,10 @@ def shifted(z):
     return z - z.logsumexp(-1, keepdim=True)
 
 
+def by_logsumexp(z, product=torch.mul):
+    return z.logsumexp(-1) - product(z.softmax(-1), z).sum(-1)
+
+
 ENTROPIES = {
     "exp(logp) * logp": entropy,
     "logp * exp(logp)": lambda z: -torch.sum(z.log_softmax(-1) * z.log_softmax(-1).exp(), dim=-1),
@@ -101,6 +105,11 @@ OTHERS = {
     "largest of all": lambda z: z.max(),
     "min": lambda z: tuple(z.min(-1)),
     "temperature of each token": lambda z: entropy(z / TEMPERATURE.unsqueeze(-1)),
+    "temperature of each token, logsumexp - softmax * z": lambda z: by_logsumexp(z / TEMPERATURE[:, None]),
+    "temperature of each token in place, the other way": lambda z: by_logsumexp(
+        z.clone().div_(TEMPERATURE[:, None]), lambda p, z: z * p
+    ),
+    "shifted logits at a temperature of each token": lambda z: by_logsumexp(z / TEMPERATURE[:, None] - 3),
     "loss at a temperature of each token": lambda z: F.cross_entropy(
         (z * TEMPERATURE.unsqueeze(-1)).flatten(0, 1), WORDS.flatten()
     ),
@@ -146,6 +155,18 @@ SOFT = {
     ).sum(-1),
     "kl_div, the other way, not normalised": lambda z: F.kl_div(soft(z, False), z.softmax(-1), reduction="sum"),
     "kl_div, to itself": lambda z: F.kl_div(z.log_softmax(-1), z.detach().softmax(-1) / 1, reduction="sum"),
+    "kl_div, a temperature of each token": lambda z: F.kl_div(
+        (z / TEMPERATURE[:, None]).log_softmax(-1), soft(z), reduction="none"
+    ).sum(-1),
+    "kl_div, a temperature of each token, the other way": lambda z: F.kl_div(
+        soft(z).log(), ((z + bias(z)) / TEMPERATURE[:, None]).softmax(-1), reduction="sum"
+    ),
+    "kl_div, a temperature of each token, a log target": lambda z: F.kl_div(
+        (z / TEMPERATURE[:, None]).log_softmax(-1), soft(z).log(), reduction="batchmean", log_target=True
+    ),
+    "kl_div to itself, a temperature of each token": lambda z: F.kl_div(
+        (z / TEMPERATURE[:, None]).log_softmax(-1), z.detach().softmax(-1), reduction="sum"
+    ),
     "soft labels": lambda z: -(soft(z, False) * z.log_softmax(-1)).sum(-1),
     "soft labels, weighted": lambda z: (z.log_softmax(-1) * soft(z) * MASK[..., None]).sum() * -0.5,
     "class probabilities": lambda z: F.cross_entropy(z.flatten(0, 1), soft(z).flatten(0, 1)),
@@ -159,6 +180,9 @@ JSD = {
     "jsd, mean": lambda z: jsd(z.log_softmax(-1), soft(z).log()).mean(),
     "jsd, logaddexp and lerp": lambda z: jsd(z.log_softmax(-1), soft(z).log(), 0.25, how="lerp").sum(-1).mean(),
     "jsd, the teacher first": lambda z: jsd(z.log_softmax(-1), soft(z).log(), 0.25, how="swapped").sum(-1),
+    "jsd, a temperature of each token": lambda z: jsd(
+        (2 * z / TEMPERATURE[:, None]).log_softmax(-1), soft(z).log(), 0.3
+    ).sum(-1),
     "jsd, to itself": lambda z: jsd(z.log_softmax(-1), (z.detach() * 0.6).log_softmax(-1), 0.6).sum(-1),
 }
 PARTS = {
@@ -320,6 +344,24 @@ def test_new_tensors_like_lazy_ones():
             assert found.shape == plain.shape and found.stride() == plain.stride()
         assert torch.full_like(input=logits, fill_value=3, dtype=torch.float32).dtype == torch.float32
         assert logits.type() == "torch.DoubleTensor" and logits.requires_grad_() is logits
+
+
+COMPUTED = {
+    "a softcap, then a temperature of each token": lambda z: F.kl_div(
+        (torch.tanh(z) / TEMPERATURE[:, None]).log_softmax(-1), soft(z), reduction="sum"
+    ),
+    "exponentials that overflow": lambda z: (z * 400).detach().exp().gather(-1, z.argmin(-1, keepdim=True)),
+    "a stack behind the words": lambda z: torch.stack([z], -1).sum(-1),
+    "words put together": lambda z: torch.cat([z, z[..., :3]], -1).logsumexp(-1),
+}
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_what_is_computed(name):
+    head, hidden = problem()
+    with pytest.warns(UserWarning, match="does not follow"):
+        ours = outcome(COMPUTED[name], head, hidden)
+    torch.testing.assert_close(ours, outcome(COMPUTED[name], head.eval(), hidden))
 
 
 def test_what_is_put_together_again_has_the_values_of_its_parts():
