@@ -137,6 +137,8 @@ class Call:
     def run(self, hidden: Tensor, request: Callable[..., Any], tracked: bool) -> Any:
         """``request(hidden, weight, bias)`` inside a call of the head, for which engines gather its parameters."""
         now = self.head.own_parameters()
+        if self.low_rank_weight is not None:
+            check_whole(self.low_rank_weight)  # that of another head, which an engine may have taken back
         with self.as_it_was(tracked):
             self._check_parameters_unchanged()
             if all(a is b for a, b in zip(now, self.parameters, strict=True)):
@@ -185,7 +187,7 @@ class Call:
             found = self.run(hidden.movedim(vocab_dim, -1), values, tracked=True)
         trained = [hidden, *(parameter for parameter in parameters if parameter.requires_grad)]
         gradients = dict(zip(map(id, trained), torch.autograd.grad(found, trained, grad), strict=True))
-        return [gradients.get(id(one)) for one in (hidden, *parameters)]
+        return [gradients.pop(id(one), None) for one in (hidden, *parameters)]  # a sum may be of one head twice
 
     def compute_before(self, change: Operation) -> None:
         """Compute the values of the tensors that are not made by a change in place, which is about to happen."""

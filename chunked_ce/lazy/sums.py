@@ -19,6 +19,8 @@ def of_two_heads(one: Lazy, other: Lazy, sign: float) -> Any:
     """``one + sign * other``, lazy where both are linear in their hidden states and both heads are at hand."""
     if not all(map(_is_linear, (one, other))) or one.shape != other.shape or one.dtype != other.dtype:
         return NotImplemented
+    for lazy in (one, other):
+        lazy.join_graph()  # a dispatch does so for the first argument only
     pairs = [(one, one._form.scale), (other, sign * other._form.scale)]
     pairs.sort(key=lambda pair: not pair[0].requires_grad)  # the adapter may be detached
     (lazy, scale), (added, its_scale) = pairs
@@ -51,7 +53,9 @@ def of_two_heads(one: Lazy, other: Lazy, sign: float) -> Any:
 
 def _is_linear(lazy: Lazy) -> bool:
     """Whether these are scaled products of hidden states with a head that is at hand."""
-    if not isinstance(lazy, LazyLogits) or lazy._vocab_dim != lazy.dim() - 1 or lazy.head.layout is not None:
+    if not isinstance(lazy, LazyLogits) or lazy.is_computed:  # values may have been changed in place
+        return False
+    if lazy._vocab_dim != lazy.dim() - 1 or lazy.head.layout is not None:
         return False
     form, parameters = lazy._form, lazy._root.call.parameters
     plain = form.softcap is form.bias is form.temperature is form.words is None and form.scale != 0

@@ -1,5 +1,6 @@
 """Sums of the lazy logits of two heads: values and gradients of plain logits, without any."""
 
+import contextlib
 import warnings
 
 import pytest
@@ -22,6 +23,11 @@ def entropy(z):
     return -(z.softmax(-1) * z.log_softmax(-1)).sum(-1)
 
 
+def word_set(z):
+    z[..., 3] = -1.5
+    return z
+
+
 SUMS = {
     "sum": lambda a, b: loss(a + b),
     "difference": lambda a, b: (2 * a - b / 3).log_softmax(-1).gather(-1, TARGET[..., None]),
@@ -39,6 +45,8 @@ COMPUTED = {
     "all logits": lambda a, b: (a + b).relu(),
     "a softcap before": lambda a, b: loss(torch.tanh(a) + b),
     "other tokens": lambda a, b: loss(a + b[:, :1]),
+    "words set before": lambda a, b: loss(a + word_set(b)),
+    "words set before in the first": lambda a, b: loss(word_set(a) - b),
     "probabilities": lambda a, b: (a.softmax(-1) + b.softmax(-1)).log().mean(),
 }
 
@@ -74,6 +82,48 @@ def test_what_is_computed(name):
     with pytest.warns(UserWarning, match="does not follow"):
         ours = outcome(COMPUTED[name], *heads(True))
     torch.testing.assert_close(ours, outcome(COMPUTED[name], *heads(True, training=False)))
+
+
+class _Read(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits):
+        return torch.where(logits.isnan(), 0, logits)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def test_a_function_of_the_sum_of_two_calls_of_one_head():
+    """The gradient of the sum reaches the weight once for each call."""
+    found = []
+    for training in (True, False):
+        (head, _), (hidden, _) = heads(False, training)
+        logits = head(hidden) + head(hidden.flip(0)) * 2
+        with pytest.warns(UserWarning, match="does not follow") if training else contextlib.nullcontext():
+            values = _Read.apply(logits)
+        found.append(torch.autograd.grad(loss(values), [hidden, *head.parameters()]))
+    torch.testing.assert_close(*found)
+
+
+def test_a_head_that_an_engine_takes_back_before_the_loss():
+    made, hidden = heads(False)
+    logits = made[0](hidden[0]) + made[1](hidden[1])
+    made[1].weight.untyped_storage().resize_(0)  # as FSDP2 does after a forward
+    with pytest.raises(RuntimeError, match="is not whole here"):
+        loss(logits)
+
+
+def test_hooks_on_both():
+    """Each sees the gradient of the sum, and what it returns goes on."""
+    found = []
+    for training in (True, False):
+        made, hidden = heads(False, training)
+        first, second = (head(states) for head, states in zip(made, hidden, strict=True))
+        first.register_hook(lambda grad: grad + grad)
+        second.register_hook(lambda grad: grad + grad + grad)
+        found.append(torch.autograd.grad(loss(first + second), hidden))
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("changed", ["hidden states", "weight"])
