@@ -132,10 +132,11 @@ class Lazy(Tensor):
         sharing = [one for one in others if one._memory == self._memory]
         if others and not all(one._can_wait_for_a_change_of(self) for one in (self, *sharing)):
             return False
-        operations = other._operations
+        *before, last = operations = other._operations
         if others:
-            *before, last = operations
             operations = (*before, last._replace(of_logits=lambda x: x.copy_(last.of_logits(x)), in_place=True))
+        elif other.dtype != self.dtype:
+            operations = (*before, last._replace(of_logits=lambda x: last.of_logits(x).to(x.dtype)))
         for one in sharing:
             one._pending = (*one._pending, operations)
         self._root, self._operations, self._hidden = other._root, operations, other._hidden

@@ -147,6 +147,20 @@ def test_what_is_computed(name):
     torch.testing.assert_close(ours, outcome(COMPUTED[name], False))
 
 
+def test_the_dtype_of_a_change_is_that_of_the_logits():
+    """A temperature of each token in float32 leaves bf16 logits in bf16, as it leaves plain ones."""
+    temperature, found = torch.linspace(0.5, 2, 5).unsqueeze(-1), []
+    for training in (True, False):
+        torch.manual_seed(0)
+        head = LMHead(6, VOCAB, dtype=torch.bfloat16, options=ChunkOptions(chunk_size=3)).train(training)
+        logits = head(torch.randn(*TOKENS, 6, dtype=torch.bfloat16))
+        logits.div_(temperature)
+        values = logits.materialize() if training else logits
+        assert logits.dtype == values.dtype == torch.bfloat16
+        found.append(values)
+    assert torch.equal(*found)
+
+
 def test_a_function_of_what_was_changed():
     """As engines have for what a forward returns: the values are right, and a gradient of theirs is a clear error."""
     head, hidden = LMHead(6, VOCAB), torch.randn(*TOKENS, 6, requires_grad=True)
