@@ -90,10 +90,11 @@ def _of_pair(one: Any, other: Any) -> _State | None:
 
 def _log_share(lazy: Lazy) -> float | None:
     """The number that is added to log-probabilities, if that is all there is to a lazy tensor."""
+    if lazy._terms.tensors:
+        return None
     terms = Terms(lazy._terms)
     number = terms.pop(ONE, 0.0)
-    same = terms == LOG_PROBABILITIES and not terms.tensors
-    return number if same and isinstance(number, float) and number < 0 else None
+    return number if terms == LOG_PROBABILITIES and number < 0 else None
 
 
 # ---- divergences from the mixture ----

@@ -115,6 +115,7 @@ COMPUTED = {
     "words of it": lambda s, t: jsd(s, t)[..., 3],
     "stacked otherwise": lambda s, t: torch.stack([s - 1.2, t - 0.36], 1).logsumexp(2),
     "a teacher with a gradient": lambda s, t: jsd(s, (s * 0.5).log_softmax(-1)).sum(),
+    "times something per token": lambda s, t: torch.stack([s * s.detach()[..., :1], t - 0.5]).logsumexp(0).sum(-1),
     "of the stack": lambda s, t: torch.stack([s - 0.7, t - 0.7]).mean(),
     "detached": lambda s, t: kl(mixed(s, t).detach(), s).sum(),
     "plus something": lambda s, t: (0.3 * kl(mixed(s, t), s) + s).sum(-1),
