@@ -61,6 +61,12 @@ class Settings:
         mine = {name: getattr(self, name) for name in ("options", "z_loss", "label_smoothing", "vocab", "lazy")}
         return Settings(**(mine | {"softcap": self.logits.softcap, "logit_scale": self.logits.scale} | keywords))
 
+    def of_product(self) -> Settings:
+        """The same for a head whose logits are its product, without scale and softcap."""
+        settings = copy.copy(self)
+        settings.logits = Logits()
+        return settings
+
     def of_layout(self, layout: Layout) -> Settings:
         """The same for a head that is sharded as ``layout`` says."""
         if self.vocab is not None:

@@ -10,7 +10,7 @@ from torch import nn
 from chunked_ce.lazy.classes import TokenAdapter, joined, without
 from chunked_ce.lazy.head import LazyHead
 from chunked_ce.lazy.logits import LazyLogits
-from chunked_ce.sharded.low_rank import LowRankHead
+from chunked_ce.sharded.low_rank import LowRankHead, formed
 from chunked_ce.tracing import not_compiled
 
 __all__ = ["follow_adapter", "unfollow_adapter"]
@@ -20,10 +20,15 @@ class OtherAdapter:
     """Goes before PEFT's other layers around an `LMHead`; some multiply by its weight themselves."""
 
     base_layer: LazyHead
+    merged: bool
+    disable_adapters: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         calls = _training_calls(self.base_layer)
-        found = super().forward(*args, **kwargs)
+        if self.merged or self.disable_adapters:
+            found = super().forward(*args, **kwargs)
+        else:
+            found = formed(self.base_layer, super().forward, *args, **kwargs)
         if not isinstance(found, LazyLogits):
             _warn_without_call(self, calls)
         return found

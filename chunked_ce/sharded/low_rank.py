@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor
 from chunked_ce.lazy.head import LazyHead, is_whole
 from chunked_ce.parallel.dtensors import is_dtensor
 from chunked_ce.parallel.vocab import VocabShard
+from chunked_ce.rows.logits import Logits
 
-__all__ = ["LowRankHead"]
+__all__ = ["LowRankHead", "formed"]
 
 _NORM_ELEMENTS = 2**22  # elements of the head's rows whose norms are taken at a time
 
@@ -30,8 +31,10 @@ class LowRankHead:
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         names = [name for name in self.active_adapters if name in self.lora_A]
-        if self.disable_adapters or self.merged or args or kwargs or not names:
+        if self.disable_adapters or self.merged or not names:
             return super().forward(x, *args, **kwargs)
+        if args or kwargs:
+            return formed(self.base_layer, super().forward, x, *args, **kwargs)
         vocab, others = self.base_layer.vocab, [name for name in names if name in self.lora_variant]
         if others and vocab is not None:
             raise NotImplementedError(
@@ -39,14 +42,14 @@ class LowRankHead:
                 "LMHead.unwrap(model), on every rank, makes the head whole"
             )
         if not self.base_layer.can_add_low_rank(x):
-            return super().forward(x)
+            return formed(self.base_layer, super().forward, x)
         if others and not self._is_dora(names):
             with _computing_at_once(
                 self.base_layer,
                 f"adapter {others[0]!r} on it is no plain LoRA ({_name_of(self.lora_variant[others[0]])}). Of others, "
                 "DoRA is followed if it is the only adapter, has no bias, and no engine keeps its parameters elsewhere",
             ):
-                return super().forward(x)
+                return formed(self.base_layer, super().forward, x)
         pairs = [self._dora(names[0], x)] if others else [self._lora(name, x) for name in names]
         hidden, weights = zip(*pairs, strict=True)
         both = pairs[0] if len(pairs) == 1 else (torch.cat(hidden, -1), torch.cat(weights, -1))
@@ -97,6 +100,19 @@ class LowRankHead:
         """What merging adds to the rows of the head, or to this rank's (V_r, D)."""
         whole, vocab = super().get_delta_weight(adapter), self.base_layer.vocab
         return whole if vocab is None else whole[vocab.start : vocab.stop]
+
+
+def formed(head: LazyHead, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The logits of an adapter around ``head``, whose ``forward`` changes the head's product, as merging it does."""
+    settings = head._settings
+    if settings.logits == Logits():
+        return forward(*args, **kwargs)
+    vars(head)["_settings"] = settings.of_product()
+    try:
+        product = forward(*args, **kwargs)
+    finally:
+        vars(head)["_settings"] = settings
+    return settings.logits(product)
 
 
 @contextlib.contextmanager

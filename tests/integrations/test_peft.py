@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from chunked_ce import ChunkOptions, LazyLogits, LMHead
+from chunked_ce.rows.logits import Logits
 from tests.integrations.test_transformers import batch, loss_of, new_model
 from tests.integrations.training import assert_same_step, exact_step, training_step
 from tests.test_work import work
@@ -138,6 +139,41 @@ def test_two_doras_on_the_head_are_computed_with_one_warning():
         else:
             found.append(model(hidden))
     assert type(found[0]) is torch.Tensor and torch.equal(*found)
+
+
+LOW = {"r": 3, "target_modules": ["lm_head"]}
+CONFIGS = {
+    "LoRA": lambda: peft.LoraConfig(init_lora_weights=False, **LOW),
+    "DoRA": lambda: peft.LoraConfig(init_lora_weights=False, use_dora=True, **LOW),
+    "LoHa": lambda: peft.LoHaConfig(init_weights=False, **LOW),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("keywords", [{"softcap": 2.0}, {"logit_scale": 3.0}, {"softcap": 2.0, "logit_scale": 0.5}])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_softcap_and_scale_are_of_the_adapted_product(name, keywords):
+    """In training, in evaluation and merged alike; a disabled adapter leaves those of the head."""
+    torch.manual_seed(0)
+    model, hidden = torch.nn.Sequential(), torch.randn(2, 4, 6)
+    model.lm_head = torch.nn.Linear(6, 50)
+    weight, bias = model.lm_head.parameters()
+    model = peft.get_peft_model(model, CONFIGS[name]())
+    LMHead.wrap(model, "base_model.model.lm_head.base_layer", **keywords)
+    trained = model(hidden)
+    trained, evaluated = trained.materialize() if isinstance(trained, LazyLogits) else trained, model.eval()(hidden)
+    with model.disable_adapter():
+        disabled = model(hidden)
+    torch.testing.assert_close(disabled, Logits(**renamed(keywords))(torch.nn.functional.linear(hidden, weight, bias)))
+    model.merge_adapter()
+    merged = model(hidden)
+    assert (merged - disabled).abs().max() > 0.1
+    torch.testing.assert_close(trained, merged)
+    torch.testing.assert_close(evaluated, merged)
+
+
+def renamed(keywords):
+    return {name.removeprefix("logit_"): value for name, value in keywords.items()}
 
 
 KINDS = {"LoRA": ({}, 4), "a bias": ({"lora_bias": True}, 6), "DoRA": ({"use_dora": True}, 3)}  # trained parameters
