@@ -71,7 +71,7 @@ class _Callers(NamedTuple):
                 elif code.co_name == "generate":
                     keeps_loss_only = False
                 elif code.co_name == "forward" and has_labels is None and _takes(code, "labels"):
-                    has_labels = frame.f_locals["labels"] is not None
+                    has_labels = frame.f_locals.get("labels") is not None
                 elif code.co_name == "_wrapped_call_impl" and _FSDP in sys.modules:
                     has_fsdp |= any(kind.__module__.startswith(_FSDP) for kind in type(frame.f_locals["self"]).__mro__)
             frame = frame.f_back

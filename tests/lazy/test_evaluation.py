@@ -115,6 +115,17 @@ def test_labels_that_do_not_count(labels):
     torch.testing.assert_close(loss, torch.nan_to_num(expected))
 
 
+def test_a_forward_that_deletes_its_labels_has_none():
+    class Deleting(Model):
+        def forward(self, input_ids, labels=None):
+            del labels
+            return self.out(self.embedding(input_ids))
+
+    model = LMHead.wrap(Deleting().eval(), options=ChunkOptions(chunk_size=5))
+    with torch.no_grad():
+        assert type(model(IDS, IDS)) is torch.Tensor
+
+
 def test_the_labels_of_a_model_around_it_are_not_its_own():
     class Student(nn.Module):
         def __init__(self, teacher):
