@@ -47,7 +47,7 @@ class ChunkedCrossEntropyLoss(titan.ChunkedLossWrapper):
 
     Metrics, if ``metrics`` asks for them, are plain tensors of this rank, to be summed over ranks and micro-batches
     (``/max``: their maximum): ``accuracy/frac``, ``entropy/mean`` in nats, both divided by ``global_valid_tokens``, and
-    ``lse/max``, the largest log-sum-exp.
+    ``lse/max``, the largest log-sum-exp. torchtitan's own trainer drops the metrics of every loss.
     """
 
     @dataclass(kw_only=True, slots=True)
@@ -143,7 +143,8 @@ class ChunkedCrossEntropyLoss(titan.ChunkedLossWrapper):
             raise RuntimeError("the head was not set: torchtitan's trainer calls set_lm_head before the first step")
         is_checked = spmd.is_type_checking()
         with spmd.no_typecheck():
-            found = _in_a_call(self.lm_head, pred, lambda: self._loss(pred, labels, global_valid_tokens, positions))
+            keywords = {"labels": labels, "global_valid_tokens": global_valid_tokens, "positions": positions}
+            found = _in_a_call(self.lm_head, pred, functools.partial(self._loss, **keywords))
             loss, stats = found if self.metrics else (found, None)
             if isinstance(labels, DTensor):
                 loss = _global_sum(loss, labels)
@@ -158,7 +159,10 @@ class ChunkedCrossEntropyLoss(titan.ChunkedLossWrapper):
         global_valid_tokens: Tensor | None,
         positions: Tensor | None,
     ) -> Tensor | tuple[Tensor, LossStats]:
-        """The loss inside a call of the head, where its parameters are whole or this rank's words."""
+        """The loss inside a call of the head, where its parameters are whole or this rank's words.
+
+        ``pred`` is what the hooks of the head return: its gradient tells FSDP to reduce that of the head.
+        """
         head = self.lm_head
         if self.vocab is None:
             group = _tensor_parallel_group(head.weight)
@@ -183,10 +187,10 @@ class ChunkedCrossEntropyLoss(titan.ChunkedLossWrapper):
         )
 
 
-def _in_a_call(head: nn.Module, hidden: Any, compute: Callable[[], Any]) -> Any:
-    """``compute()`` in the place of the forward of ``head``, with all hooks of a call, such as FSDP's, around it."""
+def _in_a_call(head: nn.Module, hidden: Any, compute: Callable[[Any], Any]) -> Any:
+    """``compute`` in the place of the forward of ``head``, with all hooks of a call, such as FSDP's, around it."""
     own = vars(head).pop("forward", None)
-    head.forward = lambda _hidden: compute()
+    head.forward = compute
     try:
         return head(hidden)
     finally:

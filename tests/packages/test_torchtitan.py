@@ -18,7 +18,7 @@ from chunked_ce.integrations.torchtitan import ChunkedCrossEntropyLoss
 from tests.distributed.launch import run
 from tests.integrations.training import largest_allocation
 from tests.packages.comparison import assert_same
-from tests.packages.torchtitan_training import SEQ, VOCAB, by_hand, compare
+from tests.packages.torchtitan_training import SEQ, VOCAB, by_hand, compare, head_after_its_gradient
 
 WIDTH = 24
 TENSOR = {"spmd_backend": "partial_dtensor", "tensor_parallel_degree": 2}
@@ -72,6 +72,11 @@ def test_backends_by_hand():
             assert own_kinds == kinds, name
             for one, other in zip(mine, theirs, strict=True):
                 assert (one - other).abs().max() <= 1e-6 * other.abs().max(), name
+
+
+def test_fsdp_releases_the_head_before_the_rest_of_the_backward():
+    """Its gradient is reduced, and its weight is given back, as soon as the hidden states have their gradient."""
+    assert run(head_after_its_gradient, 2) == [("DTensor", True)] * 2
 
 
 # ---- the loss alone ----

@@ -270,3 +270,33 @@ def by_hand(rank, world_size):
     with set_current_spmd_mesh(mesh):
         both("spmd_types, tensor", hidden, rows, labels, lambda head, states: head(states), summed)
     return found
+
+
+def head_after_its_gradient(rank, world_size):
+    """What FSDP2 has made of the head when the backward goes on below it: the class and the gradient of its weight."""
+    use_cpus()
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torchtitan.models.common.linear import Linear
+
+    from chunked_ce.integrations.torchtitan import ChunkedCrossEntropyLoss
+
+    mesh = init_device_mesh("cpu", (world_size,), mesh_dim_names=("fsdp",))
+    model = torch.nn.Module()
+    model.body = torch.nn.Linear(8, 8)
+    model.head = Linear.Config(in_features=8, out_features=VOCAB).build()
+    model.forward = lambda x: model.body(x)
+    for module in (model.body, model.head, model):
+        fully_shard(module, mesh=mesh)
+    loss_fn = ChunkedCrossEntropyLoss.Config().build()
+    loss_fn.set_lm_head(model.head)
+    found = []
+
+    def look(_gradient):
+        weight = model.head.weight
+        found.append((type(weight).__name__, weight.grad is not None))
+
+    hidden = model(torch.randn(2, SEQ, 8))
+    hidden.register_hook(look)
+    loss_fn(hidden, torch.randint(VOCAB, (2, SEQ)), torch.tensor(2 * SEQ))[0].backward()
+    return found[0]
