@@ -13,6 +13,7 @@ import importlib
 import inspect
 import sys
 import threading
+import types
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -232,7 +233,7 @@ def _equal_rows(rows: int, group: dist.ProcessGroup, input_grad: str) -> VocabSh
 
 # ---- under verl ----
 
-_undo: list[tuple[Any, str, Any]] = []
+_undo: list[tuple[Any, str, Any, Any]] = []  # owner, name, verl's value and ours
 
 
 def install(options: ChunkOptions | None = None) -> None:
@@ -252,15 +253,17 @@ def install(options: ChunkOptions | None = None) -> None:
     check_options(options, None)
     uninstall()
     for owner, name, replacement in list(_replacements(options)):
-        _undo.append((owner, name, vars(owner)[name]))
+        _undo.append((owner, name, vars(owner)[name], replacement))
         setattr(owner, name, replacement)
 
 
 def uninstall() -> None:
     """Undo `install`; without it, nothing happens."""
     while _undo:
-        owner, name, original = _undo.pop()
-        setattr(owner, name, original)
+        owner, name, original, replacement = _undo.pop()
+        for holder in (owner, *_modules()):  # some may have imported it meanwhile
+            if vars(holder).get(name) is replacement:
+                setattr(holder, name, original)
     _squares.wanted, _squares.found = False, None
 
 
@@ -276,13 +279,13 @@ def _replacements(options: ChunkOptions | None) -> Iterator[tuple[Any, str, Any]
     _check_parameters(_known(kernel, "LinearCrossEntropy").forward, "ctx", *parameters)
     original = _known(kernel, "linear_cross_entropy")
     replacement = functools.partial(linear_cross_entropy, options=options)
-    for name, module in list(sys.modules.items()):  # those that have imported the function by its name
-        if name.startswith("verl.") and vars(module).get("linear_cross_entropy") == original:
+    for module in _modules():  # those that have imported the function by its name
+        if vars(module).get("linear_cross_entropy") == original:
             yield module, "linear_cross_entropy", replacement
 
     try:
-        engine = _known(importlib.import_module(_ENGINE), "FSDPEngineWithLMHead")
-    except ImportError:  # without its dependencies there is no FSDP engine here
+        engine = _known(_module(_ENGINE), "FSDPEngineWithLMHead")
+    except ModuleNotFoundError:  # without its dependencies there is no FSDP engine here
         return
     inputs, outputs = _known(engine, "prepare_model_inputs"), _known(engine, "prepare_model_outputs")
     _check_parameters(inputs, "self", "micro_batch")
@@ -299,6 +302,11 @@ def _module(name: str) -> Any:
         if error.name is None or not error.name.startswith("verl"):
             raise
         raise _unknown(f"it has no {name}") from error
+
+
+def _modules() -> list[types.ModuleType]:
+    """The modules of verl that are loaded."""
+    return [module for name, module in list(sys.modules.items()) if name.startswith("verl.") and module is not None]
 
 
 def _known(owner: Any, name: str) -> Any:
@@ -326,7 +334,9 @@ def _taking_temperatures(original: Callable) -> Callable:
 
     @functools.wraps(original)
     def prepare_model_inputs(self: Any, micro_batch: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        fused = tu.get_non_tensor_data(data=micro_batch, key="use_fused_kernels", default=False)
+        # An engine with inputs of its own, such as VeOmni's, has a fused forward of its own, and keeps its refusals.
+        has_ours = type(self).prepare_model_inputs is prepare_model_inputs
+        fused = has_ours and tu.get_non_tensor_data(data=micro_batch, key="use_fused_kernels", default=False)
         _squares.wanted = bool(fused and tu.get_non_tensor_data(micro_batch, "calculate_sum_pi_squared", False))
         _squares.found = None
         if not fused or not isinstance(micro_batch["temperature"], Tensor):

@@ -1,5 +1,9 @@
 """verl's fused forward with this library under it, and the two functions that take verl's places."""
 
+import os
+import subprocess
+import sys
+import types
 from types import SimpleNamespace
 
 import pytest
@@ -222,7 +226,7 @@ def test_no_logits_exist(installed):
 # ---- verl's FSDP engine ----
 
 
-def through_the_engine(remove_padding, temperature, llama, **flags):
+def through_the_engine(remove_padding, temperature, llama, kind=None, **flags):
     """What verl's engine makes of a model and three sequences, by its own methods before and after the forward."""
     pytest.importorskip("peft")
     pytest.importorskip("codetiming")
@@ -230,7 +234,7 @@ def through_the_engine(remove_padding, temperature, llama, **flags):
     import verl.utils.tensordict_utils as tu
     import verl.utils.torch_functional as verl_F
 
-    engine = object.__new__(transformer_impl.FSDPEngineWithLMHead)
+    engine = object.__new__(kind or transformer_impl.FSDPEngineWithLMHead)
     engine.pad_to_length, engine.pad_to_length_bucket, engine.use_ulysses_sp = remove_padding, 16, False
     engine.engine_config = SimpleNamespace(entropy_checkpointing=False, entropy_from_logits_with_chunking=False)
     engine.compute_entropy_from_logits = verl_F.entropy_from_logits
@@ -275,6 +279,20 @@ def test_the_engine(remove_padding, temperature, squares):
     torch.testing.assert_close(llama.lm_head.weight.grad, plain.lm_head.weight.grad)
 
 
+def test_an_engine_with_a_forward_of_its_own_keeps_its_refusals(installed):
+    """VeOmni's prepares other inputs for a fused forward that is not this library's."""
+    for name in ("peft", "codetiming"):
+        pytest.importorskip(name)
+    from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+    class Other(FSDPEngineWithLMHead):
+        def prepare_model_inputs(self, micro_batch):
+            return super().prepare_model_inputs(micro_batch)
+
+    with pytest.raises(AssertionError, match="per sample temperature"):
+        through_the_engine(True, PER_SAMPLE, None, kind=Other, use_fused_kernels=True)
+
+
 # ---- install ----
 
 
@@ -293,9 +311,6 @@ def test_install_and_uninstall():
 
 def test_modules_that_hold_the_kernel(monkeypatch):
     """verl's Megatron models import the function by its name, before or after."""
-    import sys
-    import types
-
     holder = types.ModuleType("verl.models.mcore.model_forward_fused")
     holder.linear_cross_entropy = THEIR_KERNEL
     monkeypatch.setitem(sys.modules, holder.__name__, holder)
@@ -303,6 +318,31 @@ def test_modules_that_hold_the_kernel(monkeypatch):
     assert holder.linear_cross_entropy.func is ours.linear_cross_entropy
     ours.uninstall()
     assert holder.linear_cross_entropy == THEIR_KERNEL
+    ours.install()
+    later = types.ModuleType("verl.models.mcore.model_forward_1f1b_overlap")
+    later.linear_cross_entropy = verl_kernel.linear_cross_entropy
+    monkeypatch.setitem(sys.modules, later.__name__, later)
+    options = ChunkOptions(chunk_size=7)
+    ours.install(options)
+    assert later.linear_cross_entropy.keywords == {"options": options}
+    ours.uninstall()
+    assert later.linear_cross_entropy == THEIR_KERNEL
+
+
+def test_verls_own_hook(tmp_path):
+    """A module that verl imports while it is imported itself: its engine is under this library then, too."""
+    for name in ("peft", "codetiming"):
+        pytest.importorskip(name)
+    (tmp_path / "use_chunked_ce.py").write_text("from chunked_ce.integrations import verl\n\nverl.install()\n")
+    code = """
+import verl
+from chunked_ce.integrations import verl as ours
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+assert FSDPEngineWithLMHead in [owner for owner, *_ in ours._undo]
+"""
+    paths = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    environment = os.environ | {"VERL_USE_EXTERNAL_MODULES": "use_chunked_ce", "PYTHONPATH": paths}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=300)
 
 
 def test_an_unknown_verl(monkeypatch):
