@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from chunked_ce.functional import cross_entropy
-from chunked_ce.lazy.logits import LazyLogits
+from chunked_ce.lazy.logits import Lazy
 
 __all__ = ["KERNEL_MAPPING", "LOSS_MAPPING", "ForCausalLMLoss", "ForConditionalGenerationLoss", "ForMaskedLMLoss"]
 
@@ -65,7 +65,7 @@ def ForMaskedLMLoss(
 ) -> Tensor:
     """The cross-entropy of each token's logits with its label; arguments, result and errors as in `ForCausalLMLoss`."""
     target = labels.reshape(-1).to(logits.device)
-    loss_of = F.cross_entropy if isinstance(logits, LazyLogits) else cross_entropy
+    loss_of = F.cross_entropy if isinstance(logits, Lazy) else cross_entropy
     reduction = "mean" if num_items_in_batch is None else "sum"
     loss = loss_of(logits.view(-1, vocab_size), target, ignore_index=ignore_index, reduction=reduction)
     if num_items_in_batch is None:

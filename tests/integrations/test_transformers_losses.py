@@ -37,12 +37,22 @@ def logits_and_labels(dtype=torch.float32, shape=(3, 5), lazy=False):
     labels[..., 2] = 3
     hidden, head = hidden.to(dtype).requires_grad_(), head.to(dtype).train(lazy)
     logits = head(hidden)
-    assert isinstance(logits, ours.LazyLogits) == lazy
+    assert isinstance(logits, ours.Lazy) == lazy
     return logits, labels, [hidden, head.weight]
 
 
 def value_and_gradients(loss, leaves):
     return loss, *torch.autograd.grad(loss, leaves)
+
+
+def test_lazy_logits_with_a_temperature_of_each_token(recwarn):
+    temperature = torch.rand(3, 5, 1, generator=torch.Generator().manual_seed(1)) + 0.5
+    found = []
+    for lazy in (True, False):
+        logits, labels, leaves = logits_and_labels(lazy=lazy)
+        found.append(value_and_gradients(ours.ForCausalLMLoss(logits / temperature, labels, VOCAB), leaves))
+    torch.testing.assert_close(*found)
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("lazy", [False, True], ids=["plain", "lazy"])
