@@ -16,8 +16,9 @@ from chunked_ce.parallel.dtensors import is_dtensor
 
 __all__ = ["is_fsdp_unit", "obstacle_of_call", "obstacle_of_head"]
 
-# Their hooks gather and release a module's parameters, and so belong around the loss as well as around the logits.
-_ENGINES = ("deepspeed.", "torch.distributed.fsdp.")
+# Their hooks gather a module's parameters, or say where the graph keeps its tensors, and so belong around the loss as
+# well as around the logits.
+_ENGINES = ("deepspeed.", "torch.distributed.fsdp.", "trl.models.activation_offloading.")
 
 
 def obstacle_of_call(head: LazyHead, hidden: Any) -> str | None:
