@@ -231,6 +231,18 @@ def test_a_model_that_never_calls_its_head(said):
     assert step.calls == 0 and dict(step.bypasses) == {"tests.test_report.forward": 1}
 
 
+def test_a_trainer_that_never_calls_the_head(said):
+    """As those of TRL 1.14, which take log-probabilities from the weight in functions of other names."""
+    model = LMHead.wrap(Tied())
+    fused = function_of("trl.trainer.dpo_trainer", "_get_per_token_logps_and_entropies")
+    for _ in range(3):
+        train(model, lambda model: fused(model.out, model.embedding(IDS).flatten(0, 1), IDS.flatten()))
+    (warning,) = said
+    assert "had no effect in this step: trl.trainer.dpo_trainer._get_per_token_logps_and_entropies" in str(
+        warning.message
+    )
+
+
 def test_a_model_that_reads_the_weight_and_calls_the_head(said):
     model = LMHead.wrap(AroundItsHead())
     model.calls_too = True

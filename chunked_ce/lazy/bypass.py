@@ -10,7 +10,7 @@ __all__ = ["warn_of_bypass"]
 
 # By package whose patched forwards do: what to do.
 _READERS = {
-    "trl": "call chunked_ce.integrations.trl.install() before the trainer is made",
+    "trl": "use TRL 1.15 or later and call chunked_ce.integrations.trl.install() before the trainer is made",
     "liger_kernel": "leave its fused loss out (use_liger_kernel=False, or fused_linear_cross_entropy=False of a patch)",
     "cut_cross_entropy": "leave cce_patch out",
     "verl": "leave use_fused_kernels out",
@@ -22,16 +22,17 @@ _LAYERS = ("torch", "peft", "deepspeed", "accelerate", "chunked_ce")
 def warn_of_bypass(head: LazyHead, reader: FrameType) -> None:
     """Warn once if ``reader``, which looks up a head's weight while training, takes the loss without the head.
 
-    A model's own forward may read the weight and call the head all the same: the end of the step tells.
+    A model's own forward, and other functions of these packages, may read the weight while the head is called all the
+    same: the end of the step tells.
     """
     module = reader.f_globals.get("__name__", "")
     package, function = module.split(".")[0], reader.f_code.co_name
-    if function == "forward" and package not in (*_READERS, *_LAYERS):
-        head.record.activity(training=True).readers[f"{module}.{function}"] += 1
-    if package not in _READERS or not ("forward" in function or "loss" in function):
-        return
     record = head.record
-    if package in record.served:
+    if package in record.served or package in _LAYERS:
+        return
+    if package not in _READERS or not ("forward" in function or "loss" in function):
+        if function == "forward" or package in _READERS:
+            record.activity(training=True).readers[f"{module}.{function}"] += 1
         return
     record.activity(training=True).bypasses[f"{module}.{function}"] += 1
     record.tell(
