@@ -35,6 +35,7 @@ _KNOWN = {
         *("completion_mask", "beta", "num_items_in_batch"),
     ),
     (_DISTILLATION, "DistillationTrainer._get_last_hidden_state"): ("self", "unwrapped_model"),
+    (_DISTILLATION, "DistillationTrainer._compute_loss"): ("self", "unwrapped_student"),
 }
 
 
@@ -70,7 +71,8 @@ def install(**keywords: Any) -> None:
             says so after the first step.
 
     Raises:
-        ImportError: TRL is not installed, or has no fused head: before 1.15, `LMHead.wrap` is all that it needs.
+        ImportError: TRL is not installed, or is older than 1.15: where its trainers take logits from the model,
+            `LMHead.wrap` is all that they need.
         RuntimeError: this version of TRL has other functions than those that are known.
         ValueError, TypeError: a keyword is not as described.
     """
@@ -90,15 +92,12 @@ def install(**keywords: Any) -> None:
             _replace(module, _FUSED, ours)
         if module.__name__ in _TRAINERS and hasattr(module, "BaseTunerLayer"):
             _replace(module, "BaseTunerLayer", ())  # its instances on the head would be refused
-    _replace(distillation, _DIVERGENCE, _divergence_of(getattr(distillation, _DIVERGENCE)))
-    trainer = distillation.DistillationTrainer
-    _replace(trainer, "_get_last_hidden_state", _last_logits_of(trainer._get_last_hidden_state))
-    _replace(trainer, "__init__", _with_heads(trainer.__init__))
-    _replace(sft.SFTTrainer, "__init__", _as_sft(sft.SFTTrainer.__init__))
+    for trainer, change in ((distillation.DistillationTrainer, _with_heads), (sft.SFTTrainer, _as_sft)):
+        _replace(trainer, "__init__", change(trainer.__init__))
 
 
 def uninstall() -> None:
-    """Undo `install`. Trainers that were built meanwhile keep this library's head."""
+    """Undo `install`. Trainers that were built meanwhile keep this library's losses."""
     for owner, name, theirs, ours in _replaced:
         for module in (owner, *(_modules_with(name, ours) if name == _FUSED else ())):
             if vars(module).get(name) is ours:
@@ -114,8 +113,9 @@ def _check_known() -> None:
         raise ImportError("chunked_ce.integrations.trl needs TRL 1.15 or later: pip install trl") from error
     if not hasattr(importlib.import_module(_UTILS), _FUSED):
         raise ImportError(
-            f"TRL {trl.__version__} has no fused head ({_UTILS}.{_FUSED}), which came with 1.15: its trainers need "
-            "nothing but a model with LMHead.wrap(model)"
+            f"TRL {trl.__version__} has no {_UTILS}.{_FUSED}, which came with 1.15. Trainers that take logits from the "
+            "model need nothing but LMHead.wrap(model), such as all of those before 1.7 and SFTTrainer with "
+            "loss_type='nll'; for the others, use TRL 1.15 or later"
         )
     for (module, path), known in _KNOWN.items():
         found: Any = importlib.import_module(module)
@@ -167,6 +167,7 @@ def _take_heads(model: nn.Module, kind: type[LazyHead] | None = None) -> bool:
         try:
             (kind or _head_class()).wrap(model, **_keywords)
         except ValueError as error:
+            _refuse_adapter(model)
             warnings.warn(
                 f"the loss of this {type(model).__name__} is left to TRL's own fused head: {error}",
                 UserWarning,
@@ -174,6 +175,12 @@ def _take_heads(model: nn.Module, kind: type[LazyHead] | None = None) -> bool:
             )
             return False
     return True
+
+
+def _refuse_adapter(model: nn.Module) -> None:
+    """For a loss that is left to TRL, whose own check of this `install` has taken away."""
+    if callable(getattr(model.get_output_embeddings(), "get_base_layer", None)):
+        raise ValueError("TRL's own head would leave out the adapter on the head of this model")
 
 
 # ---- log-probabilities ----
@@ -189,23 +196,25 @@ def _adds_fused_head(theirs: Callable[..., None], output_class: type) -> Callabl
         cast_lm_head_to_fp32: bool = False,
         outputs: Sequence[str] = ("log_probs",),
     ) -> None:
-        kind = None
-        if cast_lm_head_to_fp32:
-            kind, head = _fp32_head_class(), model.get_output_embeddings()
-            if not isinstance(head, nn.Linear):
-                raise ValueError(
-                    f"cast_lm_head_to_fp32 needs an nn.Linear as head, which was {type(head).__name__}: leave adapters "
-                    "off the head, or set cast_lm_head_to_fp32=False"
-                )
-            vars(head).pop("forward", None)  # TRL's cast
+        kind = _take_cast_off(model) if cast_lm_head_to_fp32 else None
         if not _take_heads(model, kind):
-            if callable(getattr(model.get_output_embeddings(), "get_base_layer", None)):
-                raise ValueError("TRL's own fused head would leave out the adapter on the head of this model")
             return theirs(model, temperature, cast_lm_head_to_fp32, outputs)
         fused = Fused(tuple(dict.fromkeys(("log_probs", *outputs))), temperature, _builds_sft.get(), output_class)
         model.forward = types.MethodType(forward_of(model, fused), model)
 
     return add_fused_lm_head
+
+
+def _take_cast_off(model: nn.Module) -> type[LazyHead]:
+    """The kind of head that takes the place of the cast that TRL has put into the forward of this one."""
+    head, kind = model.get_output_embeddings(), _fp32_head_class()
+    if not isinstance(head, nn.Linear) or (isinstance(head, LazyHead) and not isinstance(head, kind)):
+        raise ValueError(
+            f"cast_lm_head_to_fp32 needs a plain nn.Linear as head, which was {type(head).__name__}: give the keywords "
+            "of LMHead.wrap to install instead, leave adapters off the head, or set cast_lm_head_to_fp32=False"
+        )
+    vars(head).pop("forward", None)
+    return kind
 
 
 def _as_sft(theirs: Callable[..., None]) -> Callable[..., None]:
@@ -257,9 +266,16 @@ def _with_heads(theirs: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(theirs)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         theirs(self, *args, **kwargs)
-        if all(_take_heads(model) for model in (self.model, self.teacher_model)):
-            for head in heads_of(self.model):
-                head.record.served.add("trl")
+        if self.teacher_model is None:  # a subclass has a loss of its own, from logits
+            return
+        if not all(_take_heads(model) for model in (self.teacher_model, self.model)):
+            _refuse_adapter(self.model)
+            return
+        for head in heads_of(self.model):
+            head.record.served.add("trl")
+        # Of this trainer, so that it stays as it is after `uninstall`.
+        self._get_last_hidden_state = _last_logits_of(self._get_last_hidden_state)
+        self._compute_loss = _with_divergence(self._compute_loss)
 
     return __init__
 
@@ -268,32 +284,40 @@ def _last_logits_of(theirs: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """``_get_last_hidden_state`` with lazy logits (batch, time, V) in the place of the states (batch, time, D)."""
 
     @functools.wraps(theirs)
-    def _get_last_hidden_state(self: Any, unwrapped_model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        if not (heads_of(self.model) and heads_of(self.teacher_model)):
-            return theirs(self, unwrapped_model, *args, **kwargs)
+    def _get_last_hidden_state(unwrapped_model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         base = getattr(unwrapped_model, "get_base_model", None)  # of a PEFT model
-        return theirs(self, _Backbone(base() if callable(base) else unwrapped_model), *args, **kwargs)
+        return theirs(_Backbone(base() if callable(base) else unwrapped_model), *args, **kwargs)
 
     return _get_last_hidden_state
 
 
-def _divergence_of(theirs: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[..., tuple]:
-    """`_chunked_divergence_loss` of lazy logits; of hidden states it is TRL's."""
+def _with_divergence(theirs: Callable[..., tuple]) -> Callable[..., tuple]:
+    """``_compute_loss`` with the divergence of lazy logits in the place of TRL's."""
+    module = importlib.import_module(_DISTILLATION)
 
     @functools.wraps(theirs)
-    def _chunked_divergence_loss(student: Tensor, teacher: Tensor, *args: Any, **kwargs: Any) -> tuple:
-        if not isinstance(student, LazyLogits):
-            return theirs(student, teacher, *args, **kwargs)
-        given = inspect.signature(theirs).bind(student, teacher, *args, **kwargs)
-        given.apply_defaults()
-        given = given.arguments
-        counted, num_items = given["completion_mask"] != 0, given["num_items_in_batch"]
-        student, teacher = (logits / given["temperature"] for logits in (student, teacher))
-        with during(_chunked_divergence_loss):
-            keywords = {"reduction": "sum", "return_stats": True}
-            loss, stats = divergence_loss(student, teacher, float(given["beta"]), counted, **keywords)
-        num_tokens = counted.sum()
-        num_items = num_tokens.clamp(min=1) if num_items is None else num_items
-        return loss / torch.as_tensor(num_items, device=loss.device), stats.entropy_sum, num_tokens
+    def _compute_loss(*args: Any, **kwargs: Any) -> tuple:
+        of_states = getattr(module, _DIVERGENCE)
+        setattr(module, _DIVERGENCE, functools.partial(_divergence, of_states))
+        try:
+            return theirs(*args, **kwargs)
+        finally:
+            setattr(module, _DIVERGENCE, of_states)
 
-    return _chunked_divergence_loss
+    return _compute_loss
+
+
+def _divergence(of_states: Callable[..., tuple], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """What TRL's ``of_states`` returns, from lazy logits in the place of hidden states."""
+    given = inspect.signature(of_states).bind(*args, **kwargs)
+    given.apply_defaults()
+    given = given.arguments
+    counted, num_items = given["completion_mask"] != 0, given["num_items_in_batch"]
+    logits = given["student_hidden_states"], given["teacher_hidden_states"]
+    student, teacher = (one / given["temperature"] for one in logits)
+    with during(of_states):
+        keywords = {"reduction": "sum", "return_stats": True}
+        loss, stats = divergence_loss(student, teacher, float(given["beta"]), counted, **keywords)
+    num_tokens = counted.sum()
+    num_items = num_tokens.clamp(min=1) if num_items is None else num_items
+    return loss / torch.as_tensor(num_items, device=loss.device), stats.entropy_sum, num_tokens

@@ -7,6 +7,7 @@ from tests.packages import trl_trainers as r
 
 trl = pytest.importorskip("trl")
 
+from chunked_ce import LMHead  # noqa: E402
 from chunked_ce.integrations import trl as integration  # noqa: E402
 
 PACKAGE = f"TRL {trl.__version__}"
@@ -146,6 +147,38 @@ def test_a_reward_model_has_no_head(tmp_path):
     plain, ours = (t.outcome(build, wrapped, tmp_path / str(wrapped)) for wrapped in (False, True))
     t.assert_same(ours, plain)
     assert not ours.warnings and ours.largest == plain.largest
+
+
+def test_a_trainer_outlives_uninstall(tmp_path):
+    """And a divergence that is not the same from both sides."""
+
+    def build(wrapped, folder):
+        if wrapped:
+            integration.install(options=t.OPTIONS)
+        trainer = distillation(folder, beta=0.3, learning_rate=10.0)
+        integration.uninstall()
+        return trainer
+
+    t.compare(build, tmp_path, r.TOKENS)
+
+
+def test_distillation_without_a_teachers_head(tmp_path):
+    """No teacher, as where a server has it, is nothing to `install`; a head that is left to TRL has no adapter."""
+    integration.install()
+    rows = r.prompts()
+    trainer = r.build(trl.DistillationTrainer, trl.DistillationConfig, tmp_path, rows, max_completion_length=4)
+    assert not isinstance(trainer.model.lm_head, LMHead)
+
+    class Head(t.torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x)
+
+    peft = pytest.importorskip("peft")
+    teacher = t.new_model()
+    teacher.lm_head.__class__ = Head
+    more = {"teacher_model": teacher, "peft_config": peft.LoraConfig(target_modules=["lm_head"])}
+    with pytest.warns(UserWarning, match="left to TRL's own"), pytest.raises(ValueError, match="leave out the adapter"):
+        r.build(trl.DistillationTrainer, trl.DistillationConfig, tmp_path, rows, more=more, max_completion_length=4)
 
 
 def test_terms_need_a_cross_entropy(tmp_path):

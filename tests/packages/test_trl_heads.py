@@ -192,6 +192,15 @@ def test_bf16_and_its_head_in_fp32():
         assert model(batch()["input_ids"]).logits.dtype == torch.float32
 
 
+def test_a_cast_needs_a_head_of_its_own():
+    """In bf16 the product of a user's `LMHead` would round what the cast is to keep."""
+    model = LMHead.wrap(new_model(tie_word_embeddings=False).bfloat16())
+    model.lm_head.float()
+    integration.install()
+    with pytest.raises(ValueError, match=r"cast_lm_head_to_fp32 needs a plain .* keywords of LMHead\.wrap to install"):
+        utils.add_fused_lm_head(model, cast_lm_head_to_fp32=True)
+
+
 def test_logits_that_a_hook_must_see():
     integration.install()
     expected = outputs_and_gradients(plain := new_model(), whole_logits(plain, batch()))
@@ -203,6 +212,25 @@ def test_logits_that_a_hook_must_see():
     assert seen
     del expected[0]["is_top1"]  # not asked for
     assert_alike(found, expected, 1e-5)
+
+
+def test_activation_offloading(monkeypatch, recwarn):
+    """TRL hooks the head to keep what it saves where it is: the hooks run around the loss."""
+    from trl.models import activation_offloading
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device("cpu"))
+    integration.install()
+    expected = outputs_and_gradients(plain := new_model(), whole_logits(plain, batch()))
+    model, entered = new_model(), []
+    utils.add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    enter = activation_offloading.NoOpManager.__enter__
+    monkeypatch.setattr(activation_offloading.NoOpManager, "__enter__", lambda one: entered.append(one) or enter(one))
+    with activation_offloading.get_act_offloading_ctx_manager(model, use_pin_memory=False, use_streams=False):
+        found = outputs_and_gradients(model, model(**batch(), fused_lm_head=True))
+    del expected[0]["is_top1"]  # not asked for
+    assert_alike(found, expected, 1e-5)
+    (head,) = LMHead.report(model).heads
+    assert entered and head.training.taken and not head.training.plain and not recwarn.list
 
 
 def add_as_sft(model, **keywords):
@@ -286,7 +314,7 @@ def test_what_cannot_be_installed(monkeypatch):
             integration.install()
     with monkeypatch.context() as patch:
         patch.delattr(utils, "add_fused_lm_head")
-        with pytest.raises(ImportError, match=r"has no fused head.*LMHead\.wrap\(model\)"):
+        with pytest.raises(ImportError, match=r"has no trl.*came with 1\.15.*LMHead\.wrap\(model\)"):
             integration.install()
     with monkeypatch.context() as patch:
         patch.setitem(__import__("sys").modules, "trl", None)
