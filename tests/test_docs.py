@@ -109,3 +109,10 @@ def test_the_table_is_that_of_the_results():
     assert found
     for path, table in found:
         assert table.strip() == markdown(json.loads((ROOT / path).read_text())).strip()
+
+
+def test_the_table_of_trainers_is_that_of_its_results():
+    pytest.importorskip("transformers")
+    from tests.packages import table
+
+    assert table.PAGE.read_text("utf-8").split(table.BEGIN)[1].split(table.END)[0] == table.table()
