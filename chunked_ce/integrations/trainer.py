@@ -46,7 +46,7 @@ def _in_one_pass(smooth: Callable[..., Tensor]) -> Callable[..., Tensor]:
         **keywords: Any,  # num_items_in_batch, which not every version has
     ) -> Tensor:
         logits = model_output["logits"] if isinstance(model_output, dict) else model_output[0]
-        if not isinstance(logits, LazyLogits) or keywords.keys() > {"num_items_in_batch"}:
+        if not isinstance(logits, LazyLogits) or keywords.keys() - {"num_items_in_batch"}:
             return smooth(self, model_output, labels, shift_labels, **keywords)
         if shift_labels:
             logits, labels = logits[..., :-1, :], labels[..., 1:]

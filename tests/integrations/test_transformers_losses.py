@@ -162,6 +162,13 @@ def test_label_smoothing(name, output):
         assert_no_worse(one.detach(), plain.detach(), exact.detach().numpy())
 
 
+def test_label_smoothing_with_an_argument_that_is_not_known():
+    LMHead.wrap(new_model("llama", True))
+    logits, labels, _ = logits_and_labels(lazy=True)
+    with pytest.raises(TypeError, match="of_a_later_version"):
+        LabelSmoother(epsilon=0.3)((logits,), labels, of_a_later_version=1)
+
+
 def test_label_smoothing_is_one_pass():
     smoother = LabelSmoother(epsilon=0.3)
     model = LMHead.wrap(new_model("llama", True), options=ChunkOptions(chunk_size=16))
