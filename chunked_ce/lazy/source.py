@@ -301,11 +301,9 @@ class Root:
 
     def _compute(self, operations: tuple[Operation, ...], tracked: bool) -> Tensor:
         twin = self.tracked_twin()
-        if twin is not None and operations in twin.values:
-            return twin.values[operations].detach()  # the same memory
+        if twin is not None and (operations in twin.values or self.call.changed):
+            return twin.value(operations, True).detach()  # the same memory, which a change in place is to reach
         if operations and operations[-1].in_place:
-            if twin is not None:
-                return twin.value(operations, True).detach()
             self.call.compute_before(operations[-1])
         if operations:
             *first, last = operations
