@@ -24,7 +24,7 @@ from trl_text import Report, ids_as_text, new_model, new_tokenizer
 
 from chunked_ce.integrations import trl
 
-SIZES = {"steps": 8, "lines": 8, "group": 8, "warm_up": 60, "width": 64, "depth": 2, "heads": 4}
+SIZES = {"steps": 8, "lines": 4, "group": 8, "warm_up": 80, "width": 64, "depth": 2, "heads": 4}
 
 
 def parser() -> Parser:
@@ -37,13 +37,14 @@ def parser() -> Parser:
 
 
 def warm_up(model: torch.nn.Module, task: NextLines, steps: int) -> None:
-    """Steps of supervised training, from which the model learns a right answer for half of the lines' tokens."""
+    """Supervised steps on answers of which half are wrong: a policy that never gets a reward learns nothing."""
     generator = torch.Generator().manual_seed(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
     for _ in range(steps):
-        prompts, answers = task.examples(1, 0.5, generator)
-        labels = torch.cat([torch.full_like(prompts, -100), answers], 1)
-        model(torch.cat([prompts, answers.clamp(min=0)], 1), labels=labels).loss.backward()
+        prompts, answers = task.examples(repeats=3, right=0.5, generator=generator)
+        hidden = model.model(torch.cat([prompts, answers[:, :-1].clamp(min=0)], 1)).last_hidden_state
+        logits = model.lm_head(hidden[:, prompts.shape[1] - 1 :][answers >= 0])
+        torch.nn.functional.cross_entropy(logits, answers[answers >= 0]).backward()
         optimizer.step()
         optimizer.zero_grad()
 
