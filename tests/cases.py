@@ -3,12 +3,17 @@
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from chunked_ce import ChunkOptions, cross_entropy, linear_cross_entropy, linear_logprobs
 from tests.reference import linear_rows, rows
+
+# Without instructions for bf16, products of it take fifty times as long, and memory for copies of their factors.
+HAS_BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+needs_bf16 = pytest.mark.skipif(not HAS_BF16, reason="this CPU has no instructions for bf16")
 
 WAYS = ("forward", "backward")
 REDUCTIONS = ("mean", "sum", "none")

@@ -4,6 +4,7 @@ import pytest
 
 from benchmarks.memory import Case, allowed, measure, why_not
 from chunked_ce.cli.implementations import BACKWARD, FORWARD
+from tests.cases import needs_bf16
 
 NOT_HERE = why_not("cpu")
 
@@ -13,9 +14,9 @@ NOT_HERE = why_not("cpu")
     ("dtype", "way"),
     [
         ("fp32", FORWARD),
-        ("bf16", BACKWARD),
+        pytest.param("bf16", BACKWARD, marks=needs_bf16),
         pytest.param("fp32", BACKWARD, marks=pytest.mark.thorough),
-        pytest.param("bf16", FORWARD, marks=pytest.mark.thorough),
+        pytest.param("bf16", FORWARD, marks=[needs_bf16, pytest.mark.thorough]),
     ],
 )
 def test_peak_memory_of_a_large_vocabulary(dtype, way):

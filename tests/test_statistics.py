@@ -20,6 +20,8 @@ from tests.test_work import work
 TERMS = ("softcap", "logit_scale", "temperature")
 # Ids per token and size of the support.
 KINDS = {"target": (None, None), "ids": (3, None), "one id": (1, None), "support": (None, 5), "both": (2, 4)}
+# For what takes long: the kind that has all, and with the thorough tests the others.
+BOTH = [pytest.param(*kind, id=name, marks=[pytest.mark.thorough] * (name != "both")) for name, kind in KINDS.items()]
 CLOSE = {torch.float64: {"rtol": 1e-10, "atol": 1e-11}, torch.float32: {"rtol": 2e-5, "atol": 5e-6}}
 
 
@@ -293,7 +295,7 @@ def test_without_gradients():
             assert not any(value.requires_grad for value in found(call).values())
 
 
-@pytest.mark.parametrize(("num_ids", "size"), KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize(("num_ids", "size"), BOTH)
 def test_second_derivatives_and_transforms(num_ids, size):
     call = inputs(5, 3, 6, num_ids=num_ids, size=size, dtype=torch.float64, terms=TERMS, bias=True)
     outputs = tuple(name for name in call.outputs() if name != "is_top1")
@@ -337,13 +339,7 @@ def test_autocast(num_ids, size):
         assert one.dtype == torch.float32 and torch.equal(one.bfloat16(), other)
 
 
-@pytest.mark.parametrize(
-    ("num_ids", "size"),
-    [
-        pytest.param(*kind, id=name, marks=[pytest.mark.thorough] * (name in ("one id", "support")))
-        for name, kind in KINDS.items()
-    ],
-)
+@pytest.mark.parametrize(("num_ids", "size"), BOTH)
 def test_one_graph_for_all_token_counts(num_ids, size):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")

@@ -18,16 +18,17 @@ from chunked_ce.cli import memory
 from chunked_ce.objectives import TopKDivergence
 from chunked_ce.plan import predict_memory
 from chunked_ce.sharded.costs import predict_sharded_memory
+from tests.cases import HAS_BF16, needs_bf16
 from tests.distributed.launch import SERVER, run
 
 NOT_HERE = memory.why_not_measured("cpu")
 ALLOCATOR = 4 * 2**20  # bytes that the C allocator holds besides, now and then
 N, D, V = 1024, 128, 32768
-DTYPES = (torch.float32, torch.bfloat16)
+DTYPES = (torch.float32, torch.bfloat16) if HAS_BF16 else (torch.float32,)
 WAYS = ("forward", "backward")
 CASES = [(dtype, {"gradients": way}) for dtype in DTYPES for way in WAYS]
 OWN_CASES = list(CASES)
-CASES += [(torch.bfloat16, {"gradients": way, "logits_dtype": torch.float32}) for way in WAYS]
+CASES += [(torch.bfloat16, {"gradients": way, "logits_dtype": torch.float32}) for way in WAYS if HAS_BF16]
 
 
 def step(shape, dtype, options, tokens="same"):
@@ -101,11 +102,11 @@ def other_peak(name, dtype, way):
     ("name", "dtype", "way"),
     [
         ("divergence", torch.float32, "forward"),
-        pytest.param("divergence", torch.bfloat16, "backward", marks=pytest.mark.thorough),
+        pytest.param("divergence", torch.bfloat16, "backward", marks=[needs_bf16, pytest.mark.thorough]),
         ("mixture", torch.float32, "forward"),
-        ("top-k", torch.bfloat16, "forward"),
+        pytest.param("top-k", torch.bfloat16, "forward", marks=needs_bf16),
         pytest.param("adapter", torch.float32, "backward", marks=pytest.mark.thorough),
-        pytest.param("frozen", torch.bfloat16, "forward", marks=pytest.mark.thorough),
+        pytest.param("frozen", torch.bfloat16, "forward", marks=[needs_bf16, pytest.mark.thorough]),
     ],
 )
 def test_other_losses_take_what_the_law_says(name, dtype, way):

@@ -134,7 +134,9 @@ def assert_same_curve(ours, plain, low_precision=False):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.thorough] * (name == "compiled")) for name in SETTINGS]
+)
 def test_one_process(name, tmp_path):
     ours, plain = (curve(tmp_path, wrapped, **SETTINGS[name]) for wrapped in (True, False))
     assert len(set(plain["norm"])) > 1  # the steps change something
