@@ -42,6 +42,7 @@ PACKAGES := .venv-packages
 TRL024 := .venv-packages-trl024
 packages: $(PACKAGES)/.installed $(TRL024)/.installed
 	OMP_NUM_THREADS=1 $(PACKAGES)/bin/python -m pytest -q tests/packages
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(PACKAGES)/bin/python -m pytest -q tests/packages/test_liger_names.py
 	OMP_NUM_THREADS=1 $(TRL024)/bin/python -m pytest -q tests/packages/test_trl_024.py
 
 $(PACKAGES)/.installed: setup.cfg pyproject.toml constraints.txt tests/packages/requirements.txt
