@@ -27,8 +27,10 @@ def warn_of_bypass(head: LazyHead, reader: FrameType) -> None:
     """
     module = reader.f_globals.get("__name__", "")
     package, function = module.split(".")[0], reader.f_code.co_name
+    if package in _LAYERS:
+        return
     record = head.record
-    if package in record.served or package in _LAYERS:
+    if package in record.served:
         return
     if package not in _READERS or not ("forward" in function or "loss" in function):
         if function == "forward" or package in _READERS:
