@@ -10,7 +10,7 @@ install: $(VENV)/.installed
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cli,deepspeed,transformers,bench,examples,test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cli,deepspeed,transformers,bench,docs,examples,release,test]'
 	touch $@
 
 demo: install

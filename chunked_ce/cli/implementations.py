@@ -45,6 +45,7 @@ PRODUCTS = "three products"
 FOUR_PRODUCTS = "four products"
 FORWARD = "chunked_ce"
 BACKWARD = "chunked_ce, backward way"
+LEAST = "chunked_ce, least memory"
 FILTERED = "chunked_ce, filtered"
 FULL = "full logits"
 COMPILED = "full logits, compiled"
@@ -64,6 +65,7 @@ CROSS_ENTROPY = "cross-entropy"
 CHUNKED: dict[str, dict[str, object]] = {  # those of this library, and their `ChunkOptions`
     FORWARD: {},
     BACKWARD: {"gradients": "backward"},
+    LEAST: {"gradients": "backward", "memory_budget": 4 * 2**20},
     FILTERED: {"gradient_filter": "auto"},
 }
 _YARDSTICK_BYTES = 2**31  # of logits at a time, so that the products run where full logits do not fit
@@ -139,6 +141,7 @@ _why_not_cce = functools.partial(peers.on_cuda, "cut_cross_entropy")
 LOSSES: dict[str, Implementation] = {
     FORWARD: Implementation("forward", _ours, takes_chunk=True),
     BACKWARD: Implementation("backward", functools.partial(_ours, **CHUNKED[BACKWARD]), takes_chunk=True),
+    LEAST: Implementation("least", functools.partial(_ours, **CHUNKED[LEAST]), takes_chunk=True),
     FILTERED: Implementation("filtered", functools.partial(_ours, **CHUNKED[FILTERED]), exact=False, takes_chunk=True),
     FULL: Implementation("full", lambda chunk: _full),
     COMPILED: Implementation("compiled", lambda chunk: torch.compile(_full), _no_compiler, compiles=True),
