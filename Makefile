@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo distill policy test thorough packages fuzz lint bench clean
+.PHONY: install demo distill policy test thorough packages fuzz lint bench release clean
 
 install: $(VENV)/.installed
 
@@ -77,5 +77,22 @@ bench: install
 	$(BIN)/python -m pytest benchmarks -o timeout=3600 --benchmark-columns=median,min,max,rounds \
 		--benchmark-json=$(RESULTS)/speed.json
 
+# A wheel and an sdist in dist/, each tried in an environment of its own: the wheel with torch alone, the sdist with its
+# tests. REPOSITORY is the address of the repository, for the package's links.
+REPOSITORY ?=
+BARE := build/bare
+release: install
+	rm -rf dist build
+	CHUNKED_CE_REPOSITORY=$(REPOSITORY) $(BIN)/python -m build --outdir dist
+	$(BIN)/python -m twine check --strict dist/*
+	$(PYTHON) -m venv $(BARE)/wheel
+	$(BARE)/wheel/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(BARE)/wheel/bin/python -m pip install --quiet --constraint constraints.txt dist/*.whl
+	cd $(BARE) && wheel/bin/chunked-ce --version
+	cd $(BARE) && wheel/bin/python ../../tests/bare_wheel.py
+	tar --extract --gzip --file dist/*.tar.gz --directory $(BARE) --transform 's,^[^/]*,sdist,'
+	$(MAKE) --directory $(BARE)/sdist install
+	cd $(BARE)/sdist && $(PYTEST) tests/test_values.py tests/test_docs.py tests/test_release.py
+
 clean:
-	rm -rf $(VENV) $(PACKAGES) $(TRL024) runs
+	rm -rf build dist $(VENV) $(PACKAGES) $(TRL024) runs
