@@ -1,0 +1,126 @@
+"""The documentation site: it builds strictly, its links lead somewhere, and it loads nothing from elsewhere."""
+
+import importlib.util
+import os
+import posixpath
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+VOID_OF_LINKS = {"canonical", "next", "prev"}  # `rel` of a link that loads nothing
+
+
+class Document(HTMLParser):
+    """What a page defines, links to and loads."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.ids: set[str] = set()
+        self.links: list[str] = []
+        self.loads: list[str] = []
+        self.classes: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        values = {name: value or "" for name, value in attrs}
+        self.ids |= {values[name] for name in ("id", "name") if name in values}
+        self.classes |= set(values.get("class", "").split())
+        if tag == "a" and "href" in values:
+            self.links.append(values["href"])
+        elif tag == "link" and not VOID_OF_LINKS & set(values.get("rel", "").split()):
+            self.loads.append(values["href"])
+        else:
+            self.loads += [values[name] for name in ("src", "srcset", "poster", "data") if values.get(name)]
+        if "style" in values:
+            self.loads += in_css(values["style"])
+
+
+def in_css(text: str) -> list[str]:
+    return re.findall(r"url\(\s*['\"]?([^)'\"]+)", text) + re.findall(r"@import\s+['\"]([^'\"]+)", text)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    for module in ("mkdocs", "material", "mkdocstrings"):
+        pytest.importorskip(module)
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def documents(site) -> dict[str, Document]:
+    found = {page.relative_to(site).as_posix(): Document(page.read_text("utf-8")) for page in site.rglob("*.html")}
+    del found["404.html"]  # its paths are those of a server's root
+    return found
+
+
+def resolved(page: str, link: str) -> tuple[str, str]:
+    """The file of the site that a link names, and the anchor within it."""
+    parts = urlsplit(link)
+    path = posixpath.normpath(posixpath.join(posixpath.dirname(page), unquote(parts.path))) if parts.path else page
+    return path, unquote(parts.fragment)
+
+
+def test_links_and_anchors_lead_somewhere(site, documents):
+    broken = []
+    for page, document in documents.items():
+        for link in document.links:
+            if urlsplit(link).scheme or link in ("", "#"):
+                continue
+            path, anchor = resolved(page, link)
+            if path == ".":
+                path = "index.html"
+            found = documents.get(path)
+            if not (site / path).is_file() or (anchor and found and anchor not in found.ids):
+                broken.append(f"{page}: {link}")
+    assert not broken
+
+
+def test_nothing_is_loaded_from_elsewhere(site, documents):
+    loaded = [(page, url) for page, document in documents.items() for url in document.loads]
+    for sheet in site.rglob("*.css"):
+        loaded += [(sheet.relative_to(site).as_posix(), url) for url in in_css(sheet.read_text("utf-8"))]
+    assert len(loaded) > 100
+    outside = []
+    for page, url in loaded:
+        parts = urlsplit(url)
+        if parts.scheme == "data":
+            continue
+        if parts.scheme or parts.netloc or not (site / resolved(page, url)[0]).is_file():
+            outside.append(f"{page}: {url}")
+    assert not outside
+    # The theme's script fetches a drawing library where a page has such a block.
+    assert not any("mermaid" in document.classes for document in documents.values())
+
+
+def test_links_to_other_sites_are_to_papers_and_projects(documents):
+    """No page sends a reader to an address of this project: it has none."""
+    hosts = {urlsplit(link).netloc for document in documents.values() for link in document.links}
+    assert not {host for host in hosts if "chunked" in host}
+
+
+def test_reference_has_every_public_name(documents):
+    spec = importlib.util.spec_from_file_location("docstrings", ROOT / "docs" / "docstrings.py")
+    docstrings = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(docstrings)
+    ids = {name for page, document in documents.items() if page.startswith("reference/") for name in document.ids}
+    names = [f"{module}.{name}" for module in docstrings.PUBLIC for name in docstrings.public_names(module)]
+    assert len(names) > 60
+    assert [name for name in names if name not in ids and name != "chunked_ce.preference"] == []
+
+
+def test_examples_of_docstrings_are_blocks(site):
+    """Not quotations, which is what Markdown makes of a prompt."""
+    pages = [page.read_text("utf-8") for page in (site / "reference").glob("*.html")]
+    assert not any("<blockquote>" in page for page in pages)
+    assert sum(page.count('class="language-pycon') for page in pages) > 20
