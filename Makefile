@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo distill policy test thorough packages fuzz lint bench release clean
+.PHONY: install demo distill policy test thorough packages fuzz lint docs bench release clean
 
 install: $(VENV)/.installed
 
@@ -64,6 +64,10 @@ $(TRL024)/.installed: setup.cfg pyproject.toml constraints.txt tests/packages/re
 fuzz: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz --seed 2000 --cases 20000
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz_arguments --seed 1 --seconds 120
+
+# The documentation site, in build/site; needs no network.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # Well over an hour on 2 cores; nothing else should run meanwhile. The plot and the page are of the sweep.
 RESULTS := benchmarks/results
