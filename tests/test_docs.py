@@ -15,7 +15,12 @@ from chunked_ce.cli.arguments import parser
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 FOLDERS = ("chunked_ce", "tests", "benchmarks", "examples")
-PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+RUN_ELSEWHERE = {"docs/drop_in.md", "docs/notebook.md"}  # by tests/test_drop_in_doc.py, and by the notebook's own test
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -23,7 +28,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 COMMANDS = {
-    f"{page.name}: {line}": line
+    f"{name(page)}: {line}": line
     for page in PAGES
     for block in blocks(page, "sh")
     for line in block.splitlines()
@@ -33,21 +38,19 @@ COMMANDS = {
 
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(
-    "page", [page for page in PAGES if page.name != "drop_in.md" and blocks(page, "python")], ids=lambda page: page.name
+    "page", [page for page in PAGES if name(page) not in RUN_ELSEWHERE and blocks(page, "python")], ids=name
 )
 def test_python_runs(page):
-    """The blocks marked ``python``, in order and in one namespace; those marked ``py`` need several processes.
-
-    `tests/test_drop_in_doc.py` has the page on models whose code is not changed.
-    """
+    """The blocks marked ``python``, in order and in one namespace; those marked ``py`` need several processes."""
     namespace: dict[str, object] = {}
     for block in blocks(page, "python"):
         exec(compile(block, str(page), "exec"), namespace)
 
 
 def test_there_is_something_to_run():
-    assert len(blocks(README, "python")) >= 3
+    assert blocks(README, "python")
     assert len(COMMANDS) > 20
+    assert TABLES
 
 
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
@@ -73,7 +76,7 @@ def test_commands_exist(command):
         assert all(option[2:].replace("-", "_") in options.replace("-", "_") for option in own)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_prose_is_at_most_100_columns_wide(page):
     """Tables and fenced blocks may be wider."""
     prose = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
@@ -83,32 +86,37 @@ def test_prose_is_at_most_100_columns_wide(page):
 def test_links_and_pictures_exist():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+            assert (page.parent / target).exists(), f"{name(page)} links to {target}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_files_and_names_exist(page):
     """Python files, by their path or by its end, folders, and dotted names within the package."""
     text = page.read_text(encoding="utf-8")
     files = [path.as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")]
-    for name in re.findall(r"[\w/]+\.py\b", text):
-        assert any(file.endswith(f"/{name}") for file in files), name
-    for name in re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w/]*)`", text):
-        assert (ROOT / name).is_dir(), name
-    for name in re.findall(r"\bchunked_ce(?:\.\w+)+", text):
+    for file in re.findall(r"[\w/]+\.py\b", text):
+        assert any(known.endswith(f"/{file}") for known in files), file
+    for folder in re.findall(rf"`((?:{'|'.join(FOLDERS)})/[\w/]*)`", text):
+        assert (ROOT / folder).is_dir(), folder
+    for dotted in re.findall(r"\bchunked_ce(?:\.\w+)+", text):
         # torchtitan.py needs torchtitan, which is not here.
-        found = importlib.util.find_spec(name) if name.endswith(".torchtitan") else pkgutil.resolve_name(name)
+        found = importlib.util.find_spec(dotted) if dotted.endswith(".torchtitan") else pkgutil.resolve_name(dotted)
         assert found is not None
 
 
-def test_the_table_is_that_of_the_results():
-    """What stands between the markers is what `benchmarks.report` makes of the file that they name."""
-    found = re.findall(
-        r"<!-- (benchmarks/results/\S+\.json) -->\n(.*?)\n<!-- end -->", README.read_text(), flags=re.DOTALL
+TABLES = {
+    f"{name(page)}: {file}": (file, table)
+    for page in PAGES
+    for file, table in re.findall(
+        r"<!-- (benchmarks/results/\S+\.json) -->\n(.*?)\n<!-- end -->", page.read_text("utf-8"), flags=re.DOTALL
     )
-    assert found
-    for path, table in found:
-        assert table.strip() == markdown(json.loads((ROOT / path).read_text())).strip()
+}
+
+
+@pytest.mark.parametrize(("file", "table"), TABLES.values(), ids=TABLES)
+def test_tables_are_those_of_the_results(file, table):
+    """What stands between the markers is what `benchmarks.report` makes of the file that they name."""
+    assert table.strip() == markdown(json.loads((ROOT / file).read_text())).strip()
 
 
 def test_the_table_of_trainers_is_that_of_its_results():
