@@ -8,26 +8,28 @@ before its first mistake. Supervised steps come first, in which half of the answ
 trainings start from there, in processes of their own, with the same random numbers, on the CPU. The one with full
 logits learns from the answers of the other, for a rounding may change a word that it samples itself. DIR receives
 chunked.jsonl and full.jsonl, with one line per step, report.txt and policy.png.
+Takes five to ten minutes on 2 cores.
 """
 
 import argparse
 import json
-import multiprocessing
 import sys
 from dataclasses import fields
 from pathlib import Path
 
 import torch
-from command_line import Parser, refused_input
-from grpo import LOSSES, Settings, Trainer, warm_up
-from model import ModelConfig, Transformer
-from next_lines import NextLines
-from peak_memory import PeakMemory
-from policy_report import Run, explanation, plot, table
+from common.command_line import Parser, refused_input
+from common.grpo import LOSSES, Settings, Trainer, warm_up
+from common.launch import run_function
+from common.model import ModelConfig, Transformer
+from common.next_lines import NextLines
+from common.peak_memory import PeakMemory
+from common.policy_report import Run, explanation, plot, table
+from common.results import RUNS, Results, shown
 
 from chunked_ce.objectives import PolicyGradient
 
-OUT = Path(__file__).parent.parent / "runs" / "policy"
+OUT = RUNS / "policy"
 FIRST = "chunked"  # from whose answers the other training learns too
 SIZES = {"width": 64, "depth": 2, "heads": 4}
 
@@ -57,11 +59,11 @@ def parser() -> Parser:
     return parser
 
 
-def train(kind: str, arguments: argparse.Namespace) -> None:
+def train(kind: str, arguments: argparse.Namespace, out: Path) -> None:
     """One training, in a process of its own; writes a line of metrics per step."""
     settings, task = settings_of(arguments), NextLines(arguments.lines, arguments.text)
     model, reference = (Transformer(model_of(arguments, task)) for _ in range(2))
-    start = torch.load(arguments.out / "start.pt")
+    start = torch.load(out / "start.pt")
     model.load_state_dict(start)
     reference.load_state_dict(start)
     trainer = Trainer(kind, model, reference, policy_of(arguments))
@@ -69,9 +71,9 @@ def train(kind: str, arguments: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.0, eps=1e-4)
     replayed = [None] * settings.steps
     if kind != FIRST:
-        replayed = [torch.tensor(record["answers"]) for record in read(arguments.out / f"{FIRST}.jsonl")]
+        replayed = [torch.tensor(record["answers"]) for record in read(out / f"{FIRST}.jsonl")]
     memory = PeakMemory()
-    with (arguments.out / f"{kind}.jsonl").open("w") as file:
+    with (out / f"{kind}.jsonl").open("w") as file:
         for step, answers in enumerate(replayed, start=1):
             record = trainer.step(task, settings, optimizer, step, answers)
             record |= {"step": step, "peak_memory_bytes": memory.bytes()}
@@ -104,31 +106,37 @@ def read(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def main() -> None:
-    arguments = parser().parse_args()
-    with refused_input():
-        settings = settings_of(arguments)
-        policy_of(arguments)
-        task = NextLines(arguments.lines, arguments.text)
-        config = model_of(arguments, task)
-        arguments.out.mkdir(parents=True, exist_ok=True)
-
+def train_both(arguments: argparse.Namespace, task: NextLines, out: Path) -> str:
+    """Both trainings, whose report it returns."""
+    settings = settings_of(arguments)
     torch.manual_seed(settings.seed)
-    model = Transformer(config)
+    model = Transformer(model_of(arguments, task))
     warm_up(model, task, settings)
-    torch.save(model.state_dict(), arguments.out / "start.pt")
+    torch.save(model.state_dict(), out / "start.pt")
     del model
     for kind in LOSSES:  # in a process of its own, whose peak of memory is its own too
-        process = multiprocessing.get_context("spawn").Process(target=train, args=(kind, arguments))
-        process.start()
-        process.join()
-        if process.exitcode:
-            sys.exit(f"policy: the training with {kind} logits failed with status {process.exitcode}")
-    chunked, full = (Run(read(arguments.out / f"{kind}.jsonl")) for kind in LOSSES)
-    plot(chunked, full, arguments.out / "policy.png")
+        if status := run_function(train, kind, arguments, out):
+            sys.exit(f"policy: the training with {kind} logits failed with status {status}")
+    chunked, full = (Run(read(out / f"{kind}.jsonl")) for kind in LOSSES)
+    plot(chunked, full, out / "policy.png")
     report = f"{table(chunked, full)}\n\n{explanation(settings, chunked)}"
-    (arguments.out / "report.txt").write_text(report + "\n")
-    print(f"\n{report}\n\nIn {arguments.out}: report.txt, policy.png, chunked.jsonl, full.jsonl.")
+    (out / "report.txt").write_text(report + "\n")
+    return report
+
+
+def main() -> None:
+    arguments = parser().parse_args()
+    results = Results(arguments.out)
+    with refused_input():
+        settings_of(arguments)
+        policy_of(arguments)
+        task = NextLines(arguments.lines, arguments.text)
+        model_of(arguments, task)
+        results.start()
+    with results.kept_at_interrupt():
+        report = train_both(arguments, task, results.unfinished)
+        results.finish()
+    print(f"\n{report}\n\nIn {shown(arguments.out)}: report.txt, policy.png, chunked.jsonl, full.jsonl.")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
 The DeepSpeed configuration file sets ZeRO stage, precision, batch, accumulation and optimizer. Without a CUDA
 device, the processes run on the CPU over gloo. DIR receives metrics.jsonl, with one line per step, and the
 checkpoints. --resume continues from the last checkpoint, with the losses of an uninterrupted run.
+Takes two to four minutes on 2 cores.
 """
 
 import argparse
@@ -15,11 +16,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from command_line import Parser, read_config, refused_input
-from deepspeed_training import check_config, describe, start_engine, start_process, train
-from model import LOSSES, LanguageModel, ModelConfig
-from run_directory import RunDirectory
-from text_data import TextBatches, load_tokens
+from common.command_line import Parser, read_config, refused_input
+from common.deepspeed_training import check_config, describe, start_engine, start_process, train
+from common.model import LOSSES, LanguageModel, ModelConfig
+from common.results import make
+from common.run_directory import RunDirectory
+from common.text_data import TextBatches, load_tokens
 
 from chunked_ce import LMHead
 
@@ -62,7 +64,7 @@ def main() -> None:
         settings |= asdict(model) | {"text": batches.fingerprint(), "deepspeed": ds_config}
         settings |= {"ranks": int(os.environ.get("WORLD_SIZE", 1))}
         run.check(settings, arguments.resume)
-        run.path.mkdir(parents=True, exist_ok=True)
+        make(run.path)
 
     start_process()
     check_config(ds_config, arguments.deepspeed_config)

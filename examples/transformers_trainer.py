@@ -5,33 +5,26 @@
 
 The second command trains without that line. Both print losses, time per step and peak memory. A DeepSpeed
 configuration sets ZeRO stage and buckets. Without a CUDA device, the processes run on the CPU over gloo.
+Each takes one to two minutes on 2 cores.
 """
 
 import argparse
 import os
-import statistics
-import sys
 import tempfile
-import time
-import warnings
 from pathlib import Path
 
-import torch
-
-if not torch.cuda.is_available():
-    os.environ["DS_ACCELERATOR"] = "cpu"  # read by the first import of deepspeed
-
-import deepspeed
 import numpy as np
+import torch
 import torch.distributed as dist
 from accelerate import DistributedType, PartialState
-from peak_memory import PeakMemory
-from text_data import load_tokens
-from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from common.command_line import Parser, refused_input, stop
+from common.deepspeed_training import start_process
+from common.text_data import load_tokens
+from common.trainer_report import Report, new_llama, settings
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from chunked_ce import LMHead
 
-VOCAB = 131_072
 SIZES = {"steps": 12, "batch": 2, "accumulate": 1, "context": 512, "width": 128, "depth": 2, "heads": 4}
 
 
@@ -52,32 +45,8 @@ class Windows(torch.utils.data.Dataset):
         return {"input_ids": ids, "labels": ids}  # the model shifts them
 
 
-class Report(TrainerCallback):
-    """Prints the loss of each step, and at the end the time per step and the peak memory."""
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.memory, self.seconds = PeakMemory(), []
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.started = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.seconds.append(time.perf_counter() - self.started)
-
-    def on_log(self, args, state, control, logs, **kwargs):
-        if "loss" in logs and state.is_world_process_zero:
-            print(f"step {state.global_step:4}  loss {float(logs['loss']):.4f}", flush=True)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        peak = torch.tensor(self.memory.bytes(), device=args.device)
-        dist.all_reduce(peak, dist.ReduceOp.MAX)
-        if state.is_world_process_zero:
-            seconds, mebibytes = statistics.median(self.seconds), peak.item() / 2**20
-            print(f"{seconds:.2f} s per step, training took {mebibytes:,.0f} MiB at its peak", flush=True)
-
-
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plain", action="store_true", help="leave the logits to the model")
     parser.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="UTF-8 (Python's manual and sources)")
     config = Path(__file__).with_name("ds_zero3.json")
@@ -85,69 +54,39 @@ def parse_options() -> argparse.Namespace:
     for name, default in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"({default})")
     options = parser.parse_args()
-    for name in SIZES:
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
-    if options.width % (2 * options.heads):  # rotary embedding splits a head's width in halves
-        parser.error(f"--width must be a multiple of twice --heads, got {options.width} and {options.heads}")
+    parser.check_least(options, dict.fromkeys(SIZES, 1))
+    parser.check_rotary(options)
     if not options.deepspeed_config.is_file():
         parser.error(f"--deepspeed-config must be a file, got {options.deepspeed_config}")
     return options
 
 
-def start_process() -> None:
-    """Joins the process group that torchrun describes."""
-    if "RANK" not in os.environ:
-        sys.exit("transformers_trainer: start it with torchrun, --nproc_per_node 1 for one process")
-    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
-    if torch.cuda.is_available():
-        deepspeed.init_distributed("nccl", verbose=False)
-        return
-    # Otherwise DeepSpeed compiles its own all-reduce with g++, which takes a minute.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["LOCAL_WORLD_SIZE"])))
-    deepspeed.init_distributed("gloo", verbose=False)
-    # Accelerate detects DeepSpeed only on GPUs; on CPUs each process would think it were alone.
-    PartialState(cpu=True).distributed_type = DistributedType.DEEPSPEED
-
-
 def main() -> None:
     options = parse_options()
+    if "RANK" not in os.environ:
+        stop("start it with torchrun, --nproc_per_node 1 for one process")
     start_process()
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=options.width,
-            intermediate_size=4 * options.width,
-            num_hidden_layers=options.depth,
-            num_attention_heads=options.heads,
-            max_position_embeddings=options.context,
-            tie_word_embeddings=True,
-        )
-    )
+    if not torch.cuda.is_available():
+        # Accelerate detects DeepSpeed only on GPUs; on CPUs each process would think it were alone.
+        PartialState(cpu=True).distributed_type = DistributedType.DEEPSPEED
+    model = new_llama(options.width, options.depth, options.heads, options.context)
     if not options.plain:
         model = LMHead.wrap(model)  # the only line of chunked_ce
 
     rows = options.steps * options.accumulate * options.batch * dist.get_world_size()
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            output_dir=folder,
-            max_steps=options.steps,
+            **settings(folder, options.steps),
             per_device_train_batch_size=options.batch,
             gradient_accumulation_steps=options.accumulate,
             learning_rate=6e-4,
             optim="adamw_torch",
-            bf16=torch.cuda.is_available(),
             accelerator_config={"use_configured_state": not torch.cuda.is_available()},
             deepspeed=str(options.deepspeed_config),
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
         )
-        windows = Windows(load_tokens(options.text), options.context, rows)
-        trainer = Trainer(model, arguments, train_dataset=windows, callbacks=[Report()])
+        with refused_input():
+            windows = Windows(load_tokens(options.text), options.context, rows)
+        trainer = Trainer(model, arguments, train_dataset=windows, callbacks=[Report("loss")])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     dist.destroy_process_group()

@@ -16,6 +16,7 @@ def refuse(tmp_path, text, monkeypatch, capsys):
     def refuse(program: str, *arguments: object) -> str:
         command = [f"{program}.py", "--out", tmp_path / "out", "--text", text, *arguments]
         monkeypatch.setattr("sys.argv", [str(argument) for argument in command])
+        monkeypatch.setenv("RANK", "0")  # distill.py starts its ranks itself, unless it is one
         with pytest.raises(SystemExit) as stop:
             importlib.import_module(program).main()
         assert stop.value.code == 2

@@ -1,6 +1,6 @@
 import os
 
-import comparison
+from common import comparison
 import demo
 import pytest
 
@@ -41,7 +41,7 @@ def test_peak_memory(tmp_path):
     """In a process of its own: what other tests have freed may be resident still, and is then not counted again."""
     code = """
 import torch
-from peak_memory import PeakMemory
+from common.peak_memory import PeakMemory
 memory = PeakMemory()
 block = torch.ones(2**26, device="cuda" if memory.cuda else "cpu")  # 256 MiB
 del block

@@ -1,15 +1,15 @@
 """The example of distillation: its losses against the contract's formulas, and real processes over gloo."""
 
-import distillation
+from common import distillation
 import pytest
 import torch
-from distillation import TAILS
-from model import ModelConfig, Transformer
-from teacher import CHUNK, HiddenStates, LikeliestWords, top_k
-from text_data import IGNORED, TextBatches, load_tokens
+from common.distillation import TAILS
+from common.model import ModelConfig, Transformer
+from common.teacher import CHUNK, HiddenStates, LikeliestWords, top_k
+from common.text_data import IGNORED, TextBatches, load_tokens
 from torch import Tensor
 
-from tests.examples.commands import EXAMPLES, TORCHRUN, losses, run
+from tests.examples.commands import EXAMPLES, losses, run
 
 SCRIPT = EXAMPLES / "distill.py"
 STEPS, CONTEXT, SEQUENCES = 8, 16, 4
@@ -29,7 +29,7 @@ def two_ranks(tmp_path_factory, arguments):
     """The directory that two ranks left behind, and what they printed."""
     out = tmp_path_factory.mktemp("distill") / "out"
     batch = f"--micro-batch={SEQUENCES // 2}"
-    return out, run(*TORCHRUN, *arguments, batch, f"--out={out}", log=out.with_name("log"))
+    return out, run(*arguments, "--ranks=2", batch, f"--out={out}", log=out.with_name("log"))
 
 
 @pytest.mark.parametrize("method", ["kl", "top-k"])
@@ -62,7 +62,7 @@ def test_one_rank_with_all_sequences_gives_the_same_losses(two_ranks, tmp_path, 
         if first != second:
             break
     assert first != second, "ranks must hold different numbers of tokens, or any mean would do"
-    run(*arguments, f"--micro-batch={SEQUENCES}", f"--out={tmp_path / 'out'}", log=tmp_path / "log")
+    run(*arguments, "--ranks=1", f"--micro-batch={SEQUENCES}", f"--out={tmp_path / 'out'}", log=tmp_path / "log")
     for name in ("kl-chunked", "kl-full", "top-k-chunked", "top-k-full"):
         assert losses(tmp_path / "out" / name) == pytest.approx(losses(two_ranks[0] / name), abs=TOLERANCE, rel=0)
 

@@ -1,11 +1,10 @@
 import json
 
-import next_lines
-import policy_report
+from common import next_lines, policy_report
 import pytest
 import torch
-from grpo import advantages, draw
-from text_data import IGNORED
+from common.grpo import advantages, draw
+from common.text_data import IGNORED
 
 from tests.examples.commands import EXAMPLES, run
 

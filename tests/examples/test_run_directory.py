@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from run_directory import RunDirectory
+from common.run_directory import RunDirectory
 
 SETTINGS = {"width": 128, "ranks": 2}
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from text_data import IGNORED, TextBatches, load_tokens
+from common.text_data import IGNORED, TextBatches, load_tokens
 
 CONTEXT = 16
 TOKENS = np.arange(1000, dtype=np.int32)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_directory import RunDirectory
+from common.run_directory import RunDirectory
 
 from tests.examples.commands import EXAMPLES, TINY, TORCHRUN, Command, losses, metrics, run
 

@@ -8,9 +8,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from comparison import draw_bars
-from grpo import SAMPLED_AT_ONCE, Settings
-from model import ModelConfig
+
+from common.comparison import draw_bars
+from common.grpo import SAMPLED_AT_ONCE, Settings
+from common.model import ModelConfig
 
 COLOURS = {"chunked": "#1f6feb", "full": "#f0a35e"}
 WARM = 1  # steps that the median time skips

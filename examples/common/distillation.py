@@ -2,12 +2,12 @@
 
 import torch
 import torch.nn.functional as F
-from model import ModelConfig, Transformer
-from text_data import IGNORED
 from torch import Tensor
 
 from chunked_ce import linear_loss
 from chunked_ce.objectives import Divergence, Teacher, TopKDivergence
+from common.model import ModelConfig, Transformer
+from common.text_data import IGNORED
 
 LEAST = 2.0**-24  # of the probability of all other words: rounding leaves no less of 1
 TAILS = ("bucket", "drop", "renormalize")  # what becomes of the words outside the teacher's K

@@ -1,21 +1,19 @@
 """GRPO (arXiv:2402.03300) on the task of `next_lines`, with the losses of chunked_ce or with full logits."""
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from model import Transformer
-from next_lines import NextLines
-from text_data import IGNORED
 from torch import Tensor
 
-from chunked_ce import linear_cross_entropy, linear_logprobs, linear_loss, sequence_weights
+from chunked_ce import linear_cross_entropy, sequence_weights
 from chunked_ce.objectives import PolicyGradient
+from common.grpo_losses import LOSSES
+from common.model import Transformer
+from common.next_lines import NextLines
+from common.text_data import IGNORED
 
 SAMPLED_AT_ONCE = 8  # answers, whose logits exist together
-Sums = dict[str, Tensor]  # over the tokens: "clipped", "kl" and "entropy"
 
 
 @dataclass(frozen=True)
@@ -34,49 +32,6 @@ class Settings:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be more than 0, got {self.learning_rate}")
-
-
-# ---- log-probabilities and the loss: from hidden states (N, D), the head (V, D) and the sampled tokens (N,) ----
-
-
-def chunked_logprobs(hidden: Tensor, head: Tensor, target: Tensor) -> Tensor:
-    return linear_logprobs(hidden, head, target)
-
-
-def chunked_loss(
-    policy: PolicyGradient, hidden: Tensor, head: Tensor, target: Tensor, weight: Tensor, tensors: dict[str, Tensor]
-) -> tuple[Tensor, Sums]:
-    loss, stats = linear_loss(policy, hidden, head, target, token_weight=weight, return_stats=True, **tensors)
-    return loss, {"clipped": stats.clipped, "kl": stats.kl, "entropy": stats.entropy_sum}
-
-
-def full_logprobs(hidden: Tensor, head: Tensor, target: Tensor) -> Tensor:
-    logits = F.linear(hidden, head).float()  # (N, V)
-    return logits.log_softmax(-1).gather(-1, target.unsqueeze(-1)).squeeze(-1)
-
-
-def full_loss(
-    policy: PolicyGradient, hidden: Tensor, head: Tensor, target: Tensor, weight: Tensor, tensors: dict[str, Tensor]
-) -> tuple[Tensor, Sums]:
-    advantage, old, reference = (tensors[name] for name in ("advantage", "old_logprob", "ref_logprob"))
-    logprobs = F.linear(hidden, head).float().log_softmax(-1)  # (N, V)
-    logprob = logprobs.gather(-1, target.unsqueeze(-1)).squeeze(-1)
-    entropy = -(logprobs.exp() * logprobs).sum(-1)
-    ratio = (logprob - old).exp()
-    whole, cut = ratio * advantage, ratio.clamp(1 - policy.clip_low, 1 + policy.clip_high) * advantage
-    kl = (reference - logprob).exp() - (reference - logprob) - 1
-    losses = -torch.minimum(whole, cut) + policy.kl * kl - policy.entropy * entropy
-    sums = {"clipped": (cut < whole).sum(), "kl": kl.sum(), "entropy": entropy.sum()}
-    return (losses * weight).sum() / weight.sum(), {name: value.detach() for name, value in sums.items()}
-
-
-LOSSES: dict[str, tuple[Callable, Callable]] = {
-    "chunked": (chunked_logprobs, chunked_loss),
-    "full": (full_logprobs, full_loss),
-}
-
-
-# ---- training ----
 
 
 def warm_up(model: Transformer, task: NextLines, settings: Settings) -> None:

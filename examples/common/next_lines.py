@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
-from text_data import IGNORED, TEKKEN, read
 from torch import Tensor
+
+from common.text_data import IGNORED, TEKKEN, read
 
 
 def zen_of_python() -> str:

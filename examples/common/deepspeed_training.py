@@ -14,13 +14,13 @@ if not torch.cuda.is_available():
 
 import deepspeed
 import torch.distributed as dist
-from command_line import stop
 from deepspeed import DeepSpeedConfig, DeepSpeedConfigError, DeepSpeedEngine
-from peak_memory import PeakMemory
-from run_directory import RunDirectory
 from torch import Tensor, nn
 
 from chunked_ce.integrations.deepspeed import token_mean
+from common.command_line import stop
+from common.peak_memory import PeakMemory
+from common.run_directory import RunDirectory
 
 
 class Batches(Protocol):

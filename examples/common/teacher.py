@@ -2,9 +2,10 @@
 
 import torch
 import torch.nn.functional as F
-from model import Transformer
-from text_data import IGNORED, TextBatches
 from torch import Tensor
+
+from common.model import Transformer
+from common.text_data import IGNORED, TextBatches
 
 CHUNK = 256  # tokens whose logits exist at a time
 

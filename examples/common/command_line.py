@@ -34,6 +34,21 @@ class Parser(argparse.ArgumentParser):
             if value is not None and value < minimum:
                 self.error(f"--{name.replace('_', '-')} must be at least {minimum}, got {value}")
 
+    def check_rotary(self, arguments: argparse.Namespace) -> None:
+        """Refuses a Llama's width whose share for each head cannot be halved, as rotary embedding does."""
+        if arguments.width % (2 * arguments.heads):
+            self.error(f"--width must be a multiple of twice --heads, got {arguments.width} and {arguments.heads}")
+
+
+@contextlib.contextmanager
+def quiet_interrupt() -> Iterator[None]:
+    """Ends the process after Ctrl-C with one line and status 130, instead of a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\n{Path(sys.argv[0]).stem}: interrupted", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
+
 
 @contextlib.contextmanager
 def refused_input() -> Iterator[None]:

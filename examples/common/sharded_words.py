@@ -3,10 +3,10 @@
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from model import Transformer
 from torch import Tensor, nn
 
 from chunked_ce import VocabShard
+from common.model import Transformer
 
 
 class SumOverRanks(torch.autograd.Function):

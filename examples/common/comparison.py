@@ -12,7 +12,7 @@ import torch
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-HERE = Path(__file__).parent
+EXAMPLES = Path(__file__).parents[1]
 WARM_UP = 3  # steps that the median time skips
 COLOURS = {"chunked": "#1f6feb", "full logits": "#f0a35e"}
 
@@ -24,7 +24,7 @@ def default_precision() -> str:
 
 def ds_config(precision: str, micro_batch: int | None) -> dict:
     """The examples' DeepSpeed configuration with this precision and so many sequences per rank (None: its own)."""
-    config = json.loads((HERE / "ds_config.json").read_text())
+    config = json.loads((EXAMPLES / "ds_config.json").read_text())
     config["bf16"]["enabled"] = precision == "bf16"
     if micro_batch:
         config["train_micro_batch_size_per_gpu"] = micro_batch

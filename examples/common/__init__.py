@@ -1,0 +1,1 @@
+"""Parts that the examples share. The scripts one folder up are the ones to run."""
