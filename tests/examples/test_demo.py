@@ -1,8 +1,8 @@
 import os
 
-from common import comparison
 import demo
 import pytest
+from common import comparison
 
 from tests.examples.commands import EXAMPLES, run
 

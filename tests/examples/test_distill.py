@@ -1,8 +1,8 @@
 """The example of distillation: its losses against the contract's formulas, and real processes over gloo."""
 
-from common import distillation
 import pytest
 import torch
+from common import distillation
 from common.distillation import TAILS
 from common.model import ModelConfig, Transformer
 from common.teacher import CHUNK, HiddenStates, LikeliestWords, top_k

@@ -1,8 +1,8 @@
 import json
 
-from common import next_lines, policy_report
 import pytest
 import torch
+from common import next_lines, policy_report
 from common.grpo import advantages, draw
 from common.text_data import IGNORED
 

@@ -42,4 +42,6 @@ def test_bad_options_are_told_in_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         transformers_trainer.parse_options()
     assert ended.value.code == 2
-    assert capsys.readouterr().err.endswith("--width must be a multiple of twice --heads, got 6 and 4 (--help lists the options)\n")
+    assert capsys.readouterr().err.endswith(
+        "--width must be a multiple of twice --heads, got 6 and 4 (--help lists the options)\n"
+    )
