@@ -5,9 +5,7 @@ from __future__ import annotations
 from numbers import Integral, Rational, Real
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-from torch.nn.parameter import UninitializedTensorMixin
+from chunked_ce.light import torch
 
 __all__ = [
     "ADAPTER",
@@ -95,9 +93,9 @@ def check_flag(name: str, value: object) -> None:
 
 def check_tensor(name: str, value: object, kind: Kind) -> None:
     """Raise unless ``value`` is a dense tensor of this kind."""
-    if not isinstance(value, Tensor):
+    if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, was {type(value).__name__}")
-    if isinstance(value, UninitializedTensorMixin):
+    if _is_uninitialized(value):
         raise ValueError(f"{name} must be initialised, was an {type(value).__name__}: call its module once before")
     if value.is_nested or value.layout != torch.strided:
         layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.").lstrip("_")
@@ -106,14 +104,19 @@ def check_tensor(name: str, value: object, kind: Kind) -> None:
         raise TypeError(f"{name} must be {kind.said}, was {value.dtype}")
 
 
+def _is_uninitialized(value: torch.Tensor) -> bool:
+    """Whether ``value`` is a parameter of a lazy module that has not been called yet."""
+    return isinstance(value, torch.nn.parameter.UninitializedTensorMixin)
+
+
 def is_dense(value: object) -> bool:
     """Whether ``value`` is a tensor whose shape can be read before it is checked."""
-    return isinstance(value, Tensor) and not value.is_nested and value.layout == torch.strided
+    return isinstance(value, torch.Tensor) and not value.is_nested and value.layout == torch.strided
 
 
 def described(value: object) -> str:
     """``value`` for an error: short, whatever it is."""
-    if isinstance(value, Tensor):
+    if isinstance(value, torch.Tensor):
         return _described_tensor(value)
     # An array; in compiled code, so is a numpy number.
     shape = getattr(value, "shape", None)
@@ -127,8 +130,8 @@ def described(value: object) -> str:
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
-def _described_tensor(value: Tensor) -> str:
-    if isinstance(value, UninitializedTensorMixin):
+def _described_tensor(value: torch.Tensor) -> str:
+    if _is_uninitialized(value):
         return f"an {type(value).__name__}"
     if value.is_nested:
         return f"a nested {value.dtype} tensor"

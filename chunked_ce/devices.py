@@ -5,11 +5,15 @@ from __future__ import annotations
 import functools
 import mmap
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from chunked_ce.light import LIGHT, torch
 
-from chunked_ce.tracing import is_recorded
+if TYPE_CHECKING or not LIGHT:
+    from torch import Tensor
+
+    from chunked_ce.tracing import is_recorded
+
 
 __all__ = [
     "PROJECTED_ROWS",

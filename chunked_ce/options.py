@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-import torch
-
 from chunked_ce.arguments import check_flag, described, integer, is_integer, is_number, is_one_of
+from chunked_ce.light import torch
 
 __all__ = ["ChunkOptions"]
 

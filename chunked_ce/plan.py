@@ -21,9 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, NamedTuple
 
 from chunked_ce.devices import (
     PROJECTED_ROWS,
@@ -36,10 +34,18 @@ from chunked_ce.devices import (
     unrounded,
     widened_rows,
 )
+from chunked_ce.light import LIGHT, torch
 from chunked_ce.options import ChunkOptions
-from chunked_ce.rows.backend import triton_runs
-from chunked_ce.rows.statistics import work_dtype
-from chunked_ce.rows.torch_rows import rows_in_flight
+from chunked_ce.rows.sizes import rows_in_flight, work_dtype
+
+if TYPE_CHECKING or not LIGHT:
+    from chunked_ce.rows.backend import triton_runs
+else:
+
+    def triton_runs(device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether a machine that is not this one has the row kernels of Triton: it has."""
+        return dtype != torch.float64
+
 
 __all__ = [
     "FILLED",

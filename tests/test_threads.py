@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from chunked_ce import Teacher, linear_cross_entropy, logits_loss
 from chunked_ce.objectives import Divergence
-from chunked_ce.rows import threads, torch_rows, visits
+from chunked_ce.rows import sizes, threads, torch_rows
 from chunked_ce.rows.columns import ColumnSums
 from chunked_ce.rows.exponential import exp_
 from chunked_ce.rows.statistics import STATISTICS, Logits, PerRow, RowStatistics, names_of
@@ -34,7 +34,7 @@ def three_threads(monkeypatch):
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     monkeypatch.setattr(threads, "_MOST", 3)
-    monkeypatch.setattr(visits, "_CACHED_ELEMENTS", 64)
+    monkeypatch.setattr(sizes, "_CACHED_ELEMENTS", 64)
     yield
     torch.set_num_threads(before)
 
@@ -249,9 +249,9 @@ PROGRAM = """
 import os, sys, torch
 from chunked_ce import Teacher, linear_cross_entropy, logits_loss
 from chunked_ce.objectives import Divergence
-from chunked_ce.rows import threads, visits
+from chunked_ce.rows import sizes, threads
 torch.set_num_threads(2)
-threads._MOST, visits._CACHED_ELEMENTS = 2, 64
+threads._MOST, sizes._CACHED_ELEMENTS = 2, 64
 hidden, head, target = torch.randn(40, 8), torch.randn(64, 8), torch.randint(64, (40,))
 def loss():
     return linear_cross_entropy(hidden, head, target).item()

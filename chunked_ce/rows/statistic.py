@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from chunked_ce.rows.sizes import work_dtype
 from chunked_ce.rows.teacher import Pair, TeacherRows
 
 __all__ = [
@@ -221,11 +222,6 @@ class Statistic:
 def weight_sum(class_weight: Tensor | None, vocab_size: int) -> Tensor | float:
     """The sum of the class weights (V,), which are all 1 if None."""
     return float(vocab_size) if class_weight is None else class_weight.sum()
-
-
-def work_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of softmax, loss and statistics for products in ``dtype``."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def along(factor: Tensor, values: Tensor) -> Tensor:

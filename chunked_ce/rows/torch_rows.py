@@ -16,6 +16,7 @@ from torch import Tensor
 
 from chunked_ce.rows.columns import ColumnSums
 from chunked_ce.rows.exponential import exp_
+from chunked_ce.rows.sizes import rows_in_flight, rows_of_visit
 from chunked_ce.rows.statistics import (
     EXP_IS_ZERO,
     NOTHING,
@@ -36,7 +37,7 @@ from chunked_ce.rows.statistics import (
     zero_statistics,
 )
 from chunked_ce.rows.teacher import Pair, Pairs
-from chunked_ce.rows.visits import Visit, rows_in_flight, rows_of_visit, visit_rows
+from chunked_ce.rows.visits import Visit, visit_rows
 
 __all__ = [
     "logit_gradients",

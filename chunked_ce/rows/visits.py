@@ -10,16 +10,11 @@ from torch import Tensor
 from chunked_ce.rows import threads
 from chunked_ce.rows.columns import ColumnSums
 from chunked_ce.rows.logits import Logits
-from chunked_ce.rows.statistics import PerRow, work_dtype
+from chunked_ce.rows.sizes import rows_of_visit, work_dtype
+from chunked_ce.rows.statistics import PerRow
 from chunked_ce.rows.teacher import Pair
 
-__all__ = ["Visit", "rows_in_flight", "rows_of_visit", "visit_rows"]
-
-# Numbers of a visit on a CPU: few enough to stay in cache, yet worth the 0.1 ms that Python takes for their operations,
-# in one thread at a time. On two cores with a second-level cache of 1 MiB each, twice as many took 0.8 of the time with
-# V=50257, half as many 1.5.
-_CACHED_ELEMENTS = 2**19
-_DEVICE_ELEMENTS = 2**24  # on an accelerator a kernel must be worth its launch
+__all__ = ["Visit", "visit_rows"]
 
 
 class Visit(NamedTuple):
@@ -29,17 +24,6 @@ class Visit(NamedTuple):
     z: Tensor  # (r, V) in the work dtype, to be overwritten
     pair: Pair | None  # with the teacher's logits
     columns: ColumnSums | None  # of the thread
-
-
-def rows_of_visit(vocab_size: int, device_type: str) -> int:
-    """How many rows a thread visits at a time."""
-    elements = _CACHED_ELEMENTS if device_type == "cpu" else _DEVICE_ELEMENTS
-    return max(1, elements // max(1, vocab_size))
-
-
-def rows_in_flight(vocab_size: int, device_type: str) -> int:
-    """How many rows all threads together visit at a time."""
-    return rows_of_visit(vocab_size, device_type) * (threads.num_threads() if device_type == "cpu" else 1)
 
 
 def visit_rows(

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import math
 
-import torch
-
 from chunked_ce.devices import product_rows, unrounded
+from chunked_ce.light import torch
 from chunked_ce.options import ChunkOptions
 from chunked_ce.plan import MemoryPrediction, Plan, Settings
-from chunked_ce.rows.statistics import work_dtype
-from chunked_ce.rows.torch_rows import rows_in_flight
+from chunked_ce.rows.sizes import rows_in_flight, work_dtype
 
 __all__ = ["bytes_sent_gathered", "bytes_sent_sharded", "most_tokens", "predict_sharded_memory"]
 
