@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 
@@ -19,20 +20,47 @@ __all__ = ["main"]
 _EXTRA = {"rich": "tables and progress", "matplotlib": "plots", "psutil": "memory of this machine"}
 
 
+_BROKEN_PIPE = 128 + 13  # as a shell reports a program that SIGPIPE ended
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command and exit: 0 if all went well, 1 if a check failed, 2 for arguments that are not allowed."""
-    parsed = parser().parse_args(arguments)
-    _require(needed_packages(parsed))
-    command = importlib.import_module(f"chunked_ce.cli.{parsed.command}_command")
+    """Run one command and exit: 0 if all went well, 1 if a check failed, 2 for wrong arguments, 130 after Ctrl-C.
+
+    If the reader of the output goes away, as ``head`` does, the command ends without a word.
+    """
     try:
-        status = command.run(parsed)
-    except ValueError as error:  # arguments that contradict each other: one line, as for a wrong one
-        print(f"chunked-ce {parsed.command}: {error}", file=sys.stderr)
-        status = 2
+        status = _status(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _discard_unread()
+        status = _BROKEN_PIPE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130
     sys.exit(status)
+
+
+def _status(arguments: Sequence[str] | None) -> int | str | None:
+    try:
+        parsed = parser().parse_args(arguments)
+        _require(needed_packages(parsed))
+        command = importlib.import_module(f"chunked_ce.cli.{parsed.command}_command")
+        status: int = command.run(parsed)
+    except SystemExit as ending:  # of the parser, after a help text or an error
+        return ending.code
+    except ValueError as error:  # arguments that contradict each other: one line, as for a wrong one
+        print(f"chunked-ce {parsed.command}: {error}", file=sys.stderr)
+        return 2
+    return status
+
+
+def _discard_unread() -> None:
+    """Without this, Python would try again to write what nobody reads, and complain at its end."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def needed_packages(parsed: argparse.Namespace) -> list[str]:

@@ -12,11 +12,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from chunked_ce.cli import memory, report
+from chunked_ce.cli.console import simple_table, wide_console
 from chunked_ce.cli.heads import head_of
 from chunked_ce.cli.implementations import CROSS_ENTROPY, DEVICE, PRODUCTS, select
 from chunked_ce.cli.measure import INTERRUPTED, Prepared, Result, measure, not_measured, prepared
 from chunked_ce.cli.synthetic_inputs import load
-from chunked_ce.cli.tables import COLUMNS, cells, simple_table, wide_console
+from chunked_ce.cli.tables import COLUMNS, cells
 from chunked_ce.cli.worker import Task, Worker
 
 __all__ = ["run"]

@@ -11,8 +11,8 @@ import torch
 from rich.table import Table
 
 from chunked_ce.cli import objective_checks, process_checks, report
+from chunked_ce.cli.console import simple_table, wide_console
 from chunked_ce.cli.self_checks import Row, cases
-from chunked_ce.cli.tables import simple_table, wide_console
 from chunked_ce.rows.backend import triton_runs
 
 __all__ = ["run"]

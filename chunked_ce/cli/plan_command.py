@@ -12,9 +12,9 @@ from rich.table import Table
 
 from chunked_ce.cli import memory, report
 from chunked_ce.cli.capacity import ESTIMATED, HELD, TERMS, RankCost, Request, cost_of, largest
+from chunked_ce.cli.console import simple_table, wide_console
 from chunked_ce.cli.heads import head_of
 from chunked_ce.cli.report import bytes_text
-from chunked_ce.cli.tables import simple_table, wide_console
 
 __all__ = ["run"]
 

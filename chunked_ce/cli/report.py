@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import json
 import os
 import platform
 import re
-import sys
 from pathlib import Path
 
 import torch
 
+from chunked_ce.cli.files import dump
 from chunked_ce.cli.implementations import DEVICE
 
 __all__ = ["GIB", "MIB", "bytes_text", "conditions", "conditions_text", "dump"]
@@ -48,17 +47,6 @@ def bytes_text(size: float) -> str:
     ('3.00 GiB', '1.0 MiB', '0.0 MiB')
     """
     return f"{size / GIB:,.2f} GiB" if size >= GIB else f"{size / MIB:,.1f} MiB"
-
-
-def dump(document: dict[str, object], to: str | Path) -> None:
-    """A document as JSON into a file, whose folder is made, or onto the output for ``"-"``."""
-    text = json.dumps(document, indent=1) + "\n"
-    if str(to) == "-":
-        sys.stdout.write(text)
-        return
-    path = Path(to)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
 
 
 def _cpu_name() -> str:
