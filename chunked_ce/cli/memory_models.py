@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-
-from chunked_ce import ChunkOptions
-from chunked_ce.cli.implementations import CHUNKED, FULL
+from chunked_ce.light import torch
+from chunked_ce.options import ChunkOptions
 from chunked_ce.plan import MemoryPrediction, predict_memory
 
-__all__ = ["full_logits", "predicted"]
+__all__ = ["compiled_logits", "full_logits", "predicted"]
 
 
 def full_logits(
@@ -46,6 +44,31 @@ def full_logits(
     return MemoryPrediction(forward | teacher, backward | teacher)
 
 
+def compiled_logits(
+    num_tokens: int,
+    vocab_size: int,
+    hidden_size: int,
+    *,
+    dtype: torch.dtype,
+    train_input: bool = True,
+    train_head: bool = True,
+) -> MemoryPrediction:
+    """The memory that `full_logits` takes under ``torch.compile``.
+
+    One kernel casts, normalizes and sums, and the gradient of the logits takes their place. With N=1024, D=128 and
+    V=32768 on a CPU the peak in fp32 was that of logits and gradients within 1 %, in bf16 a quarter of the logits more.
+
+    >>> compiled_logits(4096, 131072, 256, dtype=torch.bfloat16).peak // 2**20
+    1090
+    """
+    logits = {"logits": num_tokens * vocab_size * dtype.itemsize}
+    gradients = {
+        "hidden_grad": train_input * num_tokens * hidden_size * dtype.itemsize,
+        "head_grad": train_head * vocab_size * hidden_size * dtype.itemsize,
+    }
+    return MemoryPrediction(logits, logits | gradients)
+
+
 def predicted(
     implementation: str,
     num_tokens: int,
@@ -58,6 +81,8 @@ def predicted(
     ignored: float = 0.0,
 ) -> MemoryPrediction | None:
     """The memory that an implementation takes; None for those without a model."""
+    from chunked_ce.cli.implementations import CHUNKED, FULL
+
     if implementation == FULL:
         return full_logits(num_tokens, vocab_size, hidden_size, dtype=dtype)
     if implementation not in CHUNKED:
