@@ -22,6 +22,8 @@ DOCS = ROOT / "docs"
 TOP = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 LANGUAGES = {".py": "python", ".json": "json", ".ipynb": "json", ".yml": "yaml", ".toml": "toml", ".cfg": "ini"}
 LINK = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)\s]*)?\))")
+PICTURE = re.compile(r'<img [^>]*src="[^"]*pictures/(\w+\.svg)"[^>]*>')
+STYLE = re.compile(r"<style>.*?</style>\n?", re.DOTALL)
 FENCE = re.compile(r"^( *)(```+|~~~+).*?^\1\2 *$", re.DOTALL | re.MULTILINE)
 
 
@@ -48,6 +50,16 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
         return match[1] + posixpath.relpath(uri, posixpath.dirname(page.file.src_uri) or ".") + match[3]
 
     return _outside_fences(markdown, lambda text: LINK.sub(link, text))
+
+
+def on_page_content(html: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Put the pictures of the concepts into the page, so that their text has the colour of the page's."""
+
+    def picture(match: re.Match[str]) -> str:
+        svg = (DOCS / "pictures" / match[1]).read_text("utf-8")
+        return f'<div class="picture">{STYLE.sub("", svg)}</div>'
+
+    return PICTURE.sub(picture, html)
 
 
 def on_nav(nav: Any, *, config: MkDocsConfig, files: Files) -> Any:
