@@ -123,4 +123,4 @@ def test_examples_of_docstrings_are_blocks(site):
     """Not quotations, which is what Markdown makes of a prompt."""
     pages = [page.read_text("utf-8") for page in (site / "reference").glob("*.html")]
     assert not any("<blockquote>" in page for page in pages)
-    assert sum(page.count('class="language-pycon') for page in pages) > 20
+    assert sum(page.count('<span class="gp">&gt;&gt;&gt;') for page in pages) > 20
