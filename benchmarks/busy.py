@@ -83,12 +83,12 @@ def main() -> None:
         alone = measure(inputs, arguments.repeats, share)
         with busy_machine():
             busy = measure(inputs, arguments.repeats, share)
-        rows = [sizes | {"dtype": dtype, "contestant": name} | _summary(alone, busy, name) for name in _NAMES]
+        rows = [sizes | {"dtype": dtype, "implementation": name} | _summary(alone, busy, name) for name in _NAMES]
         results += rows
         print()
         print_table(
             (dtype, "alone", "busy", "slowing", "to plain's"),
-            [(row["contestant"], *(f"{row[name]:.2f}" for name in _SUMMARY)) for row in rows],
+            [(row["implementation"], *(f"{row[name]:.2f}" for name in _SUMMARY)) for row in rows],
         )
         if arguments.json:
             dump({"conditions": where, "results": results}, arguments.json)

@@ -2,8 +2,8 @@
 
 Sections, in order: the device's own rates; what the code relies on in torch; errors against float64; the row kernels
 and products of one chunk; whole losses of this library; those of every installed peer; sweeps over what was chosen
-without a device; hardware counters; the tests on a device. Every contestant has a process of its own, which may hang
-or die, for at most ``--cap`` seconds, and the run ends by itself after ``--seconds``. On a CPU it runs with tiny
+without a device; hardware counters; the tests on a device. Every implementation has a process of its own, which may
+hang or die, for at most ``--cap`` seconds, and the run ends by itself after ``--seconds``. On a CPU it runs with tiny
 shapes, to show that it works.
 
     python -m benchmarks.gpu --out runs/gpu
@@ -151,7 +151,7 @@ def _arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", nargs=3, type=int, action="append", metavar=("N", "D", "V"))
     parser.add_argument("--seconds", type=float, default=540.0, help="the longest that the whole run takes, about")
     parser.add_argument(
-        "--cap", type=float, default=60.0, help="seconds for each contestant and each part of a section"
+        "--cap", type=float, default=60.0, help="seconds for each implementation and each part of a section"
     )
     parser.add_argument("--spawn", action="store_true", help="start processes as on a GPU, which takes longer")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder for gpu.jsonl, gpu.json and gpu.md")

@@ -94,7 +94,7 @@ def main() -> None:
             dump({"conditions": where, "results": results, "worst": worst(results)}, arguments.json)
     print()
     print_table(
-        ("contestant", "dtype", "N", "D", "V", "peak MiB", "of it gradients", "predicted", "peak / predicted"),
+        ("implementation", "dtype", "N", "D", "V", "peak MiB", "of it gradients", "predicted", "peak / predicted"),
         [tuple("-" if value is None else str(value) for value in result.values()) for result in results],
     )
     for name, result in worst(results).items():
@@ -105,7 +105,7 @@ def worst(results: list[dict[str, object]]) -> dict[str, dict[str, object]]:
     """For each implementation with a law, the result that is furthest from it."""
     furthest: dict[str, dict[str, object]] = {}
     for result in results:
-        ratio, name = result["peak_to_predicted"], str(result["contestant"])
+        ratio, name = result["peak_to_predicted"], str(result["implementation"])
         if ratio and (name not in furthest or abs(ratio - 1) > abs(furthest[name]["peak_to_predicted"] - 1)):
             furthest[name] = result
     return furthest
@@ -114,7 +114,7 @@ def worst(results: list[dict[str, object]]) -> dict[str, dict[str, object]]:
 def _result(case: Case, peak: int) -> dict[str, object]:
     prediction = case.prediction
     return {
-        "contestant": case.implementation,
+        "implementation": case.implementation,
         "dtype": case.dtype,
         "tokens": case.tokens,
         "hidden": case.hidden,
@@ -128,7 +128,7 @@ def _result(case: Case, peak: int) -> dict[str, object]:
 
 def _progress(result: dict[str, object]) -> str:
     sizes = f"N={result['tokens']} D={result['hidden']} V={result['vocab']}"
-    return f"{result['contestant']}, {result['dtype']}, {sizes}: {result['peak_mib']} MiB"
+    return f"{result['implementation']}, {result['dtype']}, {sizes}: {result['peak_mib']} MiB"
 
 
 def _arguments() -> argparse.Namespace:

@@ -51,14 +51,14 @@ def main() -> None:
             inputs = LossInputs.random(*sizes.values(), DTYPES[dtype], ignored=ignored, device=DEVICE)
             seconds = measure(inputs, names, arguments.repeats)
             rows = [
-                sizes | {"dtype": dtype, "ignored": ignored, "contestant": name} | _summary(own, seconds[PRODUCTS])
+                sizes | {"dtype": dtype, "ignored": ignored, "implementation": name} | _summary(own, seconds[PRODUCTS])
                 for name, own in seconds.items()
             ]
             results += rows
             print()
             print_table(
                 (f"{dtype}, {ignored:.0%} ignored", "seconds", "ratio", "least", "most"),
-                [(row["contestant"], *(f"{row[name]:.3f}" for name in _SUMMARY)) for row in rows],
+                [(row["implementation"], *(f"{row[name]:.3f}" for name in _SUMMARY)) for row in rows],
             )
             if arguments.json:
                 dump({"conditions": where, "results": results}, arguments.json)

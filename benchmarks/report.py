@@ -35,10 +35,10 @@ def markdown(document: dict[str, object]) -> str:
     """
     results = document["results"]
     cases = list(dict.fromkeys(map(_case, results)))
-    header = ["contestant", *(f"{case}: {what}" for case in cases for what in ("time", "MiB"))]
+    header = ["implementation", *(f"{case}: {what}" for case in cases for what in ("time", "MiB"))]
     lines = [header, ["---"] * len(header)]
-    for name in dict.fromkeys(result["contestant"] for result in results):
-        by_case = {_case(result): result for result in results if result["contestant"] == name}
+    for name in dict.fromkeys(result["implementation"] for result in results):
+        by_case = {_case(result): result for result in results if result["implementation"] == name}
         lines.append([name, *(cell for case in cases for cell in _cells(by_case.get(case)))])
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"{conditions_text(document['conditions'])}\n\n{text}\n"

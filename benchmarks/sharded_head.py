@@ -144,7 +144,7 @@ def results_of(sizes: Sizes, ranks: int, repeats: int) -> list[dict[str, object]
         results.append(
             sizes._asdict()
             | {
-                "contestant": name,
+                "implementation": name,
                 "ranks": ranks,
                 "seconds": round(statistics.median(taken.wall for taken in seconds[name]), 3),
                 "time_to_sharded": round(statistics.median(ratios), 3),
@@ -174,7 +174,7 @@ def main() -> None:
         columns = list(rows[0])[len(Sizes._fields) + 1 :]
         title = f"N={sizes.tokens} per rank, D={sizes.hidden} V={sizes.vocab} {dtype}"
         print()
-        print_table((title, *columns), [(row["contestant"], *(str(row[name]) for name in columns)) for row in rows])
+        print_table((title, *columns), [(row["implementation"], *(str(row[name]) for name in columns)) for row in rows])
         if arguments.json:
             dump({"conditions": where, "results": results}, arguments.json)
 

@@ -12,7 +12,7 @@ TOKENS, HIDDEN, VOCAB = 2048, 768, 50257
 ROUNDS = 5
 
 
-@pytest.mark.parametrize("contestant", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("ignored", [0.0, 0.5], ids=["all_counted", "half_ignored"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_forward_and_backward(benchmark, dtype, ignored, implementation):

@@ -159,7 +159,7 @@ def results_of(sizes: Sizes, names: list[str], ranks: int, repeats: int) -> list
         results.append(
             sizes._asdict()
             | {
-                "contestant": name,
+                "implementation": name,
                 "ranks": ranks_of[name],
                 "seconds": round(statistics.median(own.wall for own in taken), 4),
                 "time_to_1_rank": round(statistics.median(ratios), 3),
@@ -194,7 +194,7 @@ def main() -> None:
         print()
         columns = list(rows[0])[len(Sizes._fields) + 1 :]
         title = f"N={sizes.tokens} D={sizes.hidden} V={sizes.vocab} {dtype}"
-        print_table((title, *columns), [(row["contestant"], *(str(row[name]) for name in columns)) for row in rows])
+        print_table((title, *columns), [(row["implementation"], *(str(row[name]) for name in columns)) for row in rows])
         if arguments.json:
             dump({"conditions": where, "results": results}, arguments.json)
 

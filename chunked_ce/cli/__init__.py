@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         status = _status(arguments)
         sys.stdout.flush()
+        sys.stderr.flush()
     except BrokenPipeError:
         _discard_unread()
         status = _BROKEN_PIPE

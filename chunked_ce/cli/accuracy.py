@@ -60,9 +60,9 @@ def reference(inputs: LossInputs) -> Reference:
 def errors_of(exact: Reference, loss: Tensor, hidden_grad: Tensor, weight_grad: Tensor) -> dict[str, float]:
     """The loss's absolute error, and the gradients' errors in root mean square, as a share of the gradient's own."""
     return {
-        "loss_error": abs(loss.item() - exact.loss),
-        "hidden_grad_error": relative_error(hidden_grad[exact.tokens], exact.hidden_grad),
-        "weight_grad_error": relative_error(weight_grad[exact.entries], exact.weight_grad),
+        "loss_error_nats": abs(loss.item() - exact.loss),
+        "hidden_grad_relative_error": relative_error(hidden_grad[exact.tokens], exact.hidden_grad),
+        "weight_grad_relative_error": relative_error(weight_grad[exact.entries], exact.weight_grad),
     }
 
 

@@ -198,14 +198,14 @@ def select(
 ) -> tuple[list[str], dict[str, str]]:
     """The names of those that run, the products first, and why each of the others does not.
 
-    ``only`` holds keys of losses of this ``kind``; ``chunk_only`` leaves out those that choose their chunk size
-    themselves.
+    ``only`` holds keys or names of losses of this ``kind``; ``chunk_only`` leaves out those that choose their chunk
+    size themselves.
     """
     keys = {loss.key: name for name, loss in LOSSES.items() if loss.kind == kind}
-    unknown = [key for key in only or () if key not in keys]
+    unknown = [key for key in only or () if key not in keys and key not in keys.values()]
     if unknown:
         raise ValueError(f"--only must name some of {', '.join(keys)}, was {unknown[0]!r}")
-    chosen = [keys[key] for key in only or keys]
+    chosen = list(dict.fromkeys(keys.get(key, key) for key in only or keys))
     missing = {}
     for name in chosen:
         reason = why_not(name)

@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from chunked_ce.cli.documents import CASE_SIZES, Result
 from chunked_ce.cli.implementations import DTYPES, LOSSES
 from chunked_ce.cli.memory_models import predicted
 from chunked_ce.cli.report import MIB
 from chunked_ce.cli.worker import Preparation, Task, Worker
 
-__all__ = ["INTERRUPTED", "Prepared", "Result", "measure", "not_measured", "prepared"]
+__all__ = ["INTERRUPTED", "Prepared", "measure", "not_measured", "prepared"]
 
-Result = dict[str, object]
 INTERRUPTED = "interrupted"
 
 
@@ -41,12 +41,17 @@ def measure(worker: Worker, task: Task, timeout: float, tick: Callable[[], None]
     """One implementation on one case. Ctrl-C ends it: the result holds what was measured, its status is INTERRUPTED."""
     result = not_measured(task, "ok")
     rounds: list[tuple[float, float]] = []
+    control: list[float] = []
     try:
         for kind, content in worker.run(task, timeout):
             if kind == "memory":
                 result["peak_mib"] = round(content / MIB, 1)
             elif kind == "errors":
                 result |= {name: float(f"{error:.4g}") for name, error in content.items()}
+            elif kind == "control":
+                control.append(float(f"{content:.4g}"))
+            elif kind == "shares":
+                result |= content
             elif kind == "round":
                 rounds.append(content)
             elif kind == "failed":
@@ -55,16 +60,23 @@ def measure(worker: Worker, task: Task, timeout: float, tick: Callable[[], None]
                 tick()
     except KeyboardInterrupt:
         result["status"] = INTERRUPTED
-    return result | _times(rounds)
+    return result | ({"control_seconds": control} if control else {}) | _times(rounds)
 
 
 def not_measured(task: Task, status: str) -> Result:
     """The case, the memory law's prediction for it, and a status."""
-    settings = {"dtype": DTYPES[task.dtype], "device": task.device, "chunk": task.chunk, "ignored": task.ignored}
-    law = predicted(task.implementation, task.tokens, task.vocab, task.hidden, **settings)
+    sizes = task.tokens, task.vocab, task.hidden
+    law = predicted(
+        task.implementation,
+        *sizes,
+        dtype=DTYPES[task.dtype],
+        device=task.device,
+        chunk=task.chunk,
+        ignored=task.ignored,
+    )
     exact = task.implementation not in LOSSES or LOSSES[task.implementation].exact
-    case = {name: getattr(task, name) for name in ("dtype", "tokens", "hidden", "vocab", "chunk", "ignored")}
-    described = {"contestant": task.implementation, "exact": exact} | case
+    case = {name: getattr(task, name) for name in CASE_SIZES}
+    described = {"implementation": task.implementation, "exact": exact} | case
     return described | {"predicted_mib": law and round(law.peak / MIB, 1), "status": status}
 
 

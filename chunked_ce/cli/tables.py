@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from chunked_ce.cli.implementations import LOSSES
+from chunked_ce.cli.documents import Result, status_of
 
 __all__ = ["COLUMNS", "cells"]
 
-COLUMNS = ("contestant", "seconds", "x products", "least", "most", "peak MiB", "law MiB", "dX error", "dW error", "")
+COLUMNS = (
+    "implementation",
+    "seconds",
+    "x products",
+    "least",
+    "most",
+    "peak MiB",
+    "law MiB",
+    "dX error",
+    "dW error",
+    "",
+)
 _NUMBERS = {  # by name in a result, in the order of the columns
     "seconds": ".4g",
     "ratio": ".2f",
@@ -14,13 +25,12 @@ _NUMBERS = {  # by name in a result, in the order of the columns
     "ratio_most": ".2f",
     "peak_mib": ",.0f",
     "predicted_mib": ",.0f",
-    "hidden_grad_error": ".1e",
-    "weight_grad_error": ".1e",
+    "hidden_grad_relative_error": ".1e",
+    "weight_grad_relative_error": ".1e",
 }
 
 
-def cells(result: dict[str, object]) -> list[str]:
+def cells(result: Result) -> list[str]:
     """A result as text, in the order of `COLUMNS`."""
-    name, status = str(result["contestant"]), str(result["status"])
     numbers = ("-" if result.get(key) is None else format(result[key], form) for key, form in _NUMBERS.items())
-    return [LOSSES[name].key if name in LOSSES else name, *numbers, "" if status == "ok" else status]
+    return [str(result["implementation"]), *numbers, status_of(result)]

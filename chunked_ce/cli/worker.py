@@ -1,9 +1,10 @@
 """One implementation in a process of its own: its peak memory, its errors, and rounds beside the three products.
 
 The process serves tasks through a pipe. For each it sends messages: ``("memory", bytes)``, ``("errors", dict)``,
-``("round", (seconds, seconds of its products))`` after every round, and last ``("done", None)`` or
-``("failed", reason)``. In a round the implementation and the products take turns at being first. So no two
-implementations are in memory at a time, and a machine that gets slower or faster changes both times of a round.
+``("control", seconds)`` before and after the rounds, ``("round", (seconds, seconds of its products))`` after every
+round, ``("shares", dict)`` of others' work meanwhile, and last ``("done", None)`` or ``("failed", reason)``. In a round
+the implementation and the products take turns at being first. So no two implementations are in memory at a time, and a
+machine that gets slower or faster changes both times of a round.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from chunked_ce.cli import memory, synthetic_inputs
+from chunked_ce.cli import machine_load, memory, synthetic_inputs
 from chunked_ce.cli.accuracy import Reference, errors_of, reference
 from chunked_ce.cli.implementations import DTYPES, LOSSES, loss_of, train_step, yardstick_of
 from chunked_ce.cli.synthetic_inputs import LossInputs
@@ -74,7 +75,7 @@ class Preparation(NamedTuple):
     errors: bool
 
 
-Message = tuple[str, object]
+Message = tuple[str, Any]
 
 
 class Worker:
@@ -186,11 +187,15 @@ def _measured(task: Task) -> Iterator[Message]:
     memory.limit_memory(int(_AVAILABLE * memory.available(device)), device)  # the products may take more
     if task.exact is not None and implementation in LOSSES:
         yield "errors", _errors(task, inputs)
+    yield "control", machine_load.control_seconds(device)
+    watch = machine_load.Watch()
     for turn in range(-1, task.rounds):
         names = (yardstick, implementation) if turn % 2 else (implementation, yardstick)
         seconds = {name: _seconds(name, inputs, chunk) for name in names}
         if turn >= 0:
             yield "round", (seconds[implementation], seconds[yardstick])
+    yield "shares", watch.shares()
+    yield "control", machine_load.control_seconds(device)
 
 
 def _errors(task: Task, inputs: LossInputs) -> dict[str, float]:
