@@ -94,7 +94,7 @@ def add_targets_(total: Tensor, scaled: ScaledExponentials, x: Tensor, scaled_x:
     """Add to ``total`` (V, D) what the product of the exponentials and ``scaled_x`` (n, D) lacks of the targets'
     terms with ``x`` (n, D); each row is summed in fp32 before it is added, always in the same order."""
     terms = scaled.gradient.unsqueeze(1) * x.float() - scaled.taken.float().unsqueeze(1) * scaled_x.float()
-    entries, place = scaled.column.unique(return_inverse=True)
+    entries, place = torch.unique(scaled.column, return_inverse=True)
     sums = terms.new_zeros(len(entries), x.shape[1]).index_add_(0, place, terms)
     total[entries] = (total[entries].to(torch.promote_types(total.dtype, sums.dtype)) + sums).to(total.dtype)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from chunked_ce.narrowing import not_none
 from chunked_ce.rows.sizes import work_dtype
 from chunked_ce.rows.teacher import Pair, TeacherRows
 
@@ -38,9 +39,11 @@ class PerRow(NamedTuple):
     counted: Tensor | None = None  # (n,) False for ignored tokens, where these are kept: their gradients are 0
 
     def at(self, rows: slice) -> PerRow:
+        def of(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[rows]
+
         teacher = None if self.teacher is None else self.teacher.at(rows)
-        tensors = [None if part is None else part[rows] for part in self._replace(teacher=None)]
-        return PerRow(*tensors)._replace(teacher=teacher)
+        return PerRow(of(self.temperature), of(self.ids), teacher, of(self.counted))
 
     @property
     def num_ids(self) -> int:
@@ -76,7 +79,8 @@ class RowStatistics(NamedTuple):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> RowStatistics:
         """Apply ``function`` to every statistic that is not None."""
-        return RowStatistics(*[None if part is None else function(part) for part in self])
+        parts: list[Any] = [None if part is None else function(part) for part in self]
+        return RowStatistics(*parts)
 
     def at(self, rows: slice) -> RowStatistics:
         return self.map(lambda part: part[rows])
@@ -92,7 +96,7 @@ class RowStatistics(NamedTuple):
     @property
     def lse(self) -> Tensor:
         """log sum_v exp(z_v)."""
-        return self.maximum + self.log_sum
+        return not_none(self.maximum) + self.log_sum
 
     @property
     def nll(self) -> Tensor:
@@ -107,18 +111,18 @@ class RowStatistics(NamedTuple):
     @property
     def entropy(self) -> Tensor:
         """The entropy of the predicted distribution, in nats; it requires the statistic ``mean``."""
-        return self.log_sum - self.mean
+        return self.log_sum - not_none(self.mean)
 
     @property
     def logprobs(self) -> Tensor:
         """The log-probabilities (n, K) of the ids, -inf for an id that stands for none; it requires ``at_ids``."""
-        return self.at_ids - self.log_sum.unsqueeze(-1)
+        return not_none(self.at_ids) - self.log_sum.unsqueeze(-1)
 
 
 class Row(NamedTuple):
     """The inputs of a statistic's part, besides the logits of a few rows."""
 
-    target: Tensor  # (r,) a column
+    target: Tensor | None  # (r,) a column; None in a second pass
     class_weight: Tensor | None  # (V,)
     weight_sum: Tensor | float  # sum of the class weights, V without them
     ids: Tensor | None = None  # (r, K) columns, -1 for an id that is in none
@@ -129,7 +133,7 @@ class Row(NamedTuple):
 
     def at(self, rows: slice) -> Row:
         ids = None if self.ids is None else self.ids[rows]
-        return self._replace(target=self.target[rows], ids=ids)
+        return self._replace(target=not_none(self.target)[rows], ids=ids)
 
 
 class Shards(NamedTuple):

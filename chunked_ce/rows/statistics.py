@@ -65,6 +65,7 @@ __all__ = [
     "STATISTICS",
     "Logits",
     "PerRow",
+    "Row",
     "RowStatistics",
     "Statistic",
     "along",
@@ -136,7 +137,8 @@ def columns_of(names: tuple[str, ...], num_ids: int = 0) -> dict[str, slice]:
 
 def num_columns(names: tuple[str, ...], num_ids: int = 0) -> int:
     """How many numbers a shard sends for a row."""
-    return columns_of(names, num_ids)[names[-1]].stop
+    end: int = columns_of(names, num_ids)[names[-1]].stop
+    return end
 
 
 def joined(parts: Iterable[Tensor], out: Tensor | None = None) -> Tensor:

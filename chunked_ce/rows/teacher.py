@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from chunked_ce.narrowing import not_none
 from chunked_ce.rows.exponential import exp_
 from chunked_ce.rows.logits import Logits
 
@@ -27,7 +28,7 @@ class TeacherRows(NamedTuple):
 
     products: Tensor  # (M, B') before scale and softcap, or probabilities
     logits: Logits
-    index: Tensor | None = None  # (n,) the row of each token, None for rows in order
+    row_index: Tensor | None = None  # (n,) the row of each token, None for rows in order
     columns: Tensor | None = None  # (B,) the column of each entry, None for columns in order
     counted: Tensor | None = None  # (n,) False for tokens whose row counts as uniform
     are_probabilities: bool = False
@@ -36,13 +37,13 @@ class TeacherRows(NamedTuple):
 
     def at(self, rows: slice) -> TeacherRows:
         counted = None if self.counted is None else self.counted[rows]
-        if self.index is not None:
-            return self._replace(index=self.index[rows], counted=counted)
+        if self.row_index is not None:
+            return self._replace(row_index=self.row_index[rows], counted=counted)
         return self._replace(products=self.products[rows], counted=counted)
 
     def values(self) -> Tensor:
         """The products (n, B), a view of them where possible."""
-        values = self.products if self.index is None else self.products.index_select(0, self.index)
+        values = self.products if self.row_index is None else self.products.index_select(0, self.row_index)
         values = values if self.columns is None else values.index_select(1, self.columns)
         uniform = 1.0 if self.are_probabilities else 0.0
         return values if self.counted is None else values.where(self.counted.unsqueeze(-1), uniform)
@@ -132,7 +133,8 @@ class Pair:
     def _take_gap(self) -> Tensor:
         """The gap to overwrite, which the last use need not copy."""
         self._uses -= 1
-        return self._gap.clone() if self._uses else self._gap
+        gap = not_none(self._gap)
+        return gap.clone() if self._uses else gap
 
 
 def _weighted_(
@@ -163,7 +165,7 @@ class Pairs:
     ) -> None:
         work = torch.promote_types(dtype, torch.float32)
         self.is_narrow = work != dtype
-        in_order = teacher.index is None and teacher.columns is None and teacher.counted is None
+        in_order = teacher.row_index is None and teacher.columns is None and teacher.counted is None
         in_place = overwrite and teacher.overwrite and in_order and teacher.products.dtype == work
         self._teacher, self.gaps = teacher, gaps
         self._t = None if in_place else teacher.products.new_empty(shape, dtype=work)

@@ -22,6 +22,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _profiler_enabled
 
 __all__ = ["num_threads", "share", "without_denormals"]
 
@@ -59,7 +60,7 @@ def share(items: Sequence[Item], work: Callable[[Iterable[Item]], None], threads
         with without_denormals():
             return work(items)
     queue, state = deque(items), _state()
-    running: list[Future] = []
+    running: list[Future[None]] = []
     try:
         with contextlib.suppress(RuntimeError):  # no thread starts while the interpreter exits
             for _ in range(threads):
@@ -98,17 +99,20 @@ def _is_watched() -> bool:
         or torch._C._len_torch_function_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
+        or _profiler_enabled()
     )
 
 
-def _state() -> tuple[bool, torch._C.DispatchKeySet, torch._C.DispatchKeySet]:
+_State = tuple[bool, torch._C.DispatchKeySet, torch._C.DispatchKeySet]  # how a thread dispatches operations
+
+
+def _state() -> _State:
     """How this thread dispatches operations: within an operator, for example, autograd is off."""
     keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
     return torch.is_inference_mode_enabled(), *keys
 
 
-def _work(queue: deque[Item], work: Callable[[Iterable[Item]], None], state: tuple) -> None:
+def _work(queue: deque[Item], work: Callable[[Iterable[Item]], None], state: _State) -> None:
     inference, *keys = state
     try:
         with torch.inference_mode(inference), torch.no_grad(), torch._C._ForceDispatchKeyGuard(*keys):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from chunked_ce.narrowing import not_none
 from chunked_ce.rows.statistics import work_dtype
 
 __all__ = [
@@ -160,8 +161,8 @@ def finished(
 ) -> Tensor:
     """Write ``factor * (total + kept rows + right @ left)`` to ``out``, rounded once."""
     sums = right @ left
-    for place in () if parts is None else places:
-        sums += parts[place.clamp(min=0)].masked_fill((place < 0).unsqueeze(1), 0)
+    for place in not_none(places) if parts is not None else ():
+        sums += not_none(parts)[place.clamp(min=0)].masked_fill((place < 0).unsqueeze(1), 0)
     if total is not None:
         sums += total
     return out.copy_(sums if factor is None else sums * factor)

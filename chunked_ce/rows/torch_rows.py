@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from chunked_ce.narrowing import not_none
 from chunked_ce.rows.columns import ColumnSums
 from chunked_ce.rows.exponential import exp_
 from chunked_ce.rows.sizes import rows_in_flight, rows_of_visit
@@ -67,8 +68,8 @@ def statistics(
 ) -> RowStatistics:
     """The statistics of each row; with ``overwrite``, the products serve as scratch."""
     first, second = passes_of(names)
-    keywords = {"overwrite": overwrite and not second, "per_row": per_row}
-    part = shard_statistics(products, target, class_weight, logits, first, 0, **keywords)
+    arguments = products, target, class_weight, logits, first, 0
+    part = shard_statistics(*arguments, overwrite=overwrite and not second, per_row=per_row)
     rows = statistics_of(part, target, first)
     if not second:
         return rows
@@ -130,13 +131,13 @@ def second_statistics(
         return parts
 
     def visit(visited: Visit) -> None:
-        rows, z, pair, _ = visited
+        rows, z, pair = visited.rows, visited.z, not_none(visited.pair)
         block = known.at(rows)
-        z.sub_(block.maximum.unsqueeze(-1))
-        pair.relate_(z, block.teacher_maximum)
+        z.sub_(not_none(block.maximum).unsqueeze(-1))
+        pair.relate_(z, not_none(block.teacher_maximum))
         pair.exponentiate_()
         exp_(z)
-        pair.mix_(z, block.log_sum.exp(), block.teacher_log_sum.exp())
+        pair.mix_(z, block.log_sum.exp(), not_none(block.teacher_log_sum).exp())
         row = Row(None, None, 0.0, pair=pair)
         joined((values for name in names for values in STATISTICS[name].part(z, row)), out=parts[rows])
 
@@ -177,11 +178,11 @@ def statistics_and_gradients_(
         (sum_exp,) = part["log_sum"]
         block = RowStatistics(**{name: STATISTICS[name].value(part[name], sum_exp, column) for name in first})
         if second:
-            pair.mix_(z, sum_exp, pair.sum_exp)
+            not_none(pair).mix_(z, sum_exp, not_none(pair).sum_exp)
             block = block._replace(**{name: STATISTICS[name].part(z, row)[0] for name in second})
         for into, values in zip(whole, block, strict=True):
             if into is not None:
-                into[rows] = values
+                into[rows] = not_none(values)
         slopes = slopes_of(block, rows)
         few = Few(sum_exp, column, class_weight, slopes, kept, block, per_row.at(rows), pair)
         if pair is not None:
@@ -229,16 +230,16 @@ def logit_gradients(
         block = known.at(rows)
         dead_rows = None if dead is None else dead[rows].unsqueeze(-1)
         kept = z.clone() if keeps else None
-        z.sub_(block.maximum.unsqueeze(-1))
+        z.sub_(not_none(block.maximum).unsqueeze(-1))
         if pair is not None:
-            pair.relate_(z, block.teacher_maximum)
+            pair.relate_(z, not_none(block.teacher_maximum))
             pair.exponentiate_()
         exp_(z)
         few = Few(block.log_sum.exp(), target[rows], class_weight, slopes.at(rows), kept, block, per_row.at(rows), pair)
         if pair is not None:
-            few = few._replace(teacher_sum=block.teacher_log_sum.exp())
+            few = few._replace(teacher_sum=not_none(block.teacher_log_sum).exp())
         for name in asked:
-            STATISTICS[name].prepare(pair, z, few.sum_exp, few.teacher_sum)
+            STATISTICS[name].prepare(not_none(pair), z, few.sum_exp, not_none(few.teacher_sum))
         gradients = _gradients_(z, few, logits, sums, dead_rows)
         if dead_rows is not None:
             gradients.masked_fill_(dead_rows, 0)
@@ -261,7 +262,7 @@ def scale_into(
         unchanged = source.device.type == "cpu" and bool(factor == 1)
         return source if unchanged else source.mul_(factor)
     scratch = torch.empty_like(source[:_SCALED_ROWS])
-    for part, rows in zip(out.split(_SCALED_ROWS), source.split(_SCALED_ROWS), strict=True):
+    for part, rows in zip(torch.split(out, _SCALED_ROWS), torch.split(source, _SCALED_ROWS), strict=True):
         part.copy_(torch.mul(rows, factor, out=scratch[: len(rows)]))
     return out
 
@@ -273,7 +274,7 @@ def _exponentiate_(
     least: float | None = None,
 ) -> dict[str, Sequence[Tensor]]:
     """The part (r,) of each statistic of a few rows; logits are taken relative to the maximum, at least ``least``."""
-    part = {}
+    part: dict[str, Sequence[Tensor]] = {}
     for name in _reading("logits", names):
         part[name] = STATISTICS[name].part(z, row)
     (maximum,) = part["maximum"]
@@ -347,7 +348,9 @@ def _gradients_(
     for name in _IN_FACTOR:
         slope = _slope(few, name)
         if slope is not None:
-            values = few.z - rows.maximum.unsqueeze(-1) if STATISTICS[name].keeps_relative else exponentials
+            values = exponentials
+            if STATISTICS[name].keeps_relative:
+                values = not_none(few.z) - not_none(rows.maximum).unsqueeze(-1)
             share = (slope / few.sum_exp).unsqueeze(-1)
             term = STATISTICS[name].softmax_factor(share, values, rows)
             factor = term.add_(factor) if term.shape[1] >= factor.shape[1] else factor.add_(term)
@@ -360,10 +363,10 @@ def _gradients_(
     for name in _OF_TEACHER:
         slope = _slope(few, name)
         if slope is not None:
-            factor, values = STATISTICS[name].beside(slope, few.pair, few.sum_exp, few.teacher_sum)
+            factor, values = STATISTICS[name].beside(slope, not_none(few.pair), few.sum_exp, not_none(few.teacher_sum))
             gradients.addcmul_(values, factor.unsqueeze(-1))
     if slopes.at_ids is not None:
-        ids = few.per_row.ids
+        ids = not_none(few.per_row.ids)
         gradients.scatter_add_(-1, ids.clamp(min=0), slopes.at_ids.where(ids >= 0, 0))
     if columns is None:
         for name in _ADDED:
@@ -393,8 +396,8 @@ def _take_targets_(
 
 def _slope(few: Few, name: str) -> Tensor | None:
     """The slope (r,) in a statistic; of the divergence from a mixture, the student's share of it."""
-    slope = getattr(few.slopes, name)
-    return slope * (1 - few.pair.share) if slope is not None and STATISTICS[name].mixes else slope
+    slope: Tensor | None = getattr(few.slopes, name)
+    return slope * (1 - not_none(few.pair).share) if slope is not None and STATISTICS[name].mixes else slope
 
 
 def _at_target(few: Few) -> Tensor:
@@ -412,7 +415,7 @@ def _at_target(few: Few) -> Tensor:
 
 def _chain(few: Few, logits: Logits) -> Tensor:
     """The derivative of the softcap at the capped logits, which the temperature has divided."""
-    capped = few.z / logits.softcap
+    capped = not_none(few.z) / not_none(logits.softcap)
     if few.per_row.temperature is not None:
         capped *= few.per_row.temperature.unsqueeze(-1)
     return 1 - capped.square_()

@@ -3,6 +3,9 @@
 The kernels keep the rules of `chunked_ce.rows.triton_kernels`: fp32, 64-bit offsets, no atomic addition.
 """
 
+# Kernels are compiled for the types of their arguments, which no annotation gives.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
 from __future__ import annotations
 
 import torch
@@ -12,6 +15,7 @@ from torch import Tensor
 
 from chunked_ce.rows.exponentials import ScaledExponentials
 from chunked_ce.rows.statistics import Logits, PerRow
+from chunked_ce.rows.triton_jit import device_of, jit
 
 __all__ = ["add_columns_", "add_targets_", "exponentials"]
 
@@ -28,14 +32,14 @@ _VARYING = {  # arguments that differ between chunks
 }
 
 
-@triton.jit
+@jit
 def _exponentiate(block, factor, reference):
     """2 to the power of ``factor * block - reference``, rounded once before the power is taken."""
     base = tl.where(reference == -float("inf"), 0.0, reference)  # as yet, all entries are masked
     return tl.exp2(tl.fma(block.to(tl.float32), factor, -base))
 
 
-@triton.jit
+@jit
 def _raise(out_of_row, column_stride, reference, level, total, first, BLOCK: tl.constexpr):
     """Relate what was written of a row to a higher reference; it is ``total`` times the ratio that is returned."""
     ratio = tl.exp2(reference - level)
@@ -47,7 +51,7 @@ def _raise(out_of_row, column_stride, reference, level, total, first, BLOCK: tl.
     return total * ratio
 
 
-@triton.jit(**_VARYING)
+@jit(**_VARYING)
 def exponentials_kernel(
     products,  # (n, V)
     row_stride,
@@ -126,7 +130,7 @@ def exponentials_kernel(
     tl.store(of_row + 3, sum_exp)
 
 
-@triton.jit(**_VARYING)
+@jit(**_VARYING)
 def targets_kernel(
     entry,  # (n,) the targets in order
     order,  # (n,) the tokens that they belong to
@@ -168,7 +172,7 @@ def targets_kernel(
     tl.store(into, (old + terms).to(total.dtype.element_ty), mask=mask)
 
 
-@triton.jit(**_VARYING)
+@jit(**_VARYING)
 def columns_kernel(
     values,  # (n, V)
     row_stride,
@@ -212,7 +216,7 @@ def exponentials(
     part = torch.empty(n, 4, dtype=torch.float32, device=products.device)
     block = min(_BLOCK, max(128, triton.next_power_of_2(vocab_size)))
     temperature = None if per_row.temperature is None else per_row.temperature.contiguous()
-    with torch.cuda.device_of(products):
+    with device_of(products):
         exponentials_kernel[(n,)](
             products,
             *products.stride(),
@@ -237,7 +241,7 @@ def add_targets_(total: Tensor, scaled: ScaledExponentials, x: Tensor, scaled_x:
     n, hidden_size = x.shape
     blocks = triton.cdiv(hidden_size, _WIDTH)
     x = x.contiguous()
-    with torch.cuda.device_of(x):
+    with device_of(x):
         targets_kernel[(n * blocks,)](
             entry,
             order,
@@ -259,7 +263,7 @@ def add_targets_(total: Tensor, scaled: ScaledExponentials, x: Tensor, scaled_x:
 def add_columns_(total: Tensor, scaled: ScaledExponentials) -> None:
     """Add the column sums of the gradients to ``total`` (V,)."""
     n, vocab_size = scaled.values.shape
-    with torch.cuda.device_of(total):
+    with device_of(total):
         columns_kernel[(triton.cdiv(vocab_size, _COLUMNS),)](
             scaled.values,
             *scaled.values.stride(),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from chunked_ce.rows import triton_filter_kernels as kernels
 from chunked_ce.rows.torch_filter import PADDED
+from chunked_ce.rows.triton_jit import device_of
 
 __all__ = ["compact_at", "finished", "head_rows", "summed_tail", "tail_columns_"]
 
@@ -33,7 +34,7 @@ def compact_at(
     programs = triton.cdiv(n, _ROWS)
     splits, blocks = _splits(programs, triton.cdiv(vocab_size, _COLUMNS))
     left = torch.empty(splits, n, num_groups, dtype=torch.float32, device=gradients.device)
-    with torch.cuda.device_of(gradients):
+    with device_of(gradients):
         kernels.compact_kernel[(programs, splits)](
             gradients,
             gradients.stride(0),
@@ -63,7 +64,7 @@ def tail_columns_(
 ) -> None:
     """`chunked_ce.rows.torch_filter.tail_columns_`."""
     n, num_tails = left.shape
-    with torch.cuda.device_of(kept):
+    with device_of(kept):
         kernels.tail_columns_kernel[(triton.cdiv(n, _ROWS),)](
             left.contiguous(),
             count,
@@ -91,7 +92,7 @@ def summed_tail(
     splits, blocks = _splits(programs, triton.cdiv(vocab_size, _ENTRIES))
     rows = torch.empty(splits, factors, hidden_size, dtype=torch.float32, device=weight.device)
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
-    with torch.cuda.device_of(weight):
+    with device_of(weight):
         kernels.tail_rows_kernel[(programs, splits)](
             right.contiguous(),
             weight,
@@ -108,7 +109,7 @@ def summed_tail(
             BLOCK=_ELEMENTS,
             num_warps=4,
         )
-    return rows[:, : 2 * num_tails].unflatten(1, (2, num_tails)).sum((0, 1))
+    return torch.unflatten(rows[:, : 2 * num_tails], 1, (2, num_tails)).sum((0, 1))
 
 
 def head_rows(
@@ -124,7 +125,7 @@ def head_rows(
     out = weight.new_empty(width, hidden_size)
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     programs = triton.cdiv(vocab_size, _ENTRIES) + triton.cdiv(width - count, _ENTRIES)
-    with torch.cuda.device_of(weight):
+    with device_of(weight):
         kernels.head_rows_kernel[(programs,)](
             weight,
             weight.stride(0),
@@ -158,7 +159,7 @@ def finished(
     if out.numel() == 0:
         return out
     grid = triton.cdiv(vocab_size, _ENTRIES), triton.cdiv(hidden_size, _ELEMENTS)
-    with torch.cuda.device_of(out):
+    with device_of(out):
         kernels.finish_kernel[grid](
             total,
             parts,

@@ -3,13 +3,18 @@
 Offsets are 64-bit, and no addition is atomic: every run gives the same result.
 """
 
-import triton
+# Kernels are compiled for the types of their arguments, which no annotation gives.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# pyright: reportOperatorIssue=false
+
 import triton.language as tl
+
+from chunked_ce.rows.triton_jit import jit
 
 _NOWHERE = tl.constexpr(-(2**31))  # the place of a column beyond the vocabulary
 
 
-@triton.jit(
+@jit(
     do_not_specialize=["num_rows", "width", "blocks"],
     do_not_specialize_on_alignment=["skip"],
 )
@@ -54,14 +59,14 @@ def compact_kernel(
     tl.store(to_left, sums, mask=row_mask[:, None] & (group < NUM_GROUPS)[None, :])
 
 
-@triton.jit
+@jit
 def _in_two(values, dtype: tl.constexpr):
     """``values`` as a sum of two values in ``dtype``."""
     first = values.to(dtype)
     return first, (values - first.to(tl.float32)).to(dtype)
 
 
-@triton.jit(do_not_specialize=["num_rows", "width"])
+@jit(do_not_specialize=["num_rows", "width"])
 def tail_columns_kernel(
     left,  # (C, k) fp32
     count,  # () the kept columns
@@ -90,7 +95,7 @@ def tail_columns_kernel(
     tl.store(kept + rows[:, None] * kept_stride + (known + columns)[None, :], values, mask=mask)
 
 
-@triton.jit(do_not_specialize=["blocks"], do_not_specialize_on_alignment=["skip"])
+@jit(do_not_specialize=["blocks"], do_not_specialize_on_alignment=["skip"])
 def tail_rows_kernel(
     right,  # (V, k) fp32
     weight,  # (V, D)
@@ -131,7 +136,7 @@ def tail_rows_kernel(
     tl.store(to_rows, sums, mask=(factor < 2 * NUM_TAILS)[:, None] & inside[None, :])
 
 
-@triton.jit(do_not_specialize=["count", "width"])
+@jit(do_not_specialize=["count", "width"])
 def head_rows_kernel(
     weight,  # (V, D)
     row_stride,
@@ -178,7 +183,7 @@ def head_rows_kernel(
             tl.store(out + to[:, None] * hidden_size + columns[None, :], values, mask=mask)
 
 
-@triton.jit(
+@jit(
     do_not_specialize=["num_chunks", "num_tails"],
     do_not_specialize_on_alignment=["total", "places", "right", "factor"],
 )

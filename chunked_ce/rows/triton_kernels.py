@@ -5,10 +5,14 @@ compiled, so a statistic that was not requested costs nothing. Offsets are 64-bi
 atomic, so every run gives the same result.
 """
 
-import triton
+# Kernels are compiled for the types of their arguments, which no annotation gives.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, operator"
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportOptionalOperand=false
+
 import triton.language as tl
 
 from chunked_ce.rows.backend import INTERPRETED
+from chunked_ce.rows.triton_jit import jit
 
 # Arguments that differ between chunks: a kernel is compiled once for all of their values.
 _VARYING = {
@@ -36,13 +40,13 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
-@triton.jit
+@jit
 def _exp(x):
     """One multiplication and one instruction; unlike `tl.exp`, results below 2^-126 are 0."""
     return tl.exp2(x * _LOG2_E)
 
 
-@triton.jit
+@jit
 def _reciprocal(x):
     """Of numbers from 1 on, to 1 ulp in one instruction; a division takes eight."""
     if _INTERPRETED:
@@ -50,7 +54,7 @@ def _reciprocal(x):
     return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
-@triton.jit
+@jit
 def _logits(products, scale, softcap, inverse_cap):
     """`chunked_ce.rows.logits.Logits` in fp32, before the temperature; ``inverse_cap`` is ``1 / softcap``.
 
@@ -78,7 +82,7 @@ def _logits(products, scale, softcap, inverse_cap):
     return z
 
 
-@triton.jit(**_VARYING)
+@jit(**_VARYING)
 def statistics_kernel(
     products,  # (n, V)
     row_stride,
@@ -196,7 +200,7 @@ def statistics_kernel(
         tl.store(out + CORRECT * part_column_stride, (best + start).to(tl.float32))
 
 
-@triton.jit
+@jit
 def _over(values, heat):
     """A row's ``values`` over its temperature, if there is one, rounded to nearest."""
     if heat is not None:
@@ -204,7 +208,7 @@ def _over(values, heat):
     return values
 
 
-@triton.jit
+@jit
 def _relative(z, maximum, heat):
     """The logits, over the temperature, relative to the row's maximum, which was divided by the temperature."""
     if heat is not None:
@@ -216,7 +220,7 @@ def _relative(z, maximum, heat):
     return relative
 
 
-@triton.jit
+@jit
 def _factor(relative, exponentials, log_sum, mean, squares, by_log_sum, by_mean, by_squares):
     """The factor of the probability in the gradient of a logit that is given ``relative`` to the maximum."""
     factor = by_log_sum
@@ -227,7 +231,7 @@ def _factor(relative, exponentials, log_sum, mean, squares, by_log_sum, by_mean,
     return factor
 
 
-@triton.jit
+@jit
 def _of_softmax(relative, log_sum, mean, squares, by_log_sum, by_mean, by_squares):
     """The terms of the statistics of the softmax in the gradients of the logits ``relative`` to the maximum."""
     exponentials = _exp(relative)
@@ -235,14 +239,14 @@ def _of_softmax(relative, log_sum, mean, squares, by_log_sum, by_mean, by_square
     return exponentials * (factor * _exp(-log_sum))
 
 
-@triton.jit
+@jit
 def _at_target(relative, log_sum, mean, squares, by_log_sum, by_target, by_mean, by_squares):
     """The gradients of the targets' logits, which are given ``relative`` to the maximum."""
     factor = _factor(relative, _exp(relative), log_sum, mean, squares, by_log_sum, by_mean, by_squares)
     return _exp(relative - log_sum) * factor + by_target
 
 
-@triton.jit
+@jit
 def _through_softcap(gradients, z, inverse_cap):
     """Gradients chained through the softcap, if there is one, given the logits before the temperature."""
     if inverse_cap is not None:
@@ -251,7 +255,7 @@ def _through_softcap(gradients, z, inverse_cap):
     return gradients
 
 
-@triton.jit(**_VARYING)
+@jit(**_VARYING)
 def gradients_kernel(
     products,  # (n, V)
     row_stride,
@@ -332,7 +336,7 @@ def gradients_kernel(
     tl.store(out + row * out_row_stride + places * out_column_stride, gradients, mask=columns < width)
 
 
-@triton.jit(**_VARYING)
+@jit(**_VARYING)
 def gradients_and_columns_kernel(
     products,  # (n, V)
     row_stride,
@@ -432,7 +436,7 @@ def gradients_and_columns_kernel(
     tl.store(total_of_column + columns, total, mask=inside)
 
 
-@triton.jit
+@jit
 def scale_kernel(
     source,  # (m,)
     factor,  # ()

@@ -6,6 +6,10 @@ row's largest logit turns out to exceed it by more than is allowed, its tiles ar
 reference. Factors are loaded and exponentials stored through tensor descriptors (TMA on sm_90 and later).
 """
 
+# Kernels are compiled for the types of their arguments, which no annotation gives.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+# pyright: reportOperatorIssue=false
+
 from __future__ import annotations
 
 import torch
@@ -16,6 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from chunked_ce.rows.statistics import Logits, PerRow
 from chunked_ce.rows.triton_exponentials import LOG2E, MOST
+from chunked_ce.rows.triton_jit import device_of, jit
 
 __all__ = ["product_exponentials", "takes"]
 
@@ -37,7 +42,7 @@ def takes(factor: Tensor) -> bool:
     return factor.dtype == torch.bfloat16 and factor.shape[1] % 8 == 0 and is_aligned
 
 
-@triton.jit
+@jit
 def _factor_of(heat, scale):
     """What takes the products of rows to the logarithms to base 2 of their exponentials."""
     if heat is not None:
@@ -45,7 +50,7 @@ def _factor_of(heat, scale):
     return scale * LOG2E
 
 
-@triton.jit(**_VARYING)
+@jit(**_VARYING)
 def references_kernel(
     x,  # (n, D)
     x_stride,
@@ -81,7 +86,7 @@ def references_kernel(
     tl.store(reference + row, tl.where(tl.abs(value) < float("inf"), value, 0.0))
 
 
-@triton.jit
+@jit
 def _tile(
     x,  # descriptor of (n, D)
     weight,  # descriptor of (V, D)
@@ -130,7 +135,7 @@ def _tile(
     out.store([first_row, first], values.to(tl.bfloat16))
 
 
-@triton.jit(**_VARYING)
+@jit(**_VARYING)
 def product_kernel(
     x,  # descriptor of (n, D)
     weight,  # descriptor of (V, D)
@@ -165,7 +170,7 @@ def product_kernel(
     )  # fmt: skip
 
 
-@triton.jit(**_VARYING)
+@jit(**_VARYING)
 def repeat_kernel(
     x,
     weight,
@@ -197,7 +202,7 @@ def repeat_kernel(
             )  # fmt: skip
 
 
-@triton.jit(**_VARYING)
+@jit(**_VARYING)
 def parts_kernel(
     highest,  # (blocks, n)
     sums,  # (blocks, n)
@@ -281,7 +286,7 @@ def product_exponentials(
         tensors = highest, sums, column, temperature, at_target, reference, outrun, part
         parts_kernel[(n,)](*tensors, n, blocks, vocab_size, logits.scale, BLOCK=_WIDTH, num_warps=4)
 
-    with torch.cuda.device_of(x):
+    with device_of(x):
         tensors = x, x.stride(0), weight, weight.stride(0), bias, column, temperature, reference
         references_kernel[(n,)](*tensors, *sizes, BLOCK=_WIDTH, num_warps=4)
         row_blocks, factors, tile = tiles(_TOKENS)

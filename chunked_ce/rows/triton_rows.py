@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from chunked_ce import devices
+from chunked_ce.narrowing import not_none
 from chunked_ce.rows import torch_rows
 from chunked_ce.rows import triton_kernels as kernels
 from chunked_ce.rows.columns import ColumnSums
@@ -28,6 +29,7 @@ from chunked_ce.rows.statistics import (
     num_columns,
     statistics_of,
 )
+from chunked_ce.rows.triton_jit import device_of
 
 __all__ = [
     "logit_gradients",
@@ -46,7 +48,8 @@ _ROWS, _COLUMNS = 32, 128  # the tile of a block of columns that a program holds
 
 def rows_in_flight(vocab_size: int, device_type: str) -> int:
     """As many rows as a launch takes: the kernels keep nothing of a row in memory."""
-    return 2**31 // max(1, triton.cdiv(vocab_size, _BLOCK)) - 1
+    blocks: int = triton.cdiv(vocab_size, _BLOCK)
+    return 2**31 // max(1, blocks) - 1
 
 
 def statistics(
@@ -142,7 +145,7 @@ def logit_gradients(
         target.contiguous(),
         _contiguous(class_weight),
         _contiguous(per_row.temperature),
-        known.maximum.contiguous(),
+        not_none(known.maximum).contiguous(),
         known.log_sum.contiguous(),
         known.target.contiguous(),
         _contiguous(known.mean if slopes.mean is not None else None),
@@ -150,7 +153,7 @@ def logit_gradients(
         *map(_contiguous, (slopes.log_sum, slopes.target, slopes.weighted, slopes.mean, slopes.squares)),
     )
     width = min(_width(products), _width(out))
-    with torch.cuda.device_of(products):
+    with device_of(products):
         if columns is None:
             block, warps = _block_of(vocab_size)
             blocks = triton.cdiv(vocab_size, block)
@@ -180,7 +183,7 @@ def scale_into(
 ) -> Tensor:
     """Write ``factor * source`` to ``out``; in place, a factor of 1 costs nothing."""
     if source.numel() > 0:
-        with torch.cuda.device_of(source):
+        with device_of(source):
             kernels.scale_kernel[(triton.cdiv(source.numel(), _BLOCK),)](
                 source, factor, out, source.numel(), IN_PLACE=out is source, BLOCK=_BLOCK, num_warps=8
             )
@@ -208,7 +211,7 @@ def _part(
         name.upper(): places[name].start if name in places else -1 for name in STATISTICS if STATISTICS[name].in_triton
     }
     del at["MAXIMUM"]  # always the first
-    with torch.cuda.device_of(products):
+    with device_of(products):
         kernels.statistics_kernel[(n,)](
             products,
             *products.stride(),

@@ -45,10 +45,12 @@ def visit_rows(
     step, dtype = rows_of_visit(vocab_size, products.device.type), work_dtype(products.dtype)
     visits = [slice(start, min(start + step, n)) for start in range(0, n, step)]
     count = min(threads.num_threads(products), len(visits))
-    parts, sums = [[rows] for rows in visits], [columns] * len(visits)
+    parts: list[tuple[list[slice], ColumnSums | None]] = [([rows], columns) for rows in visits]
+    sums: list[ColumnSums] = []  # of each thread
     if columns is not None and count > 1:
-        parts = [visits[at * len(visits) // count : (at + 1) * len(visits) // count] for at in range(count)]
-        sums = [columns.empty() for _ in parts]
+        sums = [columns.empty() for _ in range(count)]
+        ends = [at * len(visits) // count for at in range(count + 1)]
+        parts = [(visits[start:end], own) for start, end, own in zip(ends, ends[1:], sums, strict=False)]
 
     def in_thread(taken: Iterable[tuple[list[slice], ColumnSums | None]]) -> None:
         scratch, pair_of = None, pairs()
@@ -60,6 +62,6 @@ def visit_rows(
                 logits.apply_(z, None if per_row.temperature is None else per_row.temperature[rows])
                 work(Visit(rows, z, pair_of(rows), own))
 
-    threads.share(list(zip(parts, sums, strict=True)), in_thread, count)
-    if columns is not None and count > 1:
+    threads.share(parts, in_thread, count)
+    if columns is not None:
         columns.merge(sums)
