@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from numbers import Integral, Rational, Real
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from chunked_ce.light import torch
 
@@ -71,13 +71,13 @@ def plain_integer(value: int) -> int:
     return value if isinstance(value, int | torch.SymInt) else int(value)
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether ``value`` is real; a ``Fraction`` is not accepted: torch has none."""
     real = isinstance(value, Real | torch.SymInt | torch.SymFloat) and not isinstance(value, bool)
     return real and (isinstance(value, Integral) or not isinstance(value, Rational))
 
 
-def is_integer(value: object) -> bool:
+def is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, Integral | torch.SymInt) and not isinstance(value, bool)
 
 
@@ -91,8 +91,8 @@ def check_flag(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False, was {described(value)}")
 
 
-def check_tensor(name: str, value: object, kind: Kind) -> None:
-    """Raise unless ``value`` is a dense tensor of this kind."""
+def check_tensor(name: str, value: object, kind: Kind) -> torch.Tensor:
+    """``value``; raises unless it is a dense tensor of this kind."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, was {type(value).__name__}")
     if _is_uninitialized(value):
@@ -102,14 +102,15 @@ def check_tensor(name: str, value: object, kind: Kind) -> None:
         raise TypeError(f"{name} must be a dense tensor, was a {layout} one")
     if value.dtype not in kind.dtypes:
         raise TypeError(f"{name} must be {kind.said}, was {value.dtype}")
+    return value
 
 
 def _is_uninitialized(value: torch.Tensor) -> bool:
     """Whether ``value`` is a parameter of a lazy module that has not been called yet."""
-    return isinstance(value, torch.nn.parameter.UninitializedTensorMixin)
+    return isinstance(value, torch.nn.parameter.UninitializedTensorMixin)  # type: ignore[attr-defined]  # not in its stub
 
 
-def is_dense(value: object) -> bool:
+def is_dense(value: object) -> TypeGuard[torch.Tensor]:
     """Whether ``value`` is a tensor whose shape can be read before it is checked."""
     return isinstance(value, torch.Tensor) and not value.is_nested and value.layout == torch.strided
 

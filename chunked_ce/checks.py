@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from chunked_ce.arguments import (
     FLOATING,
     INDICES,
     WEIGHTS,
+    Kind,
     check_flag,
     check_tensor,
     described,
@@ -74,21 +75,21 @@ def check_call(
     name = "input" if "linear_weight" in tensors else "logits"
     check_per_token(objective, per_token)
     with_ids = () if objective is None or objective.ids is None else (objective.ids, *objective.per_id)
-    for one in with_ids:
+    for at, one in enumerate(with_ids):
         if tensors.get(one) is not None:
-            check_tensor(one, tensors[one], INDICES if one == objective.ids else WEIGHTS)
-    check_tensors(tensors, vocab, name, [one for one in per_token if one not in with_ids])
+            check_tensor(one, tensors[one], INDICES if at == 0 else WEIGHTS)
+    input, target = check_tensors(tensors, vocab, name, [one for one in per_token if one not in with_ids])
     if with_ids:
-        check_per_id(tensors, *with_ids)
+        check_per_id(tensors, target.shape, *with_ids)
     check_keywords(**{key: value for key, value in keywords.items() if key != "num_tokens"})
-    check_temperatures(tensors.get("temperature"), tensors["target"], keywords["ignore_index"])
+    check_temperatures(tensors.get("temperature"), target, keywords["ignore_index"])
     for flag, value in flags.items():
         check_flag(flag, value)
-    dtype = compute_dtype_of(tensors[name]) if name == "input" else tensors[name].dtype
+    dtype = compute_dtype_of(input) if name == "input" else input.dtype
     check_num_tokens(keywords.get("num_tokens"), work_dtype(dtype))
     options = check_options(options, keywords["reduction"])
-    check_backend(options, tensors[name].device, dtype)
-    check_ignored(options, tensors[name].device)
+    check_backend(options, input.device, dtype)
+    check_ignored(options, input.device)
     check_accumulation(options, tensors.get("linear_weight"), vocab, transformed=transformed)
     return options
 
@@ -98,23 +99,21 @@ def check_tensors(
     vocab: VocabShard | None,
     input_name: str,  # "logits" if they exist: there is no linear_weight
     per_token: Iterable[str] = (),
-) -> None:
-    """Check shapes, dtypes and devices of the tensors."""
-    input, linear_weight, target = tensors[input_name], tensors.get("linear_weight"), tensors["target"]
-    check_tensor(input_name, input, FLOATING)
+) -> tuple[Tensor, Tensor]:
+    """Check shapes, dtypes and devices of the tensors; returns the input and the target."""
+    input = check_tensor(input_name, tensors[input_name], FLOATING)
     if input.dim() < 1:
         raise ValueError(f"{input_name} must have at least one dimension, had shape {_shape(input)}")
     check_vocab(vocab)
     rows = input.shape[-1]
     if input_name != "logits":
-        check_tensor("linear_weight", linear_weight, FLOATING)
-        rows = _rows(linear_weight, input, vocab)
+        rows = _rows(check_tensor("linear_weight", tensors["linear_weight"], FLOATING), input, vocab)
         check_adapter(tensors, input, rows)
     elif vocab is None and rows < 1:
         raise ValueError(f"{input_name} must have at least one class, had shape {_shape(input)}")
     if vocab is not None and rows not in (vocab.rows, vocab.padded_rows):
         raise ValueError(
-            f"{'linear_weight' if linear_weight is not None else input_name} must hold the {vocab.rows} words "
+            f"{'logits' if input_name == 'logits' else 'linear_weight'} must hold the {vocab.rows} words "
             f"[{vocab.start}, {vocab.stop}) of vocab"
             + (f", or {vocab.padded_rows} with padding" if vocab.padded_rows else "")
             + f", had {rows}"
@@ -123,8 +122,8 @@ def check_tensors(
         raise ValueError(
             "vocab.tokens must be 'same' for logits that exist, was 'own': no rank holds its columns of others' logits"
         )
-    _check_no_probabilities(target)
-    check_tensor("target", target, INDICES)
+    _check_no_probabilities(tensors["target"])
+    target = check_tensor("target", tensors["target"], INDICES)
     if vocab is not None and vocab.input_grad == "sequence" and input_name != "logits":
         tokens = vocab.size * (input.numel() // max(1, input.shape[-1]))
         if target.numel() != tokens:
@@ -138,13 +137,15 @@ def check_tensors(
             f"had {_shape(target)}"
         )
     weight_shapes = [(rows,)] if vocab is None else [(rows,), (vocab.rows,), (vocab.total,)]
-    of_tokens = ["token_weight", "temperature", *per_token]
-    others = [("linear_bias", FLOATING, [(rows,)]), ("weight", FLOATING, weight_shapes)]
-    for name, kind, shapes in [*others, *((name, WEIGHTS, [_shape(target)]) for name in of_tokens)]:
-        tensor = tensors.get(name)
-        if tensor is None:
+    others: list[tuple[str, Kind, Sequence[tuple[int, ...]]]] = [
+        ("linear_bias", FLOATING, [(rows,)]),
+        ("weight", FLOATING, weight_shapes),
+        *((name, WEIGHTS, [_shape(target)]) for name in ("token_weight", "temperature", *per_token)),
+    ]
+    for name, kind, shapes in others:
+        if tensors.get(name) is None:
             continue
-        check_tensor(name, tensor, kind)
+        tensor = check_tensor(name, tensors[name], kind)
         # A list, not a set: symbolic sizes have no hash.
         if not any(_shape(tensor) == shape for shape in shapes):
             allowed = " or ".join(map(str, dict.fromkeys(map(str, shapes))))
@@ -154,14 +155,15 @@ def check_tensors(
                 f"{name} requires grad, but the loss is not differentiated in it: detach it, or use "
                 "reduction='none' and weight the losses"
             )
-    for name, tensor in tensors.items():
-        if tensor is None or tensor.device == input.device:
+    for name, given in tensors.items():
+        if given is None or given.device == input.device:
             continue
         if name not in ("target", "target ids") or captures(input.device):
-            raise ValueError(f"{name} must be on {input_name}'s device {input.device}, was on {tensor.device}")
-        if tensor.device.type != "cpu":
+            raise ValueError(f"{name} must be on {input_name}'s device {input.device}, was on {given.device}")
+        if given.device.type != "cpu":
             allowed = f"{input_name}'s device {input.device} or the CPU"
-            raise ValueError(f"target must be on {allowed}, was on {tensor.device}")
+            raise ValueError(f"target must be on {allowed}, was on {given.device}")
+    return input, target
 
 
 def _check_no_probabilities(target: object) -> None:
@@ -183,9 +185,7 @@ def check_adapter(tensors: dict[str, Tensor | None], input: Tensor, rows: int) -
         )
     if ADAPTER[0] not in tensors:
         return
-    hidden, weight = (tensors[name] for name in ADAPTER)
-    for name, tensor in zip(ADAPTER, (hidden, weight), strict=True):
-        check_tensor(name, tensor, FLOATING)
+    hidden, weight = (check_tensor(name, tensors[name], FLOATING) for name in ADAPTER)
     released = is_released(weight) or (weight.numel() == 0 and rows > 0)
     if weight.dim() != 2 or released or weight.shape[0] != rows or weight.shape[1] < 1:
         raise ValueError(
@@ -239,7 +239,7 @@ def check_num_tokens(num_tokens: float | Tensor | None, dtype: torch.dtype) -> N
         return
     limits = torch.finfo(dtype)
 
-    def fits(value: float | Tensor) -> bool | Tensor:
+    def fits(value: Any) -> Any:  # a number, or a tensor
         in_range = (value >= limits.smallest_normal * limits.eps) & (value <= limits.max)
         return (value == 0) | (in_range & (value < math.inf))  # beside a float32 tensor, the largest float64 is inf
 
@@ -276,10 +276,10 @@ def check_objective(objective: Objective) -> Objective:
         if not is_plain:
             kinds = "a number, a string, a bool or None"
             raise TypeError(f"{name} of {type(objective).__name__} must be {kinds}, was {described(value)}")
-    for field in ("per_token", "optional_per_token"):
-        reserved = _ARGUMENTS.intersection(getattr(objective, field))
+    for names in ("per_token", "optional_per_token"):
+        reserved = _ARGUMENTS.intersection(getattr(objective, names))
         if reserved:
-            raise ValueError(f"objective.{field} must not name an argument of the loss, had {reserved.pop()!r}")
+            raise ValueError(f"objective.{names} must not name an argument of the loss, had {reserved.pop()!r}")
     named = (*objective.per_token, *objective.optional_per_token)
     if objective.ids is not None and objective.ids not in objective.per_token:
         raise ValueError(f"objective.ids must be None or a name among {objective.per_token}, was {objective.ids!r}")
@@ -306,7 +306,9 @@ def _fields(objective: Objective) -> str:
 
 def check_per_token(objective: Objective | None, per_token: dict[str, Tensor]) -> None:
     """Check that the per-token tensors that an objective needs are given, and no others."""
-    required, optional = ((), ()) if objective is None else (objective.per_token, objective.optional_per_token)
+    if objective is None:  # of functions that take no tensors per token
+        return
+    required, optional = objective.per_token, objective.optional_per_token
     for name in per_token:
         if name not in (*required, *optional):
             taken = ", ".join((*required, *optional)) or "none"
@@ -324,31 +326,32 @@ def check_ids(
     tokens: torch.Size | None,  # their shape; None if the ids are only known to be as many as all ranks' tokens
     *,
     least: int = 1,
-) -> None:
-    """Check the type and shape of ids per token."""
-    check_tensor(name, ids, INDICES)
-    shape = tuple(ids.shape)
+) -> Tensor:
+    """``ids``, whose type and shape are checked."""
+    checked = check_tensor(name, ids, INDICES)
+    shape = tuple(checked.shape)
     if len(shape) < 1 or shape[-1] < least or (tokens is not None and shape[:-1] != tuple(tokens)):
         of_tokens = "the shape of the tokens" if tokens is None else f"{tuple(tokens)}, the shape of the tokens,"
         some = f", at least {least}" if least else ""
         raise ValueError(f"{name} must have {of_tokens} and a last dimension of ids{some}, had {shape}")
+    return checked
 
 
-def check_per_id(tensors: dict[str, Tensor | None], ids: str, *per_id: str) -> None:
-    """Check the shapes of the tensor ``ids`` (..., K) of an objective, and of those with a number for each id."""
-    check_ids(ids, tensors[ids], tensors["target"].shape)
+def check_per_id(tensors: dict[str, Tensor | None], tokens: torch.Size, name_of_ids: str, *per_id: str) -> None:
+    """Check the shapes of an objective's ids (..., K), and of the tensors with a number for each id."""
+    ids = check_ids(name_of_ids, tensors[name_of_ids], tokens)
     for name in per_id:
         tensor = tensors.get(name)
         if tensor is None:
             continue
-        if _shape(tensor) != _shape(tensors[ids]):
-            raise ValueError(f"{name} must have the shape of {ids}, {_shape(tensors[ids])}, had {_shape(tensor)}")
+        if _shape(tensor) != _shape(ids):
+            raise ValueError(f"{name} must have the shape of {name_of_ids}, {_shape(ids)}, had {_shape(tensor)}")
         if tensor.requires_grad:
             raise ValueError(f"{name} requires grad, but the loss is not differentiated in it: detach it")
 
 
 def check_layer(
-    in_features: int, vocab_size: int, bias: bool, device: object, dtype: torch.dtype | None
+    in_features: int, vocab_size: int, bias: bool, device: Any, dtype: torch.dtype | None
 ) -> tuple[int, int]:
     """Check the arguments that make a head's layer; returns the two sizes as Python integers."""
     for name, size in (("in_features", in_features), ("vocab_size", vocab_size)):

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Generic, Literal, cast
 
 from torch import Tensor, nn
+from typing_extensions import TypeVar, Unpack, overload
 
 from chunked_ce.arguments import check_flag
 from chunked_ce.checks import check_class_weight, check_keywords, check_options, check_vocab
-from chunked_ce.functional import LossStats, PerToken, linear_cross_entropy
+from chunked_ce.engine.loss_stats import LossStats
+from chunked_ce.functional.target_losses import linear_cross_entropy
+from chunked_ce.keywords import LossModuleKeywords, PerToken, PerTokenNumbers, Reduction
 from chunked_ce.options import ChunkOptions
 from chunked_ce.parallel.vocab import VocabShard
 
 __all__ = ["LinearCrossEntropyLoss"]
 
+_OfTensor = TypeVar("_OfTensor", default=Tensor)  # what a call returns for a tensor
+_OfDepths = TypeVar("_OfDepths", default=Tensor)  # and for a list of depths
 
-class LinearCrossEntropyLoss(nn.Module):
+
+class LinearCrossEntropyLoss(nn.Module, Generic[_OfTensor, _OfDepths]):
     """`chunked_ce.linear_cross_entropy` as a module: options are given when it is made, tensors at each call.
 
     Takes every keyword of the function but the tensors ``linear_bias``, ``linear_adapter``, ``token_weight`` and
@@ -30,11 +37,47 @@ class LinearCrossEntropyLoss(nn.Module):
 
     weight: Tensor | None
 
+    @overload
+    def __init__(
+        self: LinearCrossEntropyLoss[Tensor, Tensor],
+        *,
+        reduction: Literal["mean", "sum"] = "mean",
+        return_stats: Literal[False] = False,
+        **keywords: Unpack[LossModuleKeywords],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: LinearCrossEntropyLoss[tuple[Tensor, LossStats], tuple[Tensor, LossStats]],
+        *,
+        reduction: Literal["mean", "sum"] = "mean",
+        return_stats: Literal[True],
+        **keywords: Unpack[LossModuleKeywords],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: LinearCrossEntropyLoss[Tensor, list[Tensor]],
+        *,
+        reduction: Literal["none"],
+        return_stats: Literal[False] = False,
+        **keywords: Unpack[LossModuleKeywords],
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self: LinearCrossEntropyLoss[tuple[Tensor, LossStats], tuple[list[Tensor], LossStats]],
+        *,
+        reduction: Literal["none"],
+        return_stats: Literal[True],
+        **keywords: Unpack[LossModuleKeywords],
+    ) -> None: ...
+
     def __init__(
         self,
         *,
         weight: Tensor | None = None,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         ignore_index: int | None = -100,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
@@ -69,12 +112,12 @@ class LinearCrossEntropyLoss(nn.Module):
         linear_weight: Tensor,  # (V, D)
         target: PerToken,  # (...)
         linear_bias: Tensor | None = None,  # (V,)
-        token_weight: PerToken | None = None,  # as target
+        token_weight: PerTokenNumbers | None = None,  # as target
         num_tokens: float | Tensor | None = None,
-        temperature: PerToken | None = None,  # as target; None: the number given when the module was made
+        temperature: PerTokenNumbers | None = None,  # as target; None: the number given when the module was made
         linear_adapter: tuple[PerToken, Tensor] | None = None,  # (..., r) and (V, r)
-    ) -> Tensor | list[Tensor] | tuple[Tensor | list[Tensor], LossStats]:
-        return linear_cross_entropy(
+    ) -> _OfTensor | _OfDepths:
+        loss: Any = linear_cross_entropy(
             input,
             linear_weight,
             target,
@@ -86,6 +129,37 @@ class LinearCrossEntropyLoss(nn.Module):
             **(self._maths if temperature is None else self._maths | {"temperature": temperature}),
             **self._rest,
         )
+        return cast("_OfTensor | _OfDepths", loss)
+
+    if TYPE_CHECKING:  # that of `nn.Module` returns Any
+
+        @overload
+        def __call__(
+            self,
+            input: Tensor,
+            linear_weight: Tensor,
+            target: Tensor,
+            linear_bias: Tensor | None = None,
+            token_weight: Tensor | None = None,
+            num_tokens: float | Tensor | None = None,
+            temperature: Tensor | None = None,
+            linear_adapter: tuple[Tensor, Tensor] | None = None,
+        ) -> _OfTensor: ...
+
+        @overload
+        def __call__(
+            self,
+            input: Sequence[Tensor],
+            linear_weight: Tensor,
+            target: Sequence[Tensor],
+            linear_bias: Tensor | None = None,
+            token_weight: Sequence[Tensor | float] | None = None,
+            num_tokens: float | Tensor | None = None,
+            temperature: Sequence[Tensor | float] | None = None,
+            linear_adapter: tuple[Sequence[Tensor], Tensor] | None = None,
+        ) -> _OfDepths: ...
+
+        def __call__(self, *args: Any, **keywords: Any) -> Any: ...
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in (self._maths | self._rest).items())

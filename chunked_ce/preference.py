@@ -249,8 +249,8 @@ def kto(
     desirable_weight = _not_negative("desirable_weight", desirable_weight)
     undesirable_weight = _not_negative("undesirable_weight", undesirable_weight)
     policy_chosen, reference_chosen = _sums({"policy_chosen": policy_chosen}, {"reference_chosen": reference_chosen})
-    rejected = {"policy_rejected": policy_rejected}, {"reference_rejected": reference_rejected}
-    policy_rejected, reference_rejected = _sums(*rejected)
+    of_rejected = {"policy_rejected": policy_rejected}, {"reference_rejected": reference_rejected}
+    policy_rejected, reference_rejected = _sums(*of_rejected)
     _check_device("policy_rejected", policy_rejected, policy_chosen)
     point = _reference_point(kl, policy_chosen)
     # 1 - sigmoid(x) as sigmoid(-x), which does not cancel where the loss is small.
@@ -288,11 +288,11 @@ def _over_lengths(
     chosen: Tensor, rejected: Tensor, chosen_length: Tensor | None, rejected_length: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The sums over the numbers of tokens, if these are given."""
-    if (chosen_length is None) != (rejected_length is None):
+    if chosen_length is None and rejected_length is None:
+        return chosen, rejected
+    if chosen_length is None or rejected_length is None:
         missing = "chosen_length" if chosen_length is None else "rejected_length"
         raise TypeError(f"{missing} was None: give the lengths of both sides of a pair, or of neither")
-    if chosen_length is None:
-        return chosen, rejected
     return (
         _per_token("chosen_length", chosen, chosen_length),
         _per_token("rejected_length", rejected, rejected_length),
@@ -335,7 +335,9 @@ def _likelihood_term(alpha: float, nll: Tensor | None, chosen: Tensor) -> Tensor
 
 def _mean(losses: Tensor) -> Tensor:
     """0 of an empty batch."""
-    return losses.sum() / torch.sym_max(losses.shape[0], 1)
+    sequences = torch.sym_max(losses.shape[0], 1)
+    mean: Tensor = losses.sum() / sequences
+    return mean
 
 
 # ---- checks ----

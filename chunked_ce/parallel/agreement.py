@@ -25,22 +25,20 @@ def agreed(
     on all."""
     if vocab is None:
         return check()
-    result = error = None
+    on_cpu = getattr(device, "type", "cpu") == "cpu"
     try:
         result = check()
     except NotImplementedError:
         raise  # on every rank
-    except Exception as raised:
-        if not isinstance(vocab, VocabShard):
-            raise
-        error = raised
+    except Exception as refused:
+        if isinstance(vocab, VocabShard) and not torch.compiler.is_compiling():
+            vocab.agree({}, refused, on_cpu=on_cpu)
+        raise
     if torch.compiler.is_compiling():
-        if error is not None:
-            raise error
         return result
-    on_cpu = getattr(device, "type", "cpu") == "cpu"
-    call = {}
-    if error is None and vocab.compares(on_cpu=on_cpu):
+    call: dict[str, Any] = {}
+    error: Exception | None = None
+    if vocab.compares(on_cpu=on_cpu):
         try:  # facts read values from the device, and take memory
             call = facts_of(result)
         except Exception as raised:
@@ -50,19 +48,19 @@ def agreed(
 
 
 def facts_of_call(
-    tensors: dict[str, Tensor | None], keywords: dict[str, Any], compute_dtype: torch.dtype, vocab: VocabShard
+    tensors: dict[str, Any], keywords: dict[str, Any], compute_dtype: torch.dtype, vocab: VocabShard
 ) -> dict[str, Any]:
     """The facts that must be equal on every rank of a vocabulary group, by name.
 
     ``tensors`` are the arguments by name: "input" (..., D) and "linear_weight" (V_r, D), or "logits" (..., V_r),
     "target", "linear_bias", "weight" and the two factors of an adapter; all others are per token.
     """
-    input = tensors.get("logits", tensors.get("input"))
-    target, linear_weight, weight = (tensors.get(name) for name in ("target", "linear_weight", "weight"))
+    input, target = tensors["logits" if "logits" in tensors else "input"], tensors["target"]
+    linear_weight, weight = (tensors.get(name) for name in ("linear_weight", "weight"))
     is_own = vocab.tokens == "own"
-    facts = {"input dtype": input.dtype}
+    facts: dict[str, object] = {"input dtype": input.dtype}
     if not is_own:
-        facts |= {"target": tuple(target.shape)} | checksums({"target": target})
+        facts |= {"target": tuple(target.shape), **checksums({"target": target})}
     if linear_weight is not None:
         facts |= {
             "input's last dimension": input.shape[-1],
@@ -87,7 +85,9 @@ def facts_of_call(
     facts |= keywords | {"num_tokens": None if number is None or is_own else float(number)}
     if linear_weight is not None and vocab.input_grad != "sequence" and not is_own:
         facts |= checksums({"input": input}, ": dropout with a seed of each rank's own makes them differ")
-    local = ("linear_bias", ADAPTER[1]) if facts[WHOLE_WEIGHT] else ("linear_bias", ADAPTER[1], "weight")
+    local: tuple[str, ...] = ("linear_bias", ADAPTER[1])
+    if not facts[WHOLE_WEIGHT]:
+        local += ("weight",)
     if vocab.input_grad == "sequence":
         local += (ADAPTER[0],)
     if is_own:  # only a weight of the whole vocabulary is the same everywhere

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _get_object_coll_device, _resolve_process_group
+from torch._C._distributed_c10d import _resolve_process_group
+from torch.distributed.distributed_c10d import _get_object_coll_device
 
 __all__ = [
     "CollectiveError",
@@ -29,14 +30,20 @@ __all__ = [
 _HAS_SINGLE = hasattr(dist, "all_gather_single")
 
 
-def all_gather_single(gathered: Tensor, part: Tensor, **keywords) -> dist.Work | None:
+def all_gather_single(
+    gathered: Tensor, part: Tensor, group: dist.ProcessGroup | None = None, async_op: bool = False
+) -> dist.Work | None:
     gather = dist.all_gather_single if _HAS_SINGLE else dist.all_gather_into_tensor
-    return gather(gathered, part, **keywords)
+    work: dist.Work | None = gather(gathered, part, group=group, async_op=async_op)
+    return work
 
 
-def reduce_scatter_single(mine: Tensor, parts: Tensor, **keywords) -> dist.Work | None:
+def reduce_scatter_single(
+    mine: Tensor, parts: Tensor, group: dist.ProcessGroup | None = None, async_op: bool = False
+) -> dist.Work | None:
     scatter = dist.reduce_scatter_single if _HAS_SINGLE else dist.reduce_scatter_tensor
-    return scatter(mine, parts, **keywords)
+    work: dist.Work | None = scatter(mine, parts, group=group, async_op=async_op)
+    return work
 
 
 class CollectiveError(RuntimeError):
@@ -70,7 +77,7 @@ class Collectives:
     """The collectives of the group with this name; custom operators take the name, but no group."""
 
     def __init__(self, group_name: str) -> None:
-        self.group = _resolve_process_group(group_name)
+        self.group = _resolve_process_group(group_name)  # type: ignore[arg-type]  # a str, as operators take it
         self.size = dist.get_world_size(self.group)
         self.rank = dist.get_rank(self.group)
 
@@ -157,7 +164,9 @@ class Collectives:
         if issued is not None:
             issued.number += 1
 
-    def _start(self, what: str, collective, *tensors: Tensor, result: Tensor) -> Pending:
+    def _start(
+        self, what: str, collective: Callable[..., dist.Work | None], *tensors: Tensor, result: Tensor
+    ) -> Pending:
         self._count()
         if result.numel() == 0 and all(tensor.numel() == 0 for tensor in tensors):
             return Pending(result, None, what)  # empty on every rank, since sizes are equal

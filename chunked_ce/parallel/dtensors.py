@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -54,7 +54,7 @@ def own_rows(tensor: Any, vocab: VocabShard) -> Tensor:
     average = _types().Partial("avg")
     gradient = [average if placement.is_replicate() else placement for placement in tensor.placements]
     # A redistribution to the placements that it has already: it turns the gradient's placements into these.
-    rows = tensor.redistribute(placements=tensor.placements).to_local(grad_placements=gradient)
+    rows: Tensor = tensor.redistribute(placements=tensor.placements).to_local(grad_placements=gradient)
     factor = vocab.row_gradient_factor * _gradient_factor(tensor)
     if factor != 1 and rows.requires_grad:
         rows.register_hook(lambda gradient: gradient * factor)
@@ -85,11 +85,10 @@ def _vocabulary(name: str, tensor: Any, vocab: VocabShard | None) -> tuple[Tenso
         tensor = tensor.redistribute(placements=placements)
     if all(placement.is_replicate() for placement in placements):
         return tensor.to_local(), vocab
-    is_own = _has_own_tokens(vocab)
-    if name == "linear_weight" and not is_own:
+    if name == "linear_weight" and not _has_own_tokens(vocab):
         _refuse_fsdp(name, tensor)
     shard = _shard_of(name, tensor.device_mesh, placements, tensor.shape[dim], dim)
-    if is_own:
+    if _has_own_tokens(vocab):
         _check_rows_of(name, shard, vocab, placements)
         return own_rows(tensor, vocab), vocab
     return tensor.to_local(), shard if vocab is None else vocab
@@ -102,8 +101,8 @@ def _tokens(name: str, tensor: Any, vocab: VocabShard | None) -> Tensor:
     is_hidden = name in ("input", ADAPTER[0])
     if is_hidden and vocab is not None and vocab.input_grad == "sequence":
         return _sequence_shard(name, tensor, placements, mine)
-    of_tokens = dict.fromkeys(("target", "token_weight", "temperature"), tensor.dim())
-    token_dims = tensor.dim() - 1 if is_hidden else of_tokens.get(name, 0)
+    is_of_tokens = name in ("target", "token_weight", "temperature")
+    token_dims = tensor.dim() - 1 if is_hidden else tensor.dim() if is_of_tokens else 0
     is_own = _has_own_tokens(vocab)
     for at, placement in enumerate(placements):
         if (at != mine or is_own) and _shards(placement) and placement.dim < token_dims:
@@ -118,7 +117,8 @@ def _tokens(name: str, tensor: Any, vocab: VocabShard | None) -> Tensor:
                 f"{tuple(placements)} on {tensor.device_mesh}"
             )
         gradient[mine] = _types().Partial()
-    return tensor.redistribute(placements=replicated).to_local(grad_placements=gradient)
+    whole: Tensor = tensor.redistribute(placements=replicated).to_local(grad_placements=gradient)
+    return whole
 
 
 def _sequence_shard(name: str, tensor: Any, placements: list[Any], mine: int | None) -> Tensor:
@@ -136,14 +136,14 @@ def _sequence_shard(name: str, tensor: Any, placements: list[Any], mine: int | N
                 f"{name} must be sharded on its first dimension of tokens over the ranks of vocab, and replicated over "
                 f"others, for input_grad='sequence', had placements {tuple(placements)} on {tensor.device_mesh}"
             )
-    return tensor.to_local()
+    share: Tensor = tensor.to_local()
+    return share
 
 
 def _rows(name: str, tensor: Any, vocab: VocabShard | None) -> Tensor:
     """This rank's entries of a bias, or rows of an adapter's weight: those of its rows of the head."""
     placements = _placements(tensor)
-    is_own = _has_own_tokens(vocab)
-    if any(map(_shards, placements)) and not is_own:
+    if any(map(_shards, placements)) and not _has_own_tokens(vocab):
         _refuse_fsdp(name, tensor)
     required = _replicated(placements)
     if vocab is not None:
@@ -156,12 +156,13 @@ def _rows(name: str, tensor: Any, vocab: VocabShard | None) -> Tensor:
         required[mine] = _types().Shard(0)
         bounds = _shard_of(name, tensor.device_mesh, required, tensor.shape[0], 0)
         _check_rows_of(name, bounds, vocab, required)
-    if is_own and placements == required:
+    if _has_own_tokens(vocab) and placements == required:
         return own_rows(tensor, vocab)
-    return tensor.redistribute(placements=required).to_local()
+    rows: Tensor = tensor.redistribute(placements=required).to_local()
+    return rows
 
 
-def _has_own_tokens(vocab: VocabShard | None) -> bool:
+def _has_own_tokens(vocab: VocabShard | None) -> TypeGuard[VocabShard]:
     return vocab is not None and vocab.tokens == "own"
 
 

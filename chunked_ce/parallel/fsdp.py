@@ -30,19 +30,19 @@ def is_fsdp_shard(tensor: Tensor) -> bool:
     return any(id(one) in identities or _memory(one) in memories for one in candidates)
 
 
-def fsdp_refusal(name: str, tensor: Tensor) -> str:
+def fsdp_refusal(name: str, tensor: Any) -> str:
     return (
         f"{name} is sharded by FSDP over data ranks, which hold different tokens: it is no shard of the vocabulary, "
         f"had placements {tuple(tensor.placements)}. FSDP has to have it whole: {_WHAT_TO_DO}"
     )
 
 
-def gradient_factor(tensor: Tensor) -> float:
+def gradient_factor(tensor: Any) -> float:
     """The number of ranks over ``set_gradient_divide_factor`` of the unit that shards a parameter; 1 if not set."""
     for group in _groups():
         factor = group.gradient_divide_factor
         if factor is not None and any(_memory(tensor) == _memory(shard) for shard in _shards_of(group)):
-            return tensor.device_mesh.size() / factor
+            return float(tensor.device_mesh.size() / factor)
     return 1.0
 
 
@@ -83,18 +83,23 @@ def parameter_groups(state: Any) -> list[Any]:
 
 def _memory(tensor: Tensor) -> int:
     """The identity of a tensor's memory, even where it is empty."""
-    return getattr(tensor, "_local_tensor", tensor).untyped_storage()._cdata
+    memory: int = getattr(tensor, "_local_tensor", tensor).untyped_storage()._cdata
+    return memory
 
 
 def _leaves(tensor: Tensor) -> list[Tensor]:
     """The leaves that a tensor was computed from, within a few nodes of the graph."""
-    leaves, nodes = [], [tensor.grad_fn]
+    leaves: list[Tensor] = []
+    nodes = [tensor.grad_fn]
     for _ in range(_NODES):
         if not nodes:
             break
         node = nodes.pop(0)
-        if hasattr(node, "variable"):
-            leaves.append(node.variable)
-        elif node is not None:
+        if node is None:
+            continue
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            leaves.append(leaf)
+        else:
             nodes += [following for following, _ in node.next_functions]
     return leaves

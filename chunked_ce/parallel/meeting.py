@@ -54,7 +54,7 @@ _counts: weakref.WeakKeyDictionary[dist.ProcessGroup, _Count] = weakref.WeakKeyD
 
 def digest(text: bytes) -> int:
     """An int64."""
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), signed=True)
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big", signed=True)
 
 
 def meet(

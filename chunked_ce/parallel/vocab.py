@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from chunked_ce.arguments import FLOATING, described, integer, is_integer, is_one_of
 from chunked_ce.parallel.collectives import Collectives, all_gather_single, broken_as, exchange, object_device
@@ -57,7 +58,7 @@ class VocabShard:
         TypeError, ValueError: naming the argument, what it was and what is allowed.
     """
 
-    group: dist.ProcessGroup | None
+    group: dist.ProcessGroup
     start: int
     stop: int
     total: int
@@ -67,8 +68,25 @@ class VocabShard:
     padded_rows: int | None = None
     """Rows of this rank's head with the padding at its end, which never gets probability; None without padding."""
     tokens: Literal["same", "own"] = "same"
+    ranks: tuple[int, ...] = dataclasses.field(init=False, repr=False)
+    """The global ranks of the group."""
 
     row_gradient_factor: ClassVar[float] = 1.0  # for the rows of DTensors, where FSDP2 has a divide factor of its own
+
+    if TYPE_CHECKING:  # the group may be given as None, and is none no more once the shard is made
+
+        def __init__(
+            self,
+            group: dist.ProcessGroup | None,
+            start: int,
+            stop: int,
+            total: int,
+            input_grad: Literal["complete", "partial", "sequence"] = "complete",
+            reduce_dtype: torch.dtype | None = None,
+            check: Literal["auto", "always", "first"] = "auto",
+            padded_rows: int | None = None,
+            tokens: Literal["same", "own"] = "same",
+        ) -> None: ...
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "group", checked_group(self.group))
@@ -103,16 +121,19 @@ class VocabShard:
     def __copy__(self) -> VocabShard:
         return self  # a shard does not change
 
-    def __deepcopy__(self, _memo: dict) -> VocabShard:
+    def __deepcopy__(self, _memo: dict[int, Any]) -> VocabShard:
         return self
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         """The group is pickled as its ranks: the process that unpickles it looks up its own group of them."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "group"}
+        names = [field.name for field in dataclasses.fields(self) if field.init and field.name != "group"]
+        values = {name: getattr(self, name) for name in names}
         return _unpickled, (type(self), list(self.ranks), self.group.group_name, values)
 
     @classmethod
-    def split(cls, total: int, group: dist.ProcessGroup | None = None, *, padded: int | None = None, **keywords: Any):
+    def split(
+        cls, total: int, group: dist.ProcessGroup | None = None, *, padded: int | None = None, **keywords: Any
+    ) -> Self:
         """An even split, as of `torch.chunk` and DTensor: ``ceil(total / R)`` rows per rank, fewer on the last ones.
 
         A head whose shards all have that size, or ``padded / R`` rows of a vocabulary padded to ``padded``, is accepted
@@ -131,7 +152,7 @@ class VocabShard:
         return cls(group, start, min(start + rows, total), total, padded_rows=rows, **keywords)
 
     @classmethod
-    def from_local(cls, rows: int, group: dist.ProcessGroup | None = None, **keywords: Any):
+    def from_local(cls, rows: int, group: dist.ProcessGroup | None = None, **keywords: Any) -> Self:
         """From the number of rows that this rank holds, which the ranks exchange."""
         group = checked_group(group)
         sizes = exchange(rows, group, "chunked_ce: the exchange of the shards' sizes")
@@ -143,16 +164,17 @@ class VocabShard:
         return cls(group, start, start + rows, sum(sizes), **keywords)
 
     @classmethod
-    def from_dtensor(cls, weight: Tensor, **keywords: Any):
+    def from_dtensor(cls, weight: Tensor, **keywords: Any) -> Self:
         """From a DTensor (V, D) sharded on dim 0 along one dimension of its mesh, by tensor parallelism.
 
         With ``tokens="own"`` it may be a parameter that ``fully_shard`` has sharded, and is used while it is sharded.
         """
-        if not hasattr(weight, "placements"):
+        dtensor: Any = weight
+        if not hasattr(dtensor, "placements"):
             raise TypeError(f"weight must be a DTensor, was {type(weight).__name__}")
         if keywords.get("tokens") != "own" and is_fsdp_shard(weight):
             raise ValueError(fsdp_refusal("weight", weight))
-        return cls.from_placements(weight.device_mesh, tuple(weight.placements), weight.shape, **keywords)
+        return cls.from_placements(dtensor.device_mesh, tuple(dtensor.placements), dtensor.shape, **keywords)
 
     @classmethod
     def from_placements(
@@ -164,7 +186,7 @@ class VocabShard:
         name: str = "linear_weight",
         dim: int = 0,
         **keywords: Any,
-    ):
+    ) -> Self:
         """From the mesh and placements of a DTensor whose dimension ``dim`` is a vocabulary of ``shape[0]``."""
         from torch.distributed.tensor import Shard as ShardPlacement
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -181,10 +203,11 @@ class VocabShard:
         return cls(mesh.get_group(sharded[0]), start, start + local[0], shape[0], **keywords)
 
     @classmethod
-    def from_deepspeed(cls, layer: nn.Module, **keywords: Any):
+    def from_deepspeed(cls, layer: nn.Module, **keywords: Any) -> Self:
         """From DeepSpeed's ``VocabParallelLinear``, whose weight is this rank's shard."""
+        names = ("mp_group", "vocab_start_index", "vocab_end_index", "vocab_size")
         try:
-            group, *bounds = layer.mp_group, layer.vocab_start_index, layer.vocab_end_index, layer.vocab_size
+            group, *bounds = (getattr(layer, name) for name in names)
         except AttributeError as error:
             raise TypeError(f"layer must be DeepSpeed's VocabParallelLinear, was {type(layer).__name__}") from error
         if group is None:  # here None would mean all ranks
@@ -226,11 +249,12 @@ class VocabShard:
         numbers = digest(pickle.dumps(mine)), self.start, self.stop
         found = meet(ranks, doing, *numbers, device=object_device(self.group))
         digests, bounds = [one for one, *_ in found], [(start, stop) for _, start, stop, *_ in found]
+        everyone = None
         if len(set(digests)) > 1:
             everyone = exchange(mine, self.group, f"chunked_ce: {doing.what}")
         if error is not None:
             raise error
-        if len(set(digests)) > 1:
+        if everyone is not None:
             self._check_calls(everyone, bounds)
         _check_cover(bounds, self.total)
         object.__setattr__(self, "_bounds", bounds)
