@@ -25,6 +25,8 @@ policy: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy chunked_ce
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # Four workers of one thread each for two cores: many tests wait for processes that they start. Threads of a test that
 # asks for more sleep while they wait, and processes share the bytecode of what they import.
