@@ -39,6 +39,8 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Turn links to files of the repository into links to their pages."""
+    if page.is_homepage:
+        page.meta["hide"] = ["navigation"]  # it lists nothing but the page, whose table is wide
     origin = _origin(page.file.src_uri)
     if origin is None:
         return markdown

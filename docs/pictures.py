@@ -137,7 +137,7 @@ def chunks() -> Picture:
     picture.text((left + wide + 46, top + high + 16), "a few numbers", anchor="middle", size=12)
     picture.text((left + wide + 46, top + high + 31), "per token", anchor="middle", size=12)
     full = full_logits(N, V, D, dtype=DTYPE).peak
-    picture.heading((490, 68), "Peak above the inputs, predicted")
+    picture.heading((490, 68), "Peak memory, predicted")
     rows = [
         ("full logits", full, RED),
         ("gradients in the forward", prediction().peak, BLUE),

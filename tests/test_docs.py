@@ -14,7 +14,7 @@ from chunked_ce.cli.arguments import parser
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-FOLDERS = ("chunked_ce", "tests", "benchmarks", "examples")
+FOLDERS = ("chunked_ce", "tests", "benchmarks", "docs", "examples")
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 RUN_ELSEWHERE = {"docs/drop_in.md", "docs/notebook.md"}  # by tests/test_drop_in_doc.py, and by the notebook's own test
 

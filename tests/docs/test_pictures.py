@@ -25,7 +25,8 @@ def test_text_stays_within_the_picture(draw):
     texts = [element for element in ElementTree.fromstring(picture.svg()).iter() if element.tag.endswith("text")]
     assert texts
     for text in texts:
-        wide = WIDTH_OF_A_LETTER * float(text.get("font-size")) * len(text.text)
+        bold = 1.15 if text.get("font-weight") else 1.0
+        wide = bold * WIDTH_OF_A_LETTER * float(text.get("font-size")) * len(text.text)
         share = {"start": 0.0, "middle": 0.5, "end": 1.0}[text.get("text-anchor", "start")]
         left = float(text.get("x")) - share * wide
         assert left >= 0, text.text

@@ -1,19 +1,25 @@
-"""The documentation site: it builds strictly, its links lead somewhere, and it loads nothing from elsewhere."""
+"""The documentation site: built strictly, once for all tests here, its links checked, and seen in a real browser."""
 
+import functools
 import importlib.util
 import os
 import posixpath
 import re
+import shutil
 import subprocess
 import sys
+import threading
 from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-VOID_OF_LINKS = {"canonical", "next", "prev"}  # `rel` of a link that loads nothing
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+PAGES = ("index.html", "concepts/shards.html", "reference/losses.html", "figures.html", "models.html")
+LOADS_NOTHING = {"canonical", "next", "prev"}  # `rel` of a link that loads nothing
 
 
 class Document(HTMLParser):
@@ -33,7 +39,7 @@ class Document(HTMLParser):
         self.classes |= set(values.get("class", "").split())
         if tag == "a" and "href" in values:
             self.links.append(values["href"])
-        elif tag == "link" and not VOID_OF_LINKS & set(values.get("rel", "").split()):
+        elif tag == "link" and not LOADS_NOTHING & set(values.get("rel", "").split()):
             self.loads.append(values["href"])
         else:
             self.loads += [values[name] for name in ("src", "srcset", "poster", "data") if values.get(name)]
@@ -124,3 +130,80 @@ def test_examples_of_docstrings_are_blocks(site):
     pages = [page.read_text("utf-8") for page in (site / "reference").glob("*.html")]
     assert not any("<blockquote>" in page for page in pages)
     assert sum(page.count('<span class="gp">&gt;&gt;&gt;') for page in pages) > 20
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture(scope="module")
+def address(site):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site)))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium")
+    with playwright.sync_playwright() as started:
+        launched = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def visit(browser, address):
+    """Opens pages of the site; fails at the end if one asked another host for something, or its script failed."""
+    contexts, elsewhere, errors = [], [], []
+
+    def opened(path: str, *, width: int = 1280, scheme: str = "light"):
+        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("request", lambda r: elsewhere.append(r.url) if not r.url.startswith((address, "data:")) else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(address + path)
+        return page
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert not elsewhere
+    assert not errors
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_page_fits_a_phone(visit, path):
+    page = visit(path, width=390)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+@pytest.mark.parametrize(("scheme", "dark"), [("light", False), ("dark", True)])
+def test_page_follows_the_system(visit, scheme, dark):
+    page = visit("concepts/chunks.html", scheme=scheme)
+    background, text, picture = page.evaluate("""() => {
+        const color = (element, name) => getComputedStyle(element)[name].match(/[\\d.]+/g).slice(0, 3).map(Number)
+        return [color(document.body, "backgroundColor"), color(document.querySelector("article p"), "color"),
+                color(document.querySelector(".picture text"), "fill")]
+    }""")
+    assert (sum(background) < 3 * 128) is dark
+    assert (sum(text) > 3 * 128) is dark
+    assert (sum(picture) > 3 * 128) is dark
+
+
+def test_search_finds_a_name(visit):
+    page = visit("index.html")
+    page.fill("input[name=query]", "TokenMean")
+    page.wait_for_selector(".md-search-result__item a", timeout=20000)
+    found = page.eval_on_selector_all(
+        ".md-search-result__item a", "links => links.map(link => link.getAttribute('href'))"
+    )
+    assert any("reference/ranks.html" in link for link in found)
