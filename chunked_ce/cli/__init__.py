@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from chunked_ce.cli.arguments import parser
 
-__all__ = ["main"]
+__all__ = ["load_library", "main"]
 
 _EXTRA = {"rich": "tables and progress", "matplotlib": "plots", "psutil": "memory of this machine"}
 
@@ -45,6 +45,8 @@ def _status(arguments: Sequence[str] | None) -> int | str | None:
     try:
         parsed = parser().parse_args(arguments)
         _require(needed_packages(parsed))
+        if parsed.command != "plan":
+            load_library()
         command = importlib.import_module(f"chunked_ce.cli.{parsed.command}_command")
         status: int = command.run(parsed)
     except SystemExit as ending:  # of the parser, after a help text or an error
@@ -62,6 +64,14 @@ def _discard_unread() -> None:
             stream.flush()
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def load_library() -> None:
+    """Import the library behind `chunked_ce`, which the console script has left out so far."""
+    script = sys.modules.get("chunked_ce_command")
+    if getattr(script, "is_light", False):
+        script.is_light = False
+        importlib.reload(sys.modules["chunked_ce"])
 
 
 def needed_packages(parsed: argparse.Namespace) -> list[str]:

@@ -7,12 +7,11 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
-
-from chunked_ce import ChunkOptions
-from chunked_ce.cli.implementations import DTYPES
 from chunked_ce.cli.memory_models import full_logits
-from chunked_ce.cli.report import bytes_text
+from chunked_ce.cli.planning.run import DTYPES
+from chunked_ce.cli.units import bytes_text
+from chunked_ce.light import torch
+from chunked_ce.options import ChunkOptions
 from chunked_ce.plan import KEPT_SHARE, Plan, Settings, predict_memory
 
 __all__ = ["ESTIMATED", "HELD", "TERMS", "RankCost", "Request", "cost_of", "largest"]

@@ -1,4 +1,4 @@
-"""``chunked-ce plan``: will it fit, without running anything."""
+"""``chunked-ce plan``: will it fit, without running anything and without torch."""
 
 from __future__ import annotations
 
@@ -7,22 +7,26 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import torch
+from rich.console import Console
 from rich.table import Table
 
-from chunked_ce.cli import memory, report
 from chunked_ce.cli.capacity import ESTIMATED, HELD, TERMS, RankCost, Request, cost_of, largest
 from chunked_ce.cli.console import simple_table, wide_console
-from chunked_ce.cli.heads import head_of
-from chunked_ce.cli.report import bytes_text
+from chunked_ce.cli.files import dump
+from chunked_ce.cli.planning.device import Room, room_of
+from chunked_ce.cli.planning.document import NOTE, document_of, facts, paths_table, verdict_lines
+from chunked_ce.cli.planning.requests import runs_of
+from chunked_ce.cli.planning.run import Run
+from chunked_ce.cli.planning.verdict import Verdict, verdict
+from chunked_ce.cli.units import bytes_text
 
 __all__ = ["run"]
 
-_DEVICE_MEMORY = 80 * 2**30  # of the cards most planned for
+_TENSOR_PARALLEL = (1, 2, 4, 8)  # of the details, unless some are asked for
 
 
 class _Plan(NamedTuple):
-    """One way on one tensor-parallel size: its cost, and the largest sizes that fit."""
+    """The loss one way on one tensor-parallel size: its cost, and the largest sizes that fit."""
 
     cost: RankCost
     largest_tokens: int
@@ -30,66 +34,89 @@ class _Plan(NamedTuple):
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the plan; always 0."""
-    request, source = request_of(arguments)
-    size, size_text, room = _room(arguments)
-    plans = [_plan(request, way, tensor, room) for tensor in arguments.tp for way in request.ways]
+    """Print the verdict; 0 if it fits, else 1."""
+    if arguments.budget and arguments.memory:
+        raise ValueError("--budget is memory for the loss alone, --memory that of the device: use one of them")
+    runs = runs_of(arguments)
+    room = (
+        Room(arguments.budget, "for the loss alone")
+        if arguments.budget
+        else room_of(arguments.device, arguments.memory)
+    )
+    found = _verdict(arguments, runs, room)
+    plans = _plans(arguments, found, room) if arguments.details or arguments.json else []
     if arguments.json:
-        document = {
-            "request": dataclasses.asdict(request) | {"head": source},
-            "room": {"bytes": size, "is": size_text},
-            "left_out": {},
+        request = dataclasses.asdict(_request(found.run)) | {
+            "head": found.run.model.source,
+            "model": found.run.model.name,
+        }
+        document = document_of(found) | {
+            "request": request,
+            "room": {"bytes": room.size, "is": room.source},
             "unit": "bytes per rank",
-            "plans": [_document(plan, request) for plan in plans],
+            "plans": [_document(plan, _request(found.run)) for plan in plans],
             "exact_and_estimated": ESTIMATED,
         }
-        report.dump(document, arguments.json)
+        dump(document, arguments.json)
     if arguments.json != "-":
-        _print(request, source, plans, size_text)
-    return 0
+        _print(found, room, plans if arguments.details else [])
+    return 0 if found.fits else 1
 
 
-def request_of(arguments: argparse.Namespace) -> tuple[Request, str]:
-    """The request, and where the head's sizes come from."""
-    head = head_of(arguments)
-    hidden = arguments.hidden or (head and head.hidden)
-    vocab = arguments.vocab or (head and head.vocab)
-    if not hidden or not vocab:
-        raise ValueError("the head is unknown: give --hidden and --vocab, or --model, or --config")
-    if arguments.frozen_head and arguments.frozen_input:
-        raise ValueError("--frozen-head and --frozen-input leave no gradient to plan for: use at most one of them")
-    request = Request(
-        tokens=arguments.tokens or 8192,
-        hidden=hidden,
-        vocab=vocab,
-        dtype=arguments.dtype,
-        train_input=not arguments.frozen_input,
-        train_head=not arguments.frozen_head,
-        data=arguments.dp,
-        sequence=arguments.sp,
-        zero=arguments.zero,
-        accumulation=arguments.accumulation,
-        chunk=arguments.chunk,
-        device=arguments.device,
-        teacher=arguments.teacher_hidden,
-        ids=arguments.ids,
-        adapter=arguments.adapter,
+def _verdict(arguments: argparse.Namespace, runs: Sequence[Run], room: Room) -> Verdict:
+    """Of the first run that fits, else of the last."""
+    path = None if arguments.loss == "auto" else arguments.loss
+    for one in runs:
+        found = verdict(one, room.size, path, loss_only=bool(arguments.budget))
+        if found.fits:
+            break
+    return found
+
+
+def _print(found: Verdict, room: Room, plans: Sequence[_Plan]) -> None:
+    console = wide_console()
+    for line in verdict_lines(found):
+        console.print(line, soft_wrap=True, markup=False)
+    console.print()
+    console.print(facts(found.run, f"{bytes_text(room.size)}, {room.source}"), soft_wrap=True, markup=False)
+    console.print(paths_table(found))
+    console.print(NOTE, soft_wrap=True)
+    if plans:
+        _print_details(console, _request(found.run), plans)
+
+
+# ---- the loss alone, way by way ----
+
+
+def _request(run: Run) -> Request:
+    return Request(
+        tokens=run.forward_tokens,
+        hidden=run.model.hidden,
+        vocab=run.model.vocab,
+        dtype=run.dtype,
+        train_input=run.train_input,
+        train_head=run.trains_head,
+        data=run.data,
+        sequence=run.sequence,
+        zero=run.zero,
+        accumulation=run.accumulation,
+        chunk=run.chunk,
+        device=run.device,
+        teacher=run.teacher_width,
+        ids=run.ids,
+        adapter=run.adapter,
     )
-    return request, head.source if head else "as given"
 
 
-def _room(arguments: argparse.Namespace) -> tuple[int, str, Callable[[RankCost], int]]:
-    """Bytes, what they are, and the room that they leave for the peak at a cost."""
-    if arguments.budget:
-        return arguments.budget, f"a budget of {bytes_text(arguments.budget)} for the loss", lambda _: arguments.budget
-    size, whose = arguments.memory, "as given"
-    if size is None:
-        is_local = arguments.device == "cpu" or torch.cuda.is_available()
-        size = memory.total(arguments.device) if is_local else _DEVICE_MEMORY
-        whose = "this machine's" if is_local else "assumed; --memory says otherwise"
-    other = arguments.other
-    text = f"{bytes_text(size)} of memory ({whose}), less the head, its state and {bytes_text(other)} for the rest"
-    return size, text, lambda cost: size - other - sum(cost.held.values())
+def _plans(arguments: argparse.Namespace, found: Verdict, room: Room) -> list[_Plan]:
+    """The loss and the head's state in the memory that the rest of the model leaves, for each tensor-parallel size."""
+    request, heads = _request(found.run), found.run.model.heads
+    sizes = arguments.tp or [size for size in _TENSOR_PARALLEL if not heads or heads % size == 0]
+
+    def left(cost: RankCost) -> int:
+        return room.size if found.loss_only else room.size - found.run.other - sum(cost.held.values())
+
+    return [_plan(request, way, tensor, left) for tensor in sizes for way in request.ways]
 
 
 def _plan(request: Request, way: str, tensor: int, room: Callable[[RankCost], int]) -> _Plan:
@@ -103,26 +130,19 @@ def _document(plan: _Plan, request: Request) -> dict[str, object]:
     return cost._asdict() | totals | {"largest_tokens": plan.largest_tokens, "largest_vocab": plan.largest_vocab}
 
 
-def _print(request: Request, source: str, plans: Sequence[_Plan], room: str) -> None:
-    console = wide_console()
+def _print_details(console: Console, request: Request, plans: Sequence[_Plan]) -> None:
     trained = {"hidden states": request.train_input, "head": request.train_head}
-    console.print(
-        f"N={request.tokens:,} D={request.hidden:,} V={request.vocab:,} {request.dtype}, gradients of "
-        f"{' and '.join(name for name, trains in trained.items() if trains)}; head: {source}",
-        soft_wrap=True,
-    )
-    console.print(
-        f"data parallel {request.data}, sequence parallel {request.sequence}, ZeRO {request.zero}, "
-        f"{request.accumulation} micro-batches a step; {request.local_tokens:,} tokens per rank and call",
-        soft_wrap=True,
-    )
+    gradients = " and ".join(name for name, trains in trained.items() if trains)
+    sizes = f"N={request.tokens:,} D={request.hidden:,} V={request.vocab:,} {request.dtype}"
+    tokens = f"{request.local_tokens:,} tokens per rank and call"
+    console.print(f"\nThe loss alone: {sizes}, gradients of {gradients}; {tokens}", soft_wrap=True)
     for tensor in dict.fromkeys(plan.cost.tensor_parallel for plan in plans):
         columns = [plan for plan in plans if plan.cost.tensor_parallel == tensor]
         console.print(_table(tensor, tensor * request.replicas, columns))
         for cost in (plan.cost for plan in columns if plan.cost.why):
             text = f"  {cost.way}: {cost.chunk:,} tokens in a chunk, {cost.why}"
             console.print(text, style="dim", soft_wrap=True)
-    console.print(f"Largest: with {room}.", soft_wrap=True)
+    console.print("Largest: beside the head and its state, nothing else of the model.", soft_wrap=True)
     console.print(ESTIMATED, soft_wrap=True)
 
 
@@ -131,10 +151,11 @@ def _table(tensor: int, ranks: int, plans: Sequence[_Plan]) -> Table:
     costs = [plan.cost for plan in plans]
     table = simple_table(title, ("", *(cost.way for cost in costs)), left=("",))
 
-    def sizes(label: str, values: Sequence[int], **style: object) -> None:
+    def sizes(label: str, values: Sequence[int], *, style: str = "", end_section: bool = False) -> None:
         """A row of bytes, unless all are 0."""
         if any(values):
-            table.add_row(label, *(bytes_text(value) if value else "-" for value in values), **style)
+            cells = (bytes_text(value) if value else "-" for value in values)
+            table.add_row(label, *cells, style=style, end_section=end_section)
 
     for name in dict.fromkeys([*TERMS, *(name for cost in costs for name in cost.terms)]):
         sizes(TERMS.get(name, name), [cost.terms.get(name, 0) for cost in costs])

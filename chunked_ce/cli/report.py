@@ -13,10 +13,10 @@ import torch
 
 from chunked_ce.cli.files import dump
 from chunked_ce.cli.implementations import DEVICE
+from chunked_ce.cli.units import GIB, MIB, bytes_text
 
 __all__ = ["GIB", "MIB", "bytes_text", "conditions", "conditions_text", "dump"]
 
-MIB, GIB = 2**20, 2**30
 _PEERS = ("deepspeed", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels")
 PACKAGES = ("chunked_ce", "torch", "triton", *_PEERS, "numpy")
 _VENDORS = {"AuthenticAMD": "AMD", "GenuineIntel": "Intel"}
@@ -39,14 +39,6 @@ def conditions_text(measured: dict[str, object]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in measured["versions"].items())
     where, load = f"{measured['device']}, {measured['threads']} threads", f"load average {measured['load_average']}"
     return f"{measured['date']}: {where}, {load}\n{versions}"
-
-
-def bytes_text(size: float) -> str:
-    """
-    >>> bytes_text(3 * 2**30), bytes_text(2**20), bytes_text(100)
-    ('3.00 GiB', '1.0 MiB', '0.0 MiB')
-    """
-    return f"{size / GIB:,.2f} GiB" if size >= GIB else f"{size / MIB:,.1f} MiB"
 
 
 def _cpu_name() -> str:

@@ -144,7 +144,8 @@ def verdict(run: Run, memory: int, path: Path | None = None, *, loss_only: bool 
     chosen = chosen or min(exact, key=lambda one: taken(estimates[one]))
     largest = {one: largest_tokens(run, lambda run, one=one: taken(estimate(run, one)) <= memory) for one in paths}
     fits = taken(estimates[chosen]) <= memory
-    changes = () if fits or loss_only else tuple(smallest_changes(run, chosen, memory, asked=path is not None))
+    start = path or exact[0]
+    changes = () if fits or loss_only else tuple(smallest_changes(run, start, memory, asked=path is not None))
     return Verdict(run, memory, loss_only, chosen, estimates, largest, changes)
 
 
