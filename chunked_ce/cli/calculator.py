@@ -110,9 +110,7 @@ def _changed(run: Run, tokens: int, data: int, engine: Engine, checkpointing: Ch
     """The run at a position of the controls; None where these contradict each other."""
     engine = "none" if data * run.sequence == 1 else engine
     try:
-        return dataclasses.replace(
-            run, tokens=tokens, data=data, engine=engine, checkpointing=checkpointing, lora=lora
-        )
+        return dataclasses.replace(run, tokens=tokens, data=data, engine=engine, checkpointing=checkpointing, lora=lora)
     except ValueError:
         return None
 
