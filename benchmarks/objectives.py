@@ -28,7 +28,7 @@ def summary(name: str, seconds: dict[str, list[float]]) -> dict[str, object]:
     own, products = seconds[name], seconds[yardstick_of(name)]
     ratios = [one / other for one, other in zip(own, products, strict=True)]
     return {
-        "loss": name,
+        "implementation": name,
         "products": yardstick_of(name),
         "seconds": round(statistics.median(own), 4),
         "ratio": round(statistics.median(ratios), 4),

@@ -1,6 +1,6 @@
-"""Results for people: tables on the output, and the README's table from results in JSON.
+"""Results for people: tables on the output, and the tables of README and docs from results in JSON.
 
-python -m benchmarks.report benchmarks/results/bench_cpu.json
+python -m benchmarks.report benchmarks/results/vocabulary.json
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from chunked_ce.cli.documents import Document, Result, modern
 from chunked_ce.cli.report import MIB, conditions, conditions_text, dump
 
 __all__ = ["MIB", "conditions", "dump", "markdown", "print_conditions", "print_table"]
@@ -28,35 +29,54 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print("  ".join((first.strip().ljust(widths[0]), *others)), flush=True)
 
 
-def markdown(document: dict[str, object]) -> str:
-    """The results of ``chunked-ce bench --json`` as a table: a row for each implementation, two columns for each case.
+def markdown(document: Document) -> str:
+    """The results of ``chunked-ce bench --json``, or of a script, as a table: a row for each implementation, two columns for each case.
 
-    The first is the time as a multiple of the three products, the second the peak in MiB. One that failed says why.
+    The first is the time as a multiple of the three products, the second the peak in MiB, which the scripts that
+    measure time alone leave out. One that failed says why; the time of one that other work disturbed is marked busy.
     """
-    results = document["results"]
+    results = modern(document)["results"]
+    if not any("ratio" in result for result in results):
+        return f"{conditions_text(document['conditions'])}\n\n{_plain_table(results)}\n"
     cases = list(dict.fromkeys(map(_case, results)))
-    header = ["implementation", *(f"{case}: {what}" for case in cases for what in ("time", "MiB"))]
+    columns = ["time", "MiB"] if any(result.get("peak_mib") is not None for result in results) else ["time"]
+    header = ["implementation", *(f"{case}: {what}" for case in cases for what in columns)]
     lines = [header, ["---"] * len(header)]
     for name in dict.fromkeys(result["implementation"] for result in results):
         by_case = {_case(result): result for result in results if result["implementation"] == name}
-        lines.append([name, *(cell for case in cases for cell in _cells(by_case.get(case)))])
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{conditions_text(document['conditions'])}\n\n{text}\n"
+        lines.append([name, *(cell for case in cases for cell in _cells(by_case.get(case))[: len(columns)])])
+    return f"{conditions_text(document['conditions'])}\n\n{_lines(lines)}\n"
 
 
-def _case(result: dict[str, object]) -> str:
+def _plain_table(results: Sequence[Result]) -> str:
+    """Every figure of every result, for scripts with figures of their own."""
+    names = list(dict.fromkeys(name for result in results for name in result))
+    rows = [["-" if result.get(name) is None else _text(result[name]) for name in names] for result in results]
+    return _lines([[name.replace("_", " ") for name in names], ["---"] * len(names), *rows])
+
+
+def _text(value: object) -> str:
+    return f"{value:,}" if isinstance(value, int | float) else str(value)
+
+
+def _lines(rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _case(result: Result) -> str:
     chunk = f" C={result['chunk']}" if result.get("chunk") else ""
     ignored = f", {result['ignored']:.0%} ignored" if result.get("ignored") else ""
     return f"{result['tokens']} x {result['hidden']} x {result['vocab']}{chunk} {result['dtype']}{ignored}"
 
 
-def _cells(result: dict[str, object] | None) -> tuple[str, str]:
+def _cells(result: Result | None) -> tuple[str, str]:
     if result is None:
         return "-", "-"
     if result.get("status", "ok") != "ok":
         return str(result["status"]), "-"
     peak = result.get("peak_mib")
-    return f"{result['ratio']:.2f}", "-" if peak is None else f"{peak:,.0f}"
+    busy = " (busy)" if result.get("busy") else ""
+    return f"{result['ratio']:.2f}{busy}", "-" if peak is None else f"{peak:,.0f}"
 
 
 def main() -> None:

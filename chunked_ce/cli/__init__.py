@@ -76,6 +76,8 @@ def load_library() -> None:
 
 def needed_packages(parsed: argparse.Namespace) -> list[str]:
     """The packages beyond torch that the command imports."""
+    if parsed.command == "bench" and parsed.compare:
+        return ["rich"]
     draws = parsed.command == "bench" and (parsed.plot or parsed.html)
     knows_memory = parsed.command == "plan" and (parsed.device != "cpu" or parsed.memory or parsed.budget)
     return ["rich", *["matplotlib"] * bool(draws), *["psutil"] * (not knows_memory)]

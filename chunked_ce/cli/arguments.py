@@ -46,13 +46,17 @@ def _bench(to: Parser) -> None:
     data = ("random", "trained")
     to.add_argument("--data", choices=data, default="random", help="trained: a softmax as sharp as a trained model's")
     to.add_argument("--tensors", type=Path, metavar="FILE", help="a torch file of a dict: hidden, weight and target")
-    to.add_argument("--only", nargs="+", metavar="KEY", help="implementations, by the keys that the table shows")
+    to.add_argument(
+        "--only", nargs="+", metavar="KEY", help="implementations by key, such as forward full; a wrong one lists all"
+    )
     to.add_argument("--rounds", type=integer(1), default=5, help="rounds that count (5)")
     to.add_argument("--timeout", type=integer(1), default=900, metavar="SECONDS", help="per implementation and shape")
     to.add_argument("--memory-limit", type=size, metavar="SIZE", help="more than this is out of memory")
     to.add_argument("--no-errors", action="store_true", help="skip the float64 reference, which costs one more step")
     to.add_argument("--plot", type=Path, metavar="FILE.png", help="memory and time; also .svg or .pdf")
     to.add_argument("--html", type=Path, metavar="FILE", help="a report in one file")
+    files = ("OLD", "NEW")
+    to.add_argument("--compare", nargs=2, type=Path, metavar=files, help="measure nothing: compare two JSON files")
     add_json(to)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from chunked_ce.cli import bench_run, files, machine_load, memory, report
+from chunked_ce.cli import bench_run, compare, files, machine_load, memory, report
 from chunked_ce.cli.bench_run import Request
 from chunked_ce.cli.console import wide_console
 from chunked_ce.cli.documents import BUSY, CASE_SIZES, Document
@@ -25,7 +25,9 @@ _FILES = ("json", "plot", "html")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure, print, write the files; 130 if it was interrupted, else 0."""
+    """Measure, print, write the files; 130 if it was interrupted, else 0. Or compare two files that exist."""
+    if arguments.compare:
+        return compare.run(arguments)
     cases = cases_of(arguments)
     chunk_only = bool(arguments.sweep and arguments.sweep[0] == "chunk")
     names, missing = select(arguments.only, kind=arguments.loss, chunk_only=chunk_only)
