@@ -5,10 +5,14 @@ python docs/comparison.py    # rewrites README.md between its markers
 
 from __future__ import annotations
 
-import json
 import re
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from chunked_ce.cli.documents import read_document
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -29,7 +33,7 @@ class Row(NamedTuple):
     losses: str
     ranks: str
     better: str
-    contestant: str | None = None
+    implementation: str | None = None
 
 
 ROWS = (
@@ -118,7 +122,7 @@ def table() -> str:
     lines = [header, ["---"] * len(header)]
     for row in ROWS:
         time, peak = _time(row, ratios, packages), _peak(row, sweep, largest)
-        if row.contestant is None or time or peak:
+        if row.implementation is None or time or peak:
             lines.append([row.title, row.logits, row.hardware, row.losses, row.ranks, time, peak, row.better])
     first = ratios[0]
     note = (
@@ -133,7 +137,7 @@ def headline() -> str:
     """The README's one number."""
     sweep = _results(SWEEP)
     largest = max(result["vocab"] for result in sweep)
-    ours, full = (_only(sweep, contestant=name, vocab=largest) for name in (OURS, FULL))
+    ours, full = (_only(sweep, implementation=name, vocab=largest) for name in (OURS, FULL))
     size = f"{ours['tokens']:,} tokens and {largest:,} words in {ours['dtype']}"
     return _wrapped(
         f"**{ours['peak_mib']:,.0f} MiB instead of {full['peak_mib']:,.0f}**, and "
@@ -155,7 +159,7 @@ def written(text: str) -> str:
 
 
 def _results(name: str) -> list[dict[str, Any]]:
-    results: list[dict[str, Any]] = json.loads((RESULTS / name).read_text("utf-8"))["results"]
+    results: list[dict[str, Any]] = read_document(RESULTS / name)["results"]
     return results
 
 
@@ -168,14 +172,16 @@ def _only(results: list[dict[str, Any]], **values: object) -> dict[str, Any]:
 
 def _time(row: Row, ratios: list[dict[str, Any]], packages: list[dict[str, Any]]) -> str:
     for results, mark in ((ratios, ""), (packages, "†")):
-        found = {r["dtype"]: r["ratio"] for r in results if r["contestant"] == row.contestant and not r["ignored"]}
+        found = {
+            r["dtype"]: r["ratio"] for r in results if r["implementation"] == row.implementation and not r["ignored"]
+        }
         if found:
             return " / ".join(f"{found[dtype]:.2f}" for dtype in DTYPES) + mark
     return ""
 
 
 def _peak(row: Row, sweep: list[dict[str, Any]], vocab: int) -> str:
-    found = [r for r in sweep if r["contestant"] == row.contestant and r["vocab"] == vocab]
+    found = [r for r in sweep if r["implementation"] == row.implementation and r["vocab"] == vocab]
     return f"{found[0]['peak_mib']:,.0f}" if found else ""
 
 

@@ -72,7 +72,7 @@ def test_commands_exist(command):
         script = next(argument for argument in arguments if argument.endswith(".py"))
         text = (ROOT / script).read_text()
         own = [a.split("=")[0] for a in arguments[arguments.index(script) + 1 :] if a.startswith("--")]
-        options = text + (ROOT / "examples" / "model.py").read_text()
+        options = text + "".join(path.read_text() for path in (ROOT / "examples" / "common").glob("*.py"))
         assert all(option[2:].replace("-", "_") in options.replace("-", "_") for option in own)
 
 

@@ -1,10 +1,11 @@
 """The README's figures are those of the committed results."""
 
 import importlib.util
-import json
 from pathlib import Path
 
 import pytest
+
+from chunked_ce.cli.documents import read_document
 
 ROOT = Path(__file__).parents[2]
 _spec = importlib.util.spec_from_file_location("comparison", ROOT / "docs" / "comparison.py")
@@ -21,11 +22,11 @@ def test_every_measured_implementation_has_a_row():
     """But the products, and what is measured only to choose between options of one implementation."""
     left_out = {"three products", "chunked_ce, filtered", "torch, automatic"}
     measured = {
-        result["contestant"]
+        result["implementation"]
         for name in (comparison.SWEEP, comparison.RATIOS, comparison.PACKAGES)
-        for result in json.loads((comparison.RESULTS / name).read_text("utf-8"))["results"]
+        for result in read_document(comparison.RESULTS / name)["results"]
     }
-    assert measured - left_out <= {row.contestant for row in comparison.ROWS}
+    assert measured - left_out <= {row.implementation for row in comparison.ROWS}
 
 
 def test_readme_without_a_place_is_refused():
