@@ -39,7 +39,7 @@ def depths_of(tensors: dict[str, Any], per_token: Collection[str] = ()) -> list[
     ``per_token`` names the tensors per token besides those of every loss. Raises ``TypeError`` or ``ValueError`` for
     lists that do not fit together.
     """
-    input = tensors.get("input")
+    input: Any = tensors.get("input")
     if not are_depths(input):
         return [tensors]  # lists among the others are refused as any value that is no tensor
     names = [name for name in (*_PER_TOKEN, *per_token) if tensors.get(name) is not None]
@@ -134,7 +134,7 @@ def joined_depths(
 
 def in_shapes(values: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
     """``values`` (N,) of the tokens of all depths, in the shapes of each."""
-    parts = values.split([shape.numel() for shape in shapes])
+    parts = torch.split(values, [shape.numel() for shape in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 

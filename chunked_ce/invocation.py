@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from chunked_ce.engine.ignored_tokens import with_ignored
 from chunked_ce.engine.loss_stats import LossStats
 from chunked_ce.engine.specification import TEMPERATURE, Specification
 from chunked_ce.invariance import check_invariance
+from chunked_ce.narrowing import not_none
 from chunked_ce.objectives import Objective, Teacher
 from chunked_ce.options import ChunkOptions
 from chunked_ce.parallel.agreement import agreed, facts_of_call
@@ -40,11 +41,14 @@ from chunked_ce.teachers import check_teacher, facts_of_teacher, of_this_rank, p
 __all__ = ["Arguments", "agreed_on", "call_of", "loss_of"]
 
 
+_Objective = TypeVar("_Objective", bound=Objective | None)
+
+
 class Arguments(NamedTuple):
     """The arguments of one call as its user gave them, by name."""
 
     function: str
-    tensors: dict[str, Tensor | None]  # "input", "linear_weight" and "linear_bias", or "logits", and those of the loss
+    tensors: dict[str, Any]  # "input", "linear_weight" and "linear_bias", or "logits", and those of the loss
     keywords: dict[str, Any]
     vocab: VocabShard | None
     options: ChunkOptions | None
@@ -82,8 +86,9 @@ class Arguments(NamedTuple):
     @property
     def input(self) -> Tensor:
         """The hidden states, of the first depth if there are several, or the logits."""
-        input = self.tensors["input" if self.is_head else "logits"]
-        return input[0] if are_depths(input) and len(input) > 0 else input
+        given = self.tensors["input" if self.is_head else "logits"]
+        input: Tensor = given[0] if are_depths(given) and len(given) > 0 else given
+        return input
 
     @property
     def has_depths(self) -> bool:
@@ -91,9 +96,12 @@ class Arguments(NamedTuple):
 
     def shaped(self, values: Tensor) -> Tensor | list[Tensor]:
         """``values`` (N,) of all tokens in the shape of the target, or in those of its depths."""
-        return values.view(self.tensors["target"].shape) if self.shapes is None else in_shapes(values, self.shapes)
+        if self.shapes is not None:
+            return in_shapes(values, self.shapes)
+        shape: torch.Size = self.tensors["target"].shape
+        return values.view(shape)
 
-    def joined(self, per_token: Iterable[str] = ()) -> Arguments:
+    def joined(self, per_token: Collection[str] = ()) -> Arguments:
         """With the small tensors per token of several depths joined, and their hidden states as lists."""
         if not self.has_depths:
             return self
@@ -103,13 +111,16 @@ class Arguments(NamedTuple):
     @property
     def vocab_size(self) -> int:
         """Vocabulary entries that this rank is given."""
-        return self.tensors["linear_weight"].shape[0] if self.is_head else self.input.shape[-1]
+        entries: int = self.tensors["linear_weight"].shape[0] if self.is_head else self.input.shape[-1]
+        return entries
 
-    def shared_errors(self) -> AbstractContextManager:
+    def shared_errors(self) -> AbstractContextManager[None]:
         """Between the comparison of calls and the engine, which starts with a meeting of ranks where the host waits."""
         vocab, device = self.vocab, self.input.device
-        waits = vocab is not None and (vocab.tokens == "own" or device.type == "cpu")
-        return shared_errors(vocab.group, device) if waits and not torch.compiler.is_compiling() else nullcontext()
+        if vocab is None or torch.compiler.is_compiling():
+            return nullcontext()
+        waits = vocab.tokens == "own" or device.type == "cpu"
+        return shared_errors(not_none(vocab.group), device) if waits else nullcontext()
 
     def local(self) -> Arguments:
         """What this rank needs of DTensors, and the shard that they say that it holds."""
@@ -146,8 +157,8 @@ def loss_of(
         coefficient = weights.coefficient(reduction, keywords["num_tokens"])
     in_forward = arguments.is_head and not options.in_backward
     loss, rows = dispatch.loss(call, coefficient, in_forward=in_forward, reduces=reduction != "none")
-    loss = arguments.shaped(loss) if reduction == "none" else loss
-    return (loss, dispatch.stats(call, weights, rows)) if return_stats else loss
+    shaped = arguments.shaped(loss) if reduction == "none" else loss
+    return (shaped, dispatch.stats(call, weights, rows)) if return_stats else shaped
 
 
 def _of_tokens(objective: Objective, name: str, tensor: Tensor) -> Tensor:
@@ -159,16 +170,16 @@ def _of_tokens(objective: Objective, name: str, tensor: Tensor) -> Tensor:
 
 
 def agreed_on(
-    objective_of: Callable[[], Objective | None], arguments: Arguments, per_token: dict[str, Tensor]
-) -> tuple[ChunkOptions, Objective | None]:
+    objective_of: Callable[[], _Objective], arguments: Arguments, per_token: dict[str, Any]
+) -> tuple[ChunkOptions, _Objective]:
     """The checked options and objective of a call, on every rank that takes part in it."""
     tensors, keywords, vocab, options = arguments.tensors, arguments.keywords, arguments.vocab, arguments.options
 
-    def check() -> tuple[ChunkOptions, Objective | None]:
+    def check() -> tuple[ChunkOptions, _Objective]:
         objective = objective_of()
         transformed = dispatch.is_transformed(None)
 
-        def check_depth(tensors: dict[str, Tensor | None]) -> ChunkOptions:
+        def check_depth(tensors: dict[str, Any]) -> ChunkOptions:
             return check_call(tensors, keywords, vocab, options, arguments.flags, objective, per_token, transformed)
 
         depths = depths_of(tensors, per_token)
@@ -183,13 +194,13 @@ def agreed_on(
         dispatch.is_transformed(vocab)
         return checked, objective
 
-    def facts(result: tuple[ChunkOptions, Objective | None]) -> dict[str, Any]:
+    def facts(result: tuple[ChunkOptions, _Objective]) -> dict[str, Any]:  # on ranks that share a vocabulary
         depths = depths_of(tensors, per_token)
         facts = {"function": arguments.function, "options": options, "depths": len(depths)} | arguments.flags
         for at, depth in enumerate(depths):
-            found = facts_of_call(depth, keywords, compute_dtype_of(arguments.input), vocab)
+            found = facts_of_call(depth, keywords, compute_dtype_of(arguments.input), not_none(vocab))
             facts |= found if at == 0 else {f"{name} (depth {at})": fact for name, fact in found.items()}
-        facts, objective = facts | facts_of_teacher(arguments.teacher, vocab), result[1]
+        facts, objective = facts | facts_of_teacher(arguments.teacher, not_none(vocab)), result[1]
         return facts if objective is None else facts | {"objective": described_objective(objective)}
 
     return agreed(check, facts, vocab, getattr(arguments.input, "device", None))
@@ -204,6 +215,8 @@ def call_of(
     """What the engine is given: flat tensors, this rank's rows without padding, and the specification."""
     tensors, keywords, vocab = arguments.tensors, arguments.keywords, arguments.vocab
     input, target = arguments.input, tensors["target"]
+    parts: tuple[str, ...]
+    needed: tuple[bool, ...]
     logits, temperature, of_teacher = _logits(arguments)
     shard = None if vocab is None else vocab.plain()
     if arguments.is_head:
@@ -229,7 +242,7 @@ def call_of(
     flat = devices.moved(target.reshape(-1).long(), input.device)
     call = Call(source, classes, flat, plain_integer(keywords["ignore_index"]), specification)
     if arguments.teacher is not None:
-        call = call.with_teacher(*of_this_rank(arguments.teacher, vocab, of_teacher, objective.teacher_share))
+        call = call.with_teacher(*of_this_rank(arguments.teacher, vocab, of_teacher, not_none(objective).teacher_share))
     if temperature is not None:
         call = call.with_per_token({TEMPERATURE: temperature.reshape(-1).to(work_dtype(settings.compute_dtype))})
     targets = arguments.targets or [target]
@@ -239,7 +252,7 @@ def call_of(
 def _head(tensors: dict[str, Any], vocab: VocabShard | None) -> tuple[tuple[str, ...], list[Tensor]]:
     """The tensors of a head as a source of logits: flat, without rows of padding; and their names."""
 
-    def flat(hidden: Tensor | list[Tensor]) -> list[Tensor]:
+    def flat(hidden: Any) -> list[Tensor]:
         return [part.reshape(-1, part.shape[-1]) for part in (hidden if are_depths(hidden) else [hidden])]
 
     def rows(part: Tensor) -> Tensor:  # those of padding never get probability

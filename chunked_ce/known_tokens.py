@@ -37,6 +37,7 @@ def remember(target: Tensor, ignore_index: int, counted: Tensor | None) -> None:
         return
     if devices.captures(target.device):
         return
+    finish: Callable[[], Tensor]
     if counted is None:
         finish = functools.partial(torch.ones, target.shape, dtype=torch.bool)
     else:
@@ -48,7 +49,7 @@ def counted_on_host(target: Tensor, ignore_index: int) -> Tensor | None:
     """Which tokens of ``target`` count, flags in its shape on the host; None if the host would have to wait."""
     if devices.reads_at_once(target.device):
         return target != ignore_index
-    known = None if target.is_inference() else _KNOWN.get(target)
+    known: _Known | None = None if target.is_inference() else _KNOWN.get(target)
     if known is None or (known.ignore_index, known.version) != (ignore_index, target._version):
         return None
     return known.finish()

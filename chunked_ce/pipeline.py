@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -28,12 +28,13 @@ from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
 from chunked_ce.arguments import FLOATING, INDICES, check_flag, check_tensor, described
 from chunked_ce.functional import linear_cross_entropy
+from chunked_ce.narrowing import not_none
 from chunked_ce.parallel.tokens import TokenMean
 from chunked_ce.parallel.vocab import VocabShard
 
 __all__ = ["DeferredLoss", "SpreadGPipe", "SpreadHead"]
 
-_SUM = functools.partial(linear_cross_entropy, reduction="sum")
+_SUM = cast("Callable[..., Tensor]", functools.partial(linear_cross_entropy, reduction="sum"))
 
 Labels = Tensor | tuple[Tensor, ...]  # of a micro-batch: its targets, or these and other tensors for the loss
 
@@ -44,20 +45,20 @@ class DeferredLoss:
     def __init__(self, hidden: Tensor, labels: Labels, is_probe: bool) -> None:
         self.hidden, self.labels, self.is_probe, self.scale = hidden.detach(), labels, is_probe, 1.0
         self.gradient: Tensor | None = None  # of the hidden states, and in their shape
-        self.loss = _Deferred.apply(hidden, self)  # (), float32
+        self.loss: Tensor = _Deferred.apply(hidden, self)  # type: ignore[no-untyped-call]  # (), float32
 
 
 class _Deferred(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, deferred: DeferredLoss) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, deferred: DeferredLoss) -> Tensor:
         ctx.deferred, ctx.hidden = deferred, (hidden.shape, hidden.dtype, hidden.device)
         return torch.zeros((), device=hidden.device)
 
     @staticmethod
-    def backward(ctx, upstream: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
         gradient, ctx.deferred.gradient = ctx.deferred.gradient, None
         if gradient is not None:
-            return gradient * (upstream * ctx.deferred.scale).to(gradient.dtype), None
+            return gradient * (upstream[0] * ctx.deferred.scale).to(gradient.dtype), None
         if not ctx.deferred.is_probe:
             raise RuntimeError(
                 "a spread head's loss has no gradient before all stages have met, and one backward: run the head "
@@ -140,8 +141,9 @@ class SpreadHead(nn.Module):
         Raises:
             ValueError: on every stage, if the first one's tokens are not integers or, on the CPU, not in [0, V).
         """
-        problem = self._token_problem(tokens) if self.is_first else None
-        self._tokens, embedded = list(self._broadcast(tokens, source=0, problem=problem)), []
+        problem = self._token_problem(not_none(tokens)) if self.is_first else None
+        self._tokens = list(self._broadcast(tokens, source=0, problem=problem))
+        embedded: list[Tensor] = []
         for of_batch in self._tokens:
             part = self.weight.new_zeros(*of_batch.shape, self.weight.shape[1])
             if self.shard.rows:
@@ -187,7 +189,7 @@ class SpreadHead(nn.Module):
         self._gradient = rows.grad
         return deferred
 
-    def finish(self, embedded: Sequence[Tensor] | None = None) -> None:
+    def finish(self, embedded: Sequence[Tensor | None] | None = None) -> None:
         """Adds the step's gradient of the rows to ``weight.grad``. Every stage calls it, after its backward passes.
 
         Args:
@@ -198,7 +200,7 @@ class SpreadHead(nn.Module):
         if rows is None:
             return
         if self.tied:
-            lost = self.is_first and any(gradient is None for gradient in embedded)
+            lost = self.is_first and any(gradient is None for gradient in not_none(embedded))
             problem = "the first stage's module gave its embedded tokens no gradient" if lost else None
             for of_batch, part in zip(tokens, self._broadcast(embedded, source=0, problem=problem), strict=True):
                 if self.shard.rows:
@@ -223,14 +225,14 @@ class SpreadHead(nn.Module):
         return None
 
     def _broadcast_labels(self, deferred: list[DeferredLoss], micro_batches: int) -> list[Labels]:
-        labels = [one.labels if isinstance(one.labels, tuple) else (one.labels,) for one in deferred]
+        given = [one.labels if isinstance(one.labels, tuple) else (one.labels,) for one in deferred]
         problem = f"the step has {micro_batches} micro-batches, but the last stage deferred {len(deferred)} losses"
-        structure = any(isinstance(one.labels, tuple) for one in deferred), [len(of_batch) for of_batch in labels]
+        structure = any(isinstance(one.labels, tuple) for one in deferred), [len(of_batch) for of_batch in given]
         last = self.shard.size - 1
         tuples, lengths = self._announce(structure, last, problem if len(deferred) != micro_batches else None)
-        arriving = self._broadcast([tensor for of_batch in labels for tensor in of_batch], last)
+        arriving = self._broadcast([tensor for of_batch in given for tensor in of_batch], last)
         labels = [tuple(itertools.islice(arriving, length)) for length in lengths]
-        return labels if tuples else [target for (target,) in labels]
+        return [*labels] if tuples else [target for (target,) in labels]
 
     def _announce(self, value: Any, source: int, problem: str | None = None) -> Any:
         """The value of the stage ``source``, on every stage; a ``problem`` of it is a ValueError on every stage."""
@@ -241,17 +243,20 @@ class SpreadHead(nn.Module):
             raise ValueError(problem)
         return value
 
-    def _broadcast(self, tensors: Sequence[Tensor] | None, source: int, problem: str | None = None) -> Iterator[Tensor]:
+    def _broadcast(
+        self, tensors: Sequence[Tensor | None] | None, source: int, problem: str | None = None
+    ) -> Iterator[Tensor]:
         """The ``tensors`` of the stage ``source``, one after another on every stage; the next one travels meanwhile."""
         is_source = dist.get_rank(self.shard.group) == source
         sends = is_source and problem is None
-        kinds = self._announce([(tuple(one.shape), one.dtype) for one in tensors] if sends else None, source, problem)
+        given = [not_none(one) for one in not_none(tensors)] if sends else []
+        kinds = self._announce([(tuple(one.shape), one.dtype) for one in given] if sends else None, source, problem)
 
-        def started(at: int) -> tuple[Tensor, dist.Work] | None:
+        def started(at: int) -> tuple[Tensor, Any] | None:
             if at == len(kinds):
                 return None
             if is_source:
-                tensor = tensors[at].detach().contiguous()
+                tensor = given[at].detach().contiguous()
             else:
                 shape, dtype = kinds[at]
                 tensor = torch.empty(shape, dtype=dtype, device=self.weight.device)
@@ -259,7 +264,7 @@ class SpreadHead(nn.Module):
 
         following = started(0)
         for at in range(len(kinds)):
-            (tensor, sent), following = following, started(at + 1)
+            (tensor, sent), following = not_none(following), started(at + 1)
             sent.wait()
             yield tensor
 
@@ -302,22 +307,24 @@ class SpreadGPipe(ScheduleGPipe):
 
     def step(self, *args: Any, **keywords: Any) -> Any:
         head, stage, embeds = self._head, self._stage, self._head.tied and self._head.is_first
-        receives, leaves = stage.get_bwd_recv_ops, []
+        receives: Callable[[int], list[dist.P2POp]] = stage.get_bwd_recv_ops
+        leaves: list[Tensor] = []
         if head.tied:
             embedded = head.embed(list(args[0].tensor_split(self._n_microbatches)) if embeds else None)
             args = (torch.cat(embedded), *args[1:]) if embeds else args
 
-        def meet_then_receive(micro_batch: int) -> list:
+        def meet_then_receive(micro_batch: int) -> list[dist.P2POp]:
             # Called before each backward pass: all forward passes are over before the first.
             if micro_batch == 0:
                 head.meet(self._n_microbatches)
             return receives(micro_batch)
 
-        def with_gradient(_module: nn.Module, inputs: tuple) -> tuple:
+        def with_gradient(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
             leaves.append(inputs[0].detach().requires_grad_(torch.is_grad_enabled()))
             return (leaves[-1], *inputs[1:])
 
-        stage.get_bwd_recv_ops, head._probes = meet_then_receive, True
+        stage.get_bwd_recv_ops = meet_then_receive  # type: ignore[method-assign,assignment]
+        head._probes = True
         hook = stage.submod.register_forward_pre_hook(with_gradient) if embeds else None
         try:
             outputs = super().step(*args, **keywords)

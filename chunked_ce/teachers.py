@@ -74,8 +74,9 @@ def check_teacher(
 
 def _check_local(name: str, tensor: Tensor, device: torch.device) -> None:
     if is_dtensor(tensor):
+        placements = tuple(tensor.placements)  # type: ignore[attr-defined]
         raise ValueError(
-            f"teacher.{name} must be a plain tensor, was a DTensor with placements {tuple(tensor.placements)}: give "
+            f"teacher.{name} must be a plain tensor, was a DTensor with placements {placements}: give "
             "full_tensor(), or with vocab= this rank's entries, to_local()"
         )
     if tensor.device != device:
@@ -86,7 +87,7 @@ def _vocabulary(tensors: dict[str, Tensor]) -> int:
     """The entries of the teacher's vocabulary, once its head is found to be right."""
     if "hidden" not in tensors:
         return tensors[_existing(tensors)].shape[-1]
-    hidden, weight, bias = (tensors.get(name) for name in ("hidden", "weight", "bias"))
+    hidden, weight, bias = tensors["hidden"], tensors["weight"], tensors.get("bias")
     if is_released(weight) or (hasattr(weight, "ds_id") and weight.numel() == 0):
         raise ValueError(f"teacher.weight must be (V, D) with values, had none. {where_it_is_whole(weight)}")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
@@ -112,7 +113,8 @@ def facts_of_teacher(teacher: Teacher | None, vocab: VocabShard) -> dict[str, An
     """The facts that must be equal on every rank of a vocabulary group, by name: a teacher's entries may differ."""
     if teacher is None:
         return {"teacher": None}
-    facts = {"teacher": tuple(teacher.tensors), "teacher's dtypes": tuple(x.dtype for x in teacher.tensors.values())}
+    dtypes = tuple(x.dtype for x in teacher.tensors.values())
+    facts: dict[str, Any] = {"teacher": tuple(teacher.tensors), "teacher's dtypes": dtypes}
     facts |= {f"teacher.{name}": getattr(teacher, name) for name in ("softcap", "logit_scale")}
     if teacher.hidden is not None:
         facts["teacher.hidden's last dimension"] = teacher.hidden.shape[-1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from chunked_ce.arguments import INDICES, described, is_dense, is_integer
 from chunked_ce.devices import moved
 from chunked_ce.engine import dispatch
 from chunked_ce.engine.call import Call
+from chunked_ce.narrowing import not_none
 from chunked_ce.rows.statistics import EXP_IS_ZERO, RowStatistics, names_of
 
 __all__ = [
@@ -60,10 +61,10 @@ _OUTPUTS = {
     "logprob": _Output((), lambda rows, size: rows.logprob, True),
     "entropy": _Output(("mean",), lambda rows, size: rows.entropy, True),
     "lse": _Output((), lambda rows, size: rows.lse, True),
-    "log_sum_sq_probs": _Output(("squares",), lambda rows, size: rows.squares - 2 * rows.log_sum),
-    "mean_logit": _Output(("total",), lambda rows, size: rows.total / size),
-    "is_top1": _Output(("correct",), lambda rows, size: rows.correct),
-    "predicted": _Output(("predicted",), lambda rows, size: rows.predicted.long()),
+    "log_sum_sq_probs": _Output(("squares",), lambda rows, size: not_none(rows.squares) - 2 * rows.log_sum),
+    "mean_logit": _Output(("total",), lambda rows, size: not_none(rows.total) / size),
+    "is_top1": _Output(("correct",), lambda rows, size: not_none(rows.correct)),
+    "predicted": _Output(("predicted",), lambda rows, size: not_none(rows.predicted).long()),
 }
 
 
@@ -146,13 +147,13 @@ def check_outputs(outputs: object, *, with_ids: bool, with_support: bool) -> Non
             raise ValueError(f"outputs must be among {', '.join(map(repr, of_support))} with a support, had {name!r}")
 
 
-def _are_names(outputs: object) -> bool:
+def _are_names(outputs: object) -> TypeGuard[Sequence[str]]:
     return isinstance(outputs, tuple | list) and all(isinstance(name, str) for name in outputs)
 
 
-def has_ids(input: object, target: object) -> bool:
+def has_ids(input: Any, target: Any) -> bool:
     """Whether a target has K ids per token, (..., K), and not one, (...), for hidden states (..., D)."""
-    return is_dense(input) and is_dense(target) and target.dim() == input.dim() > 0
+    return is_dense(input) and is_dense(target) and bool(target.dim() == input.dim() > 0)
 
 
 def one_of_the_ids(ids: Tensor, ignore_index: Any) -> Tensor:

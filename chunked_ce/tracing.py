@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo import eval_frame
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor, is_legacy_batchedtensor
 
 __all__ = [
     "assume_constant",
@@ -21,31 +24,34 @@ __all__ = [
     "runs_at_once",
 ]
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
 
 
-def not_compiled(function: Callable) -> Callable:
+def not_compiled(function: _Function) -> _Function:
     """`torch.compiler.disable` that does not import the compiler, which takes seconds, before the first call."""
-    wrapper = torch._disable_dynamo(function)
+    wrapper: Any = torch._disable_dynamo(function)  # type: ignore[attr-defined]
     wrapper._torchdynamo_disable = wrapper._torchdynamo_disable_recursive = True
     wrapper._torchdynamo_orig_callable, wrapper._torchdynamo_wrapper_id = function, id(wrapper)
-    return wrapper
+    disabled: _Function = wrapper
+    return disabled
 
 
-def run_as_written(function: Callable) -> Callable:
+def run_as_written(function: _Function) -> _Function:
     """Keep the compiler from a function that eager code calls meanwhile, without importing the compiler.
 
     Within a graph the function is traced as any other; `not_compiled` would break that graph, and adds a frame.
     """
-    eval_frame = torch._C._dynamo.eval_frame
     skip = eval_frame._FrameAction.SKIP
     eval_frame.set_code_exec_strategy(function.__code__, eval_frame._FrameExecStrategy(skip, skip))
     return function
 
 
-def assume_constant(function: Callable) -> Callable:
+def assume_constant(function: _Function) -> _Function:
     """`torch.compiler.assume_constant_result` that does not import the compiler."""
-    function._dynamo_marked_constant = True
+    marked: Any = function
+    marked._dynamo_marked_constant = True
     return function
 
 
@@ -55,7 +61,7 @@ def has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 
 
-def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Turn autocast off on devices that have it; the meta device does not."""
     return torch.autocast(device.type, enabled=False) if has_autocast(device.type) else contextlib.nullcontext()
 
@@ -76,8 +82,7 @@ def is_batched(*tensors: Tensor) -> bool:
     """Whether a transform of ``torch.func``, or ``torch.autograd.grad`` with ``is_grads_batched``, wraps a tensor."""
     if torch.compiler.is_compiling():
         return False
-    functorch = torch._C._functorch
-    wraps = functorch.is_functorch_wrapped_tensor, functorch.is_legacy_batchedtensor
+    wraps = is_functorch_wrapped_tensor, is_legacy_batchedtensor
     return any(wrapped(tensor) for tensor in tensors for wrapped in wraps)
 
 
@@ -95,15 +100,15 @@ def check_values(tensor: Tensor, fits: Callable[[Tensor], Tensor], message: str)
     if not torch.compiler.is_compiling():
         tensor = _below_transforms(tensor)
     if not _is_readable(tensor):
-        torch._assert_async(fits(tensor).all(), message)
+        torch._assert_async(fits(tensor).all(), message)  # pyright: ignore[reportPrivateImportUsage]
     elif not fits(tensor).all():
         raise ValueError(f"{message}, was a tensor of {tensor.tolist()}")
 
 
 def _below_transforms(tensor: Tensor) -> Tensor:
     """The tensor that ``torch.func`` transforms have wrapped."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
+    while is_functorch_wrapped_tensor(tensor):
+        tensor = get_unwrapped(tensor)
     return tensor
 
 

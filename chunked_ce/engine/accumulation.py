@@ -21,7 +21,8 @@ class Destination(NamedTuple):
 
 def has_own_dispatch(weight: Tensor) -> bool:
     """Whether ``weight`` is traced, or of a class with its own ``__torch_dispatch__``."""
-    return type(weight).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    own, plain = type(weight), Tensor
+    return own.__torch_dispatch__ is not plain.__torch_dispatch__  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def leaf_to_keep(weight: Tensor, accumulate_into: str | None) -> Tensor | None:
@@ -62,7 +63,8 @@ def destination(
     mismatch = main_grad_mismatch(leaf)
     if mismatch is not None:
         raise RuntimeError(mismatch)
-    return Destination(True, leaf.main_grad)
+    main_grad: Tensor = leaf.main_grad  # type: ignore[attr-defined]  # set by the framework
+    return Destination(True, main_grad)
 
 
 def main_grad_mismatch(weight: Tensor) -> str | None:

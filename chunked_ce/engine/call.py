@@ -10,6 +10,7 @@ from torch import Tensor
 
 from chunked_ce.engine.counted_tokens import Places
 from chunked_ce.engine.specification import TEMPERATURE, Specification, TeacherSpecification
+from chunked_ce.narrowing import not_none
 from chunked_ce.parallel.collectives import Collectives
 from chunked_ce.plan import Plan
 
@@ -98,7 +99,8 @@ class Call(NamedTuple):
     @property
     def ids(self) -> Tensor | None:
         """The ids of each token, (N, K), ``ignore_index`` where an id stands for none."""
-        return self.per_token.get(self.specification.ids)
+        name = self.specification.ids
+        return None if name is None else self.per_token.get(name)
 
     @property
     def num_ids(self) -> int:
@@ -161,12 +163,12 @@ class Call(NamedTuple):
     def plan_by_tokens(self, num_counted: int, *, sums_head: bool) -> Plan:
         """The plan in chunks of tokens, the same on every rank."""
         settings, shard = self.specification.settings, self.specification.shard
-        weight, num_tokens = self.weight, self.num_tokens
-        head_dtype = (settings.head_sum_dtype or weight.dtype) if sums_head else None
+        (vocab_size, hidden_size), num_tokens = self.weight.shape, self.num_tokens
+        head_dtype = (settings.head_sum_dtype or self.weight.dtype) if sums_head else None
         if shard is None:
-            return Plan.by_tokens(num_tokens, num_counted, *weight.shape, settings, head_dtype=head_dtype)
+            return Plan.by_tokens(num_tokens, num_counted, vocab_size, hidden_size, settings, head_dtype=head_dtype)
         even = -(-shard.total // Collectives(shard.group_name).size)  # the largest of even shards
-        sizes = num_tokens, num_tokens, even, weight.shape[1]
+        sizes = num_tokens, num_tokens, even, hidden_size
         return Plan.by_tokens(*sizes, settings, head_dtype=head_dtype, in_flight=2)
 
     def plan_by_vocabulary(self, num_counted: int) -> Plan:
@@ -183,5 +185,5 @@ class Call(NamedTuple):
 
     def reduce_dtype(self) -> torch.dtype:
         """The dtype in which the gradient of the hidden states is summed over the ranks."""
-        shard, settings = self.specification.shard, self.specification.settings
+        shard, settings = not_none(self.specification.shard), self.specification.settings
         return shard.reduce_dtype or settings.wide_dtype

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from chunked_ce import devices
+from chunked_ce.narrowing import not_none
 from chunked_ce.rows.statistics import RowStatistics, along
 
 __all__ = ["CountedTokens", "Places", "check_range", "columns_of", "rows_at"]
@@ -42,7 +43,8 @@ def check_range(name: str, ids: Tensor, ignore_index: int, vocab_size: int) -> N
     device-side assertion fails instead."""
     out_of_range = ((ids < 0) | (ids >= vocab_size)) & (ids != ignore_index)
     if not devices.reads_at_once(ids.device):
-        torch._assert_async(out_of_range.any().logical_not(), f"a {name} is neither in [0, V) nor ignore_index")
+        message = f"a {name} is neither in [0, V) nor ignore_index"
+        torch._assert_async(out_of_range.any().logical_not(), message)  # pyright: ignore[reportPrivateImportUsage]
     elif out_of_range.any():
         position = out_of_range.nonzero()[0]
         where, *rest = position.tolist()
@@ -124,7 +126,7 @@ class CountedTokens:
         """`put` every statistic, 0 for ignored tokens."""
         for into, values in zip(whole, part, strict=True):
             if into is not None:
-                self.put(into, rows, self.mask(values, rows))
+                self.put(into, rows, self.mask(not_none(values), rows))
 
     def kept_mask(self, rows: slice) -> Tensor | None:
         """Which of the tokens ``rows`` count, where ignored ones are kept."""

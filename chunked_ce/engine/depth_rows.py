@@ -36,12 +36,13 @@ class DepthRows:
     def put(self, tensors: Sequence[Tensor | None], rows: slice, part: Tensor) -> None:
         """Write ``part`` (C, ...) to the rows of the counted tokens ``rows``, except in depths that are None."""
         for depth, places, piece in self._pieces(rows):
-            if tensors[depth] is None:
+            tensor = tensors[depth]
+            if tensor is None:
                 continue
             if isinstance(places, slice):
-                tensors[depth][places] = part[piece]
+                tensor[places] = part[piece]
             else:
-                tensors[depth].index_copy_(0, places, part[piece].to(tensors[depth].dtype))
+                tensor.index_copy_(0, places, part[piece].to(tensor.dtype))
 
     def _pieces(self, rows: slice) -> Iterator[tuple[int, slice | Tensor, slice]]:
         """Each depth that has some of the rows, their places in its tensor, and among the ``rows``."""

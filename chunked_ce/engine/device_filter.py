@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from chunked_ce import devices
-from chunked_ce.engine.filtered import MOST_DROPPED_OF_A_TOKEN, MOST_KEPT, Filter, groups_of
+from chunked_ce.engine.filtered import MOST_DROPPED_OF_A_TOKEN, MOST_KEPT, GradientFilter, groups_of
 from chunked_ce.engine.products import add_product_, wide_product
 from chunked_ce.engine.scratch import scratch
 from chunked_ce.engine.specification import Specification
+from chunked_ce.narrowing import not_none
 from chunked_ce.plan import GROUPS, ROOM_SHARE
 from chunked_ce.rows import torch_rows
 from chunked_ce.rows.columns import ColumnSums
@@ -40,7 +41,7 @@ class CompactChunk(NamedTuple):
 
     columns: Tensor  # (C, width): K kept ones, three times the tail's k, zeros; or (C, V)
     place: Tensor | None  # (V,) int32, the place of a kept column; None for all columns
-    count: int  # K
+    num_kept: int  # K
     left: Tensor  # (C, k) fp32
     right: Tensor  # (V, k) fp32
     tail: Tensor | None  # right.T @ weight, (k, D) fp32; None if the hidden states need no gradient
@@ -59,13 +60,15 @@ class HeadTerms(NamedTuple):
     def finished(self, dtype: torch.dtype, factor: Tensor | None = None) -> Tensor:
         """``factor`` () times the sum, (V, D) in ``dtype``, rounded once."""
         out = self.left.new_empty(len(self.right), self.left.shape[1], dtype=dtype)
-        return self.kernels.finished(out, *self[1:], factor)
+        finished: Tensor = self.kernels.finished(out, *self[1:], factor)
+        return finished
 
-    to = finished
+    def to(self, dtype: torch.dtype) -> Tensor:
+        return self.finished(dtype)
 
 
-class DeviceFilter(Filter):
-    """The filtered chunks of one loss."""
+class DeviceFilter(GradientFilter[CompactChunk]):
+    """The filter whose host learns of a chunk's kept columns once they are compacted."""
 
     holds_head = True
 
@@ -87,7 +90,6 @@ class DeviceFilter(Filter):
         self._wide = torch.promote_types(weight.dtype, torch.float32)
         self._room = padded(math.ceil(ROOM_SHARE * len(weight)) + 3 * (GROUPS + 1))
         self._scale = 2.0 ** (len(weight).bit_length() // 2)  # of the tail's factors, which fit in fp16 with it
-        self.total: Tensor | None = None  # (V, D) of dense chunks, or what is there already
         self._parts = weight.new_empty(0, weight.shape[1], dtype=self._wide)  # (R, D)
         self._used = 0  # rows of the parts
         self._places: list[Tensor] = []  # (V,) of each filtered chunk, in the parts
@@ -157,15 +159,15 @@ class DeviceFilter(Filter):
     def hidden_gradient(self, kept: CompactChunk) -> Tensor:
         """The gradient of a chunk's hidden states, (C, D), in fp32 where the device forms it so."""
         if kept.place is None:
-            return wide_product(kept.columns, self._weight).to(self._wide).addmm_(kept.left, kept.tail)
+            return wide_product(kept.columns, self._weight).to(self._wide).addmm_(kept.left, not_none(kept.tail))
         width = kept.columns.shape[1]
-        rows = self._kernels.head_rows(self._weight, kept.place, kept.tail, kept.count, width, self._scale)
+        rows = self._kernels.head_rows(self._weight, kept.place, kept.tail, kept.num_kept, width, self._scale)
         # One product, since kept columns and tail may cancel out; the tail in two parts, so that it is not rounded.
         return wide_product(kept.columns, rows)
 
     def add_head_gradients(
         self,
-        weight: None,  # whose gradient stays here until `head_gradient`
+        weight: Tensor | None,  # None: its gradient stays here until `head_gradient`
         bias: Tensor | None,  # (V,)
         x: Tensor,  # (C, D)
         kept: CompactChunk,
@@ -173,9 +175,9 @@ class DeviceFilter(Filter):
     ) -> None:
         """Keep a chunk's terms of the weight's gradient, and add those of the bias's."""
         if bias is not None:
-            part = kept.columns[:, : kept.count if kept.place is not None else None].sum(0, dtype=bias.dtype)
+            part = kept.columns[:, : kept.num_kept if kept.place is not None else None].sum(0, dtype=bias.dtype)
             if kept.place is not None:
-                part = nn.functional.pad(part, (0, 1))[kept.place.where(kept.place >= 0, kept.count)]
+                part = nn.functional.pad(part, (0, 1))[kept.place.where(kept.place >= 0, kept.num_kept)]
             bias.add_(part).addmv_(kept.right.to(bias.dtype), kept.left.sum(0, dtype=bias.dtype))
         if self._head_sum is None:
             return
@@ -187,19 +189,20 @@ class DeviceFilter(Filter):
         width, num_tails = kept.columns.shape[1], kept.left.shape[1]
         part = self._room_for(width)
         add_product_(part, kept.columns.t(), x, first=True)
-        first, _, rest = part[kept.count : kept.count + 3 * num_tails].unflatten(0, (3, num_tails))
+        tails = part[kept.num_kept : kept.num_kept + 3 * num_tails]
+        first, _, rest = torch.unflatten(tails, 0, (3, num_tails))
         self._rights.append(kept.right)
         self._lefts.append((first + rest) * self._scale)
         place = kept.place
         self._places.append(place.where(place < 0, place + self._used) if self._used else place)
-        self._used += kept.count  # what is behind may be overwritten
+        self._used += kept.num_kept  # what is behind may be overwritten
 
     def add_dense(self, gradients: Tensor, x: Tensor) -> None:
         """Add a chunk's product of all columns, from the gradients (C, V) of its logits, to the weight's gradient."""
         if self._head_sum is None:
             return
         first = self.total is None
-        if first:
+        if self.total is None:
             self.total = scratch(*self._weight.shape, dtype=self._head_sum, device=x.device)
         add_product_(self.total, gradients.t(), x, first=first)
 
@@ -208,7 +211,7 @@ class DeviceFilter(Filter):
         """The terms of the weight's gradient that are proportional to the scale of the logits' gradients."""
         return [*([] if self.total is None else [self.total]), self._parts[: self._used], *self._lefts]
 
-    def finish(self, weight: None, bias: Tensor | None) -> None:
+    def finish(self, weight: Tensor | None, bias: Tensor | None) -> None:
         """The bias has its tails already, and the weight's gradient is `head_gradient`."""
 
     def head_gradient(self, into: Tensor | None) -> Tensor | HeadTerms | None:
@@ -237,8 +240,8 @@ class DeviceFilter(Filter):
         if self._used + rows > most:  # a sum of them all takes no more memory by now
             total = self._terms()
             if self.total is None or self.total.dtype != self._wide:
-                self.total = total.finished(self._wide)
-            else:
+                self.total = total.to(self._wide)
+            elif isinstance(total, HeadTerms):
                 self._kernels.finished(self.total, *total[1:])
             self._rights, self._lefts, self._places, self._used = [], [], [], 0
         if self._used + rows > len(self._parts):

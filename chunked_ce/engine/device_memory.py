@@ -74,7 +74,7 @@ def _free_bytes(device: torch.device, enough: int) -> int:
         kept = torch.cuda.memory_stats(device)
     except RuntimeError:  # an allocator that is not torch's own
         kept = {}
-    kept_by_torch = kept.get("reserved_bytes.all.current", 0) - kept.get("allocated_bytes.all.current", 0)
+    kept_by_torch: int = kept.get("reserved_bytes.all.current", 0) - kept.get("allocated_bytes.all.current", 0)
     return kept_by_torch if kept_by_torch >= enough else kept_by_torch + torch.cuda.mem_get_info(device)[0]
 
 

@@ -12,6 +12,7 @@ from chunked_ce.engine import gathered, gathered_operator, loss_operator, plain,
 from chunked_ce.engine.call import Call
 from chunked_ce.engine.device_memory import short_budget
 from chunked_ce.engine.loss_stats import LossStats, loss_stats, named_stats, plain_loss_stats
+from chunked_ce.narrowing import not_none
 from chunked_ce.objectives.base import Objective
 from chunked_ce.options import ChunkOptions
 from chunked_ce.parallel.vocab import VocabShard
@@ -46,7 +47,7 @@ class TokenWeights(NamedTuple):
             return torch.ones_like(self.target, dtype=torch.float64)
         return self.tokens.double()
 
-    def count(self) -> Tensor:
+    def total(self) -> Tensor:
         """The sum of ``token_weight * weight[target]`` over the tokens that count, () float64."""
         counted = self.counted
         share = self.shares().where(counted, 0)
@@ -60,7 +61,7 @@ class TokenWeights(NamedTuple):
         """The factor of each token's loss in the value that ``reduction`` asks for, (N,) float64."""
         if reduction != "mean":
             return self.shares()
-        denominator = self.count() if num_tokens is None else _on_device(num_tokens, torch.float64, self.target.device)
+        denominator = self.total() if num_tokens is None else _on_device(num_tokens, torch.float64, self.target.device)
         return torch.where(denominator == 0, 0.0, self.shares() / denominator)
 
 
@@ -76,14 +77,15 @@ def loss(
     if in_forward and reduces and any(call.specification.needed) and not is_transformed(call.specification.shard):
         return loss_operator.loss(call.with_per_token({"_coefficient": coefficient} | call.per_token))
     rows = statistics(call.for_statistics())
-    losses = _losses(call, objective, rows, coefficient)
+    losses = _losses(call, not_none(objective), rows, coefficient)
     dtype = work_dtype(call.specification.settings.compute_dtype)
     return (losses.sum() if reduces else losses).to(dtype), rows
 
 
 def statistics(call: Call) -> RowStatistics:
     """The statistics of every row, differentiable, (N,) each and 0 where ignored."""
-    return (plain if is_transformed(call.specification.shard) else statistics_operator).statistics(call)
+    of = plain.statistics if is_transformed(call.specification.shard) else statistics_operator.statistics
+    return of(call)
 
 
 def gathered_logits(call: Call) -> Tensor:
@@ -94,13 +96,13 @@ def gathered_logits(call: Call) -> Tensor:
 
 
 def stats(call: Call, weights: TokenWeights, rows: RowStatistics) -> LossStats:
-    rows, objective = rows.map(Tensor.detach), call.specification.objective
+    rows, objective = rows.map(Tensor.detach), not_none(call.specification.objective)
     loss_sum = _losses(call, objective, rows, weights.shares()).sum()
     arguments = call.target, call.ignore_index, call.class_weight, call.vocab_size, call.per_token
     sums = objective.counted_sums(rows, *arguments)
     plainly = runs_at_once(loss_sum) or is_transformed(call.specification.shard)
     stats_of = plain_loss_stats if plainly else loss_stats
-    known = loss_sum, weights.count(), rows.lse, rows.correct, rows.entropy, weights.counted
+    known = loss_sum, weights.total(), rows.lse, not_none(rows.correct), rows.entropy, weights.counted
     return named_stats(tuple(sums), stats_of(*known, list(sums.values())))
 
 

@@ -10,6 +10,7 @@ import contextlib
 import importlib
 from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +18,11 @@ from torch import Tensor
 from chunked_ce import devices
 from chunked_ce.engine.call import Call
 from chunked_ce.engine.gradient_products import ChunkProducts
+from chunked_ce.engine.head_gradients import HiddenGradient
 from chunked_ce.engine.products import add_product_, wide_product
 from chunked_ce.engine.ranks import OneRank
 from chunked_ce.engine.sources import Block, Chunk, HeadSource
+from chunked_ce.narrowing import not_none
 from chunked_ce.rows import torch_rows
 from chunked_ce.rows.exponentials import STATISTICS, ScaledExponentials, statistics_and_sums
 from chunked_ce.rows.statistics import RowStatistics
@@ -112,6 +115,7 @@ class ExponentialProducts(ChunkProducts):
     ) -> RowStatistics:
         """The statistics (C,) each of a chunk, whose exponentials the next `add` enters with the slopes of these."""
         values = block.gradients
+        part: Tensor
         arguments = block.column, self._source.call.specification.logits, values
         if self._product is None:
             part = self._kernels.exponentials(block.products, *arguments, per_row=block.per_row)
@@ -126,15 +130,15 @@ class ExponentialProducts(ChunkProducts):
         return None
 
     def _hidden_of(
-        self, total: Tensor | None, weight: Tensor, block: Block, kept: None, targets: None
+        self, total: HiddenGradient | None, weight: Tensor, block: Block, kept: Any, targets: Any
     ) -> Tensor | None:
         if total is None:
             return None
-        scaled = self._scaled
+        scaled = not_none(self._scaled)
         part = wide_product(scaled.values, weight).mul_(scaled.factor.unsqueeze(1))
         return part.addcmul_(scaled.residual.unsqueeze(1), weight.index_select(0, scaled.column))
 
-    def add_head(self, chunk: Chunk, block: Block, kept: None, targets: None, *, weight_later: bool) -> None:
+    def add_head(self, chunk: Chunk, block: Block, kept: Any, targets: Any, *, weight_later: bool) -> None:
         for pair, x in zip(self.total.pairs, chunk.xs, strict=True):
             if pair.weight is not None:
                 is_main = pair is self.total.pairs[0]
@@ -146,10 +150,11 @@ class ExponentialProducts(ChunkProducts):
     def _add_weight(self, total: Tensor, x: Tensor, *, first: bool) -> None:
         """Add the share of hidden states ``x`` (C, D) to the gradient (V, D) of their factor; the product rounds a
         narrow one once, with all terms in it."""
-        scaled_x = self._scaled.scaled(x)
+        scaled = not_none(self._scaled)
+        scaled_x = scaled.scaled(x)
         narrow = first and total.dtype == scaled_x.dtype
         if narrow:
-            self._kernels.add_targets_(total.zero_(), self._scaled, x, scaled_x)
-        add_product_(total, self._scaled.values.t(), scaled_x, first=first and not narrow)
+            self._kernels.add_targets_(total.zero_(), scaled, x, scaled_x)
+        add_product_(total, scaled.values.t(), scaled_x, first=first and not narrow)
         if not narrow:
-            self._kernels.add_targets_(total, self._scaled, x, scaled_x)
+            self._kernels.add_targets_(total, scaled, x, scaled_x)

@@ -9,7 +9,7 @@ The term of label smoothing has rank one already. The tails are added to the hea
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,17 @@ from chunked_ce.rows import torch_filter
 from chunked_ce.rows.columns import ColumnSums
 from chunked_ce.rows.statistics import STATISTICS, RowStatistics, work_dtype
 
-__all__ = ["MOST_DROPPED_OF_A_TOKEN", "MOST_KEPT", "Filter", "FilteredChunk", "can_filter", "groups_of"]
+__all__ = [
+    "MOST_DROPPED_OF_A_TOKEN",
+    "MOST_KEPT",
+    "Filter",
+    "FilteredChunk",
+    "GradientFilter",
+    "can_filter",
+    "groups_of",
+]
+
+_Kept = TypeVar("_Kept")  # the factors of a chunk's products
 
 # The products are dense if more than this share of the columns is kept: the gathers would cost more than they save.
 MOST_KEPT = 0.4
@@ -39,16 +49,17 @@ _TINY = torch.finfo(torch.float32).tiny
 class FilteredChunk(NamedTuple):
     """The factors of a chunk's products: some columns, or all, and a tail, ``left @ right.T``."""
 
-    index: Tensor | None  # (K,), None for all columns
+    places: Tensor | None  # (K,), None for all columns
     gradients: Tensor  # (C, K), of kept columns with room behind them for the tail: (C, K + 3 * k)
     left: Tensor  # (C, k)
     right: Tensor  # (V, k), each column's sum about 1
 
 
-class Filter:
+class GradientFilter(Generic[_Kept]):
     """The filtered chunks of one loss."""
 
     holds_head = False  # whether the gradient of the weight is formed here, and not in a tensor of zeros
+    total: Tensor | None = None  # (V, D) of dense chunks, or what is there already, where it is formed here
 
     def __init__(
         self,
@@ -73,8 +84,55 @@ class Filter:
         columns: ColumnSums,
         target: Tensor,  # (C,) a column, -1 where it is in another shard
         slopes: RowStatistics,  # (C,) each
-    ) -> FilteredChunk | None:
+    ) -> _Kept | None:
         """The factors of the products. None means all columns and no tail, as for an untrained model."""
+        raise NotImplementedError
+
+    def hidden_gradient(self, kept: _Kept) -> Tensor:
+        """The gradient of a chunk's hidden states, (C, D)."""
+        raise NotImplementedError
+
+    def add_head_gradients(
+        self,
+        weight: Tensor | None,  # (V, D)
+        bias: Tensor | None,  # (V,)
+        x: Tensor,  # (C, D)
+        kept: _Kept,
+        scale: Tensor | None = None,  # () factor of the sums; tails are stored without it
+    ) -> None:
+        """Add a chunk's kept columns to the gradients of weight and bias, and store its tail."""
+        raise NotImplementedError
+
+    def add_dense(self, gradients: Tensor, x: Tensor) -> None:
+        """Nothing: the gradient of the weight takes the product of a dense chunk itself."""
+
+    @property
+    def sums(self) -> list[Tensor]:
+        """Sums that are proportional to the scale of the logits' gradients: none, as tails are stored without it."""
+        return []
+
+    def finish(self, weight: Tensor | None, bias: Tensor | None) -> None:
+        """Add the tails of all chunks to the gradients of weight and bias."""
+        raise NotImplementedError
+
+    def _smoothing(self, slope: Tensor) -> tuple[Tensor, Tensor]:
+        """The term of label smoothing in the logit gradients, as ``left`` (C, 1) and ``right`` (V, 1)."""
+        weights = slope.new_ones(len(self._weight)) if self._class_weight is None else self._class_weight
+        most = torch.exp2(torch.log2(weights.abs().amax().clamp(min=_TINY)).ceil())  # weights of any size fit in fp16
+        size = most * 2.0 ** len(weights).bit_length()  # a power of two, so that equal weights are not rounded
+        return (slope * size).unsqueeze(1), (weights / size).unsqueeze(1)
+
+
+class Filter(GradientFilter[FilteredChunk]):
+    """The filter whose host knows a chunk's kept columns before it compacts them."""
+
+    def keep(
+        self,
+        gradients: Tensor,  # (C, V) without label smoothing
+        columns: ColumnSums,
+        target: Tensor,  # (C,) a column, -1 where it is in another shard
+        slopes: RowStatistics,  # (C,) each
+    ) -> FilteredChunk | None:
         if gradients.numel() == 0:
             return None
         smoothing = None if slopes.weighted is None else self._smoothing(slopes.weighted)
@@ -96,25 +154,17 @@ class Filter:
             left, right = torch.cat([left, smoothing[0]], 1), torch.cat([right, smoothing[1]], 1)
         return FilteredChunk(index, picked, left, right)
 
-    def _smoothing(self, slope: Tensor) -> tuple[Tensor, Tensor]:
-        """The term of label smoothing in the logit gradients, as ``left`` (C, 1) and ``right`` (V, 1)."""
-        weights = slope.new_ones(len(self._weight)) if self._class_weight is None else self._class_weight
-        most = torch.exp2(torch.log2(weights.abs().amax().clamp(min=_TINY)).ceil())  # weights of any size fit in fp16
-        size = most * 2.0 ** len(weights).bit_length()  # a power of two, so that equal weights are not rounded
-        return (slope * size).unsqueeze(1), (weights / size).unsqueeze(1)
-
     def hidden_gradient(self, kept: FilteredChunk) -> Tensor:
-        """The gradient of a chunk's hidden states, (C, D)."""
         weight, scale = self._weight, 2.0 ** (len(self._weight).bit_length() // 2)  # the rows fit in fp16
         rows, left = torch_filter.tail_rows(kept.right, weight) * scale, kept.left / scale
-        if kept.index is None:
+        if kept.places is None:
             tail, rest = _in_two(left @ rows, weight.dtype)
             return tail.addmm_(kept.gradients, weight).add_(rest)
         # One product, since kept columns and tail may cancel out; the tail in two parts, so that it is not rounded.
         (left, left_rest), (rows, rows_rest) = (_in_two(part, weight.dtype) for part in (left, rows))
-        width, gradients = len(kept.index), kept.gradients
+        width, gradients = len(kept.places), kept.gradients
         factors = weight.new_empty(gradients.shape[1], weight.shape[1])
-        torch.index_select(weight, 0, kept.index, out=factors[:width])
+        torch.index_select(weight, 0, kept.places, out=factors[:width])
         torch.cat([rows, rows_rest, rows], out=factors[width:])
         gradients[:, width:] = torch.cat([left, left, left_rest], 1)
         return gradients @ factors
@@ -127,35 +177,25 @@ class Filter:
         kept: FilteredChunk,
         scale: Tensor | None = None,  # () factor of the sums; tails are stored without it
     ) -> None:
-        """Add a chunk's kept columns to the gradients of weight and bias, and store its tail."""
         if weight is None and bias is None:
             return
         if scale is not None:
             kept = kept._replace(left=kept.left / scale.to(kept.left.dtype))
         self._rights.append(kept.right)
         self._lefts.append(torch.cat([kept.left.t() @ x.to(kept.left.dtype), kept.left.sum(0).unsqueeze(1)], 1))
-        gradients = kept.gradients if kept.index is None else kept.gradients[:, : len(kept.index)]
+        gradients = kept.gradients if kept.places is None else kept.gradients[:, : len(kept.places)]
         if weight is not None:
-            if kept.index is None:
+            if kept.places is None:
                 add_product_(weight, gradients.t(), x, first=False)
             else:
-                part = weight.new_empty(len(kept.index), weight.shape[1])
+                part = weight.new_empty(len(kept.places), weight.shape[1])
                 add_product_(part, gradients.t(), x, first=True)
-                weight.index_add_(0, kept.index, part)
+                weight.index_add_(0, kept.places, part)
         if bias is not None:
             part = gradients.sum(0, dtype=bias.dtype)
-            bias.index_add_(0, kept.index, part) if kept.index is not None else bias.add_(part)
-
-    def add_dense(self, gradients: Tensor, x: Tensor) -> None:
-        """Nothing: the gradient of the weight takes the product of a dense chunk itself."""
-
-    @property
-    def sums(self) -> list[Tensor]:
-        """Sums that are proportional to the scale of the logits' gradients: none, as tails are stored without it."""
-        return []
+            bias.index_add_(0, kept.places, part) if kept.places is not None else bias.add_(part)
 
     def finish(self, weight: Tensor | None, bias: Tensor | None) -> None:
-        """Add the tails of all chunks to the gradients of weight and bias."""
         if not self._rights:
             return
         right = torch.cat(self._rights, 1)  # (V, sum of k)

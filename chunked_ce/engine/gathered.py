@@ -11,6 +11,7 @@ differentiable. `plain_logits` is their slow twin, which gathers all rows at onc
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +77,8 @@ def gradients(
     total = HeadGradients.empty(call, dtype_of, written=(), skipped=(*WEIGHT_PARTS, "bias"))
     needs_weight = [call.specification.needs(part) for part in WEIGHT_PARTS]
     for chunk in source.parts():
-        rows, of_hidden = chunk.rows, []
+        rows = chunk.rows
+        of_hidden: list[Tensor] = []
         for pair, x, head, needs in zip(total.pairs, chunk.xs, source.weights, needs_weight, strict=False):
             if pair.hidden is not None:
                 part = x.new_zeros(x.shape, dtype=dtype)
@@ -88,7 +90,7 @@ def gradients(
                 pair.weight = part if pair.weight is None else pair.weight.add_(part)
         totals = [pair.hidden for pair in total.pairs if pair.hidden is not None]
         if call.is_sequence and of_hidden:
-            of_hidden = ranks.reduce(chunk, of_hidden).wait()
+            of_hidden = [*ranks.reduce(chunk, of_hidden).wait()]
         for hidden, part in zip(totals, of_hidden, strict=True):
             ranks.put(hidden, chunk, part)
     for pair, head, needs in zip(total.pairs, source.weights, needs_weight, strict=False):
@@ -112,11 +114,12 @@ def plain_logits(call: Call) -> Tensor:
         for part, tensor in zip(call.specification.parts, call.tensors, strict=True)
     }
     places = ids.clamp(min=0)
-    products = named["bias"][places] if "bias" in named else 0.0
+    products: Any = named["bias"][places] if "bias" in named else 0.0
     for hidden, weight in zip(HIDDEN_PARTS, WEIGHT_PARTS, strict=True):
         if weight in named:
             products = products + (named[weight][places] * named[hidden].where(counted, 0).unsqueeze(1)).sum(-1)
-    return products.where((ids >= 0) & counted, 0)
+    whole: Tensor = products.where((ids >= 0) & counted, 0)
+    return whole
 
 
 def _dtype(call: Call) -> torch.dtype:
@@ -125,6 +128,7 @@ def _dtype(call: Call) -> torch.dtype:
 
 def _source(call: Call) -> tuple[HeadSource, Tensor]:
     """The tokens that count, and the columns (n, M) of their ids in this rank's rows, -1 for an id that is in none."""
+    source: HeadSource
     if call.is_sequence:
         source = SequenceSource(call)
     else:

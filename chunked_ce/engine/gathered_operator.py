@@ -4,6 +4,7 @@ Second derivatives and ``torch.func`` transforms go through `gathered.plain_logi
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ __all__ = ["logits"]
 def logits(call: Call) -> Tensor:
     """`gathered.logits`, (N, M), differentiable."""
     arguments = list(call.extra), call.target, call.ignore_index, encoded(call.specification)
-    return _logits(list(call.tensors), *arguments)
+    outputs: Tensor = _logits(list(call.tensors), *arguments)
+    return outputs
 
 
 def _call(
@@ -40,7 +42,7 @@ def _logits(
 
 
 @_logits.register_fake
-def _(source, ids, target, ignore_index, specification):
+def _(source: Sequence[Tensor], ids: Sequence[Tensor], target: Tensor, ignore_index: int, specification: str) -> Tensor:
     call = _call(source, ids, target, ignore_index, specification)
     num_ids = sum([part.shape[1] for part in call.per_token.values()])
     dtype = work_dtype(call.specification.settings.compute_dtype)
@@ -64,18 +66,25 @@ def _gradients(
 
 
 @_gradients.register_fake
-def _(source, upstream, ids, target, ignore_index, specification):
+def _(
+    source: Sequence[Tensor],
+    upstream: Tensor,
+    ids: Sequence[Tensor],
+    target: Tensor,
+    ignore_index: int,
+    specification: str,
+) -> list[Tensor]:
     needed = decoded(specification).needed
     return [part.new_empty(part.shape if need else 0) for part, need in zip(source, needed, strict=True)]
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: Any, output: Tensor) -> None:
     source, ids, target, ctx.ignore_index, text = inputs
     ctx.specification, ctx.size, ctx.shapes = decoded(text), len(source), [part.shape for part in source]
     ctx.save_for_backward(*source, *ids, target)
 
 
-def _backward(ctx, upstream):
+def _backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
     *saved, target = ctx.saved_tensors
     source, ids, needed = saved[: ctx.size], saved[ctx.size :], list(ctx.needs_input_grad[0])
     check_head_still_there(ctx.specification.parts, source, ctx.shapes, is_read=True)

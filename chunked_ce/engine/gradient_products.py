@@ -8,23 +8,26 @@ vocabulary at a time, from one product over all tokens.
 from __future__ import annotations
 
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from chunked_ce.devices import rounds_products, unrounded
-from chunked_ce.engine.filtered import Filter, FilteredChunk
-from chunked_ce.engine.head_gradients import HIDDEN_PARTS, WEIGHT_PARTS, HeadGradients
+from chunked_ce.engine.device_filter import DeviceFilter, HeadTerms
+from chunked_ce.engine.filtered import GradientFilter
+from chunked_ce.engine.head_gradients import HIDDEN_PARTS, WEIGHT_PARTS, HeadGradients, HiddenGradient
 from chunked_ce.engine.products import add_product_, wide_product
 from chunked_ce.engine.ranks import OneRank
 from chunked_ce.engine.sources import Block, Chunk, HeadSource, LogitsSource
+from chunked_ce.narrowing import not_none
 from chunked_ce.rows import torch_rows
 from chunked_ce.rows.columns import ColumnSums
 from chunked_ce.rows.statistics import RowStatistics
 
 __all__ = [
     "ChunkProducts",
+    "Gradient",
     "LogitGradients",
     "TargetGradients",
     "VocabularyProducts",
@@ -34,6 +37,9 @@ __all__ = [
 _LARGEST = 2.0**14  # below fp16's 65,504: the sum of a row's gradients may be twice the largest
 _LARGEST_EXPONENT = 96  # keeps sums in fp32 within its range
 _SCALE_STEP = 8  # powers of two: similar chunks get the same scale
+
+
+Gradient: TypeAlias = Tensor | HeadTerms  # of a tensor of the source; of a weight perhaps as terms
 
 
 def power_of_two(most: Tensor) -> Tensor:
@@ -88,7 +94,7 @@ class TargetGradients(NamedTuple):
         """The vocabulary entries (k,) that are targets, and their rows (k, D) of ``weight`` in fp32 plus the targets'
         terms, for hidden states ``hidden`` (C, D) cast to ``dtype``."""
         local = self.local
-        entries, place = self.column[local].unique(return_inverse=True)
+        entries, place = torch.unique(self.column[local], return_inverse=True)
         parts = self.gradient[local].unsqueeze(1) * hidden.index_select(0, local).to(dtype)
         return entries, weight.index_select(0, entries).to(parts.dtype).index_add_(0, place, parts)
 
@@ -111,11 +117,11 @@ class LogitGradients:
     def targets_of(self, block: Block) -> None:
         return None
 
-    def add(self, chunk: Chunk, block: Block, columns: None, targets: None, slopes: RowStatistics) -> None:
+    def add(self, chunk: Chunk, block: Block, columns: Any, targets: Any, slopes: RowStatistics) -> None:
         if not self._tokens.all_kept:
             self._tokens.put(self._total, block.rows, block.gradients)
 
-    def finish(self) -> list[Tensor]:
+    def finish(self) -> list[Gradient | None]:
         return [self._total]
 
 
@@ -125,7 +131,7 @@ class VocabularyProducts:
     def __init__(self, source: HeadSource, ranks: OneRank, weight_sum: Tensor | None) -> None:
         call = source.call
         self._source, self._ranks = source, ranks
-        self._several = source.plan.entries < len(source.weight)
+        self._several = not_none(source.plan.entries) < len(source.weight)
         self._row_kernels = call.specification.row_kernels(source.hidden.device)
         self._weight_sum = weight_sum
         self._hidden: list[Tensor | None] = [None, None]  # (n, D) summed over blocks, of each factor pair
@@ -151,7 +157,7 @@ class VocabularyProducts:
         return _target_gradients(block, self._row_kernels)
 
     def add(
-        self, chunk: Chunk, block: Block, columns: None, targets: TargetGradients | None, slopes: RowStatistics
+        self, chunk: Chunk, block: Block, columns: Any, targets: TargetGradients | None, slopes: RowStatistics
     ) -> None:
         """Add the gradients of a block's logits to those of the source's tensors."""
         gradients, pairs, bias = block.gradients, self.total.pairs, self.total.bias
@@ -160,7 +166,7 @@ class VocabularyProducts:
                 continue
             total = self._hidden[at]
             first = total is None
-            if first:
+            if total is None:
                 total = x.new_empty(x.shape, dtype=self._source.plan.hidden_sum)
             add_product_(total, gradients, weight, first=first)
             self._hidden[at] = total if targets is None else targets.add_hidden(total, weight)
@@ -170,18 +176,18 @@ class VocabularyProducts:
             if pair.weight is not None:
                 add_product_(pair.weight[block.entries], gradients.t(), x, first=True)
         if self._weight_sum is not None:
-            add_product_(self._weight_sum[block.entries], gradients.t(), chunk.x, first=False, apart=True)
+            add_product_(self._weight_sum[block.entries], gradients.t(), not_none(chunk.x), first=False, apart=True)
         if bias is not None:
             bias[block.entries] = gradients.sum(0, dtype=slopes.log_sum.dtype)
 
-    def finish(self) -> list[Tensor | None]:
+    def finish(self) -> list[Gradient | None]:
         """The gradients of the source's tensors, in their order."""
         for pair, hidden in zip(self.total.pairs, self._hidden, strict=False):
-            if hidden is not None:
+            if hidden is not None and pair.hidden is not None:
                 self._source.put(pair.hidden, slice(0, len(hidden)), hidden)
             if pair.hidden is not None:
                 pair.hidden = self._ranks.reduce_whole(pair.hidden)
-        return self.total.in_order()
+        return [*self.total.in_order()]
 
 
 class ChunkProducts:
@@ -195,7 +201,7 @@ class ChunkProducts:
         self,
         source: HeadSource,
         ranks: OneRank,
-        filter: Filter | None,
+        filter: GradientFilter[Any] | None,
         *,
         keeps_unrounded: bool = False,  # dX and the bias's gradient, until the upstream gradient is known
         reduces_chunks: bool = True,  # dX of each chunk over the ranks; else all of dX at the end
@@ -216,14 +222,15 @@ class ChunkProducts:
                 return call.reduce_dtype()
             return unrounded(tensor.dtype) if keeps_unrounded else tensor.dtype
 
-        written, apart = (), filter is not None and filter.holds_head
+        apart = filter is not None and filter.holds_head
+        written: tuple[str, ...] = ()
         if len(source.tokens) > 0:
             written = HIDDEN_PARTS * source.covers_hidden + ("weight",) * (settings.gradient_filter is None)
         self.total = HeadGradients.empty(call, dtype_of, written, skipped=("weight",) if fits or apart else ())
         (main, *_) = self.total.pairs
         self._first = filter is None and main.weight is not None
-        if apart:
-            filter.total = weight_sum if fits and weight_sum.is_contiguous() else None
+        if filter is not None and filter.holds_head:
+            filter.total = weight_sum if fits and not_none(weight_sum).is_contiguous() else None
         elif weight_sum is not None and main.weight is None:
             main.weight = weight_sum
         self._source, self._ranks, self._filter = source, ranks, filter
@@ -274,10 +281,13 @@ class ChunkProducts:
         weight_later: bool = False,
     ) -> None:
         """Add the gradients of a chunk's logits; ``weight_later`` leaves the targets' terms out of the weight's."""
-        kept = None if columns is None else self._filter.keep(block.gradients, columns, block.column, slopes)
-        parts = self.hidden(block, kept, targets) if self.total.needs_hidden else []
-        totals = [pair.hidden for pair, part in zip(self.total.pairs, parts, strict=False) if part is not None]
-        parts = [part for part in parts if part is not None]
+        kept = None
+        if columns is not None:
+            kept = not_none(self._filter).keep(block.gradients, columns, block.column, not_none(slopes))
+        found = self.hidden(block, kept, targets) if self.total.needs_hidden else []
+        pairs = zip(self.total.pairs, found, strict=False)
+        totals = [pair.hidden for pair, part in pairs if part is not None and pair.hidden is not None]
+        parts = [part for part in found if part is not None]
         reduction = self._ranks.reduce(chunk, parts) if parts and self._reduces_chunks else None
         self.add_head(chunk, block, kept, targets, weight_later=weight_later)
         if reduction is None:
@@ -287,7 +297,7 @@ class ChunkProducts:
         for total, part in zip(totals, reduction.wait(), strict=True):
             self._ranks.put(total, chunk, part)
 
-    def hidden(self, block: Block, kept: FilteredChunk | None, targets: TargetGradients | None) -> list[Tensor | None]:
+    def hidden(self, block: Block, kept: Any, targets: TargetGradients | None) -> list[Tensor | None]:
         """The gradients of the chunk's hidden states, (C, D) and (C, r) of an adapter, in the products' dtype or a
         wider one; None for one that is in place already, or not needed."""
         pairs = zip(self.total.pairs, block.weights, strict=True)
@@ -295,18 +305,23 @@ class ChunkProducts:
 
     def _hidden_of(
         self,
-        total: Tensor | list[Tensor | None] | None,
+        total: HiddenGradient | None,
         weight: Tensor,
         block: Block,
-        kept: FilteredChunk | None,
+        kept: Any,  # by the filter, None for all columns
         targets: TargetGradients | None,
     ) -> Tensor | None:
         if total is None:
             return None
         gradients, tokens = block.gradients, self._source.tokens
         if kept is not None:
-            part = self._filter.hidden_gradient(kept)
-        elif self._ranks.in_flight == 1 and tokens.all_kept and getattr(total, "dtype", None) == gradients.dtype:
+            part = not_none(self._filter).hidden_gradient(kept)
+        elif (
+            self._ranks.in_flight == 1
+            and tokens.all_kept
+            and isinstance(total, Tensor)
+            and total.dtype == gradients.dtype
+        ):
             torch.mm(gradients, weight, out=total[block.rows])
             return None
         else:
@@ -319,33 +334,33 @@ class ChunkProducts:
         self,
         chunk: Chunk,
         block: Block,
-        kept: FilteredChunk | None,
+        kept: Any,
         targets: TargetGradients | None,
         *,
         weight_later: bool,
     ) -> None:
         """Add the chunk's share of the gradients of weight, adapter and bias."""
-        (main, *adapter), bias = self.total.pairs, self.total.bias
+        (main, *adapter), bias, x = self.total.pairs, self.total.bias, not_none(chunk.x)
         if kept is None and self._filter is not None:
-            self._filter.add_dense(block.gradients, chunk.x)
+            self._filter.add_dense(block.gradients, x)
         if kept is not None:
-            self._filter.add_head_gradients(main.weight, bias, chunk.x, kept, self._scale)
+            not_none(self._filter).add_head_gradients(main.weight, bias, x, kept, self._scale)
             return
         if main.weight is not None:
             apart = main.weight is self._weight_sum
-            add_product_(main.weight, block.gradients.t(), chunk.x, first=self._first, apart=apart)
+            add_product_(main.weight, block.gradients.t(), x, first=self._first, apart=apart)
             self._first = False
         for pair in adapter:
             if pair.weight is not None:
-                add_product_(pair.weight, block.gradients.t(), chunk.adapter_x, first=False)
+                add_product_(pair.weight, block.gradients.t(), not_none(chunk.adapter_x), first=False)
         if bias is not None:
             bias.add_(block.gradients.sum(0, dtype=bias.dtype))
         if targets is not None:
-            targets.add_head_(None if weight_later else main.weight, bias, chunk.x)
+            targets.add_head_(None if weight_later else main.weight, bias, x)
             for pair in adapter:
-                targets.add_head_(pair.weight, None, chunk.adapter_x)
+                targets.add_head_(pair.weight, None, not_none(chunk.adapter_x))
 
-    def finish(self) -> list[Tensor | None]:
+    def finish(self) -> list[Gradient | None]:
         """The gradients in the dtypes of their sums, in the order of the source's tensors; None for the weight's if it
         is in ``weight_sum``, and `HeadTerms` for it where the filter holds it."""
         (main, *_), bias = self.total.pairs, self.total.bias
@@ -353,21 +368,23 @@ class ChunkProducts:
             self.set_scale(torch.ones_like(self._scale))
         if self._filter is not None:
             self._filter.finish(main.weight, bias)
-        if self._filter is not None and self._filter.holds_head:
-            main.weight = self._filter.head_gradient(self._weight_sum)
+        weight: Gradient | None = main.weight
+        if isinstance(self._filter, DeviceFilter):
+            weight = self._filter.head_gradient(self._weight_sum)
         elif self._weight_sum is not None:
             if main.weight is not self._weight_sum:
-                self._weight_sum += main.weight
-            main.weight = None
+                self._weight_sum += not_none(main.weight)
+            weight = main.weight = None
         if not self._reduces_chunks:
             for pair in self.total.pairs:
                 if pair.hidden is not None:
                     pair.hidden = self._ranks.reduce_whole(pair.hidden)
-        return self.total.in_order()
+        parts = self._source.call.specification.parts
+        return [weight if part == "weight" else grad for part, grad in zip(parts, self.total.in_order(), strict=True)]
 
 
 def _target_gradients(block: Block, row_kernels: ModuleType) -> TargetGradients | None:
     """Room for the gradients of the targets' logits, if torch kernels run and the device rounds products."""
-    if row_kernels is not torch_rows or not rounds_products(block.column.device.type, block.weight.dtype):
+    if row_kernels is not torch_rows or not rounds_products(block.column.device.type, not_none(block.weight).dtype):
         return None
     return TargetGradients(block.column, torch.zeros_like(block.column, dtype=torch.float32))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,7 +11,9 @@ from torch import Tensor
 from chunked_ce.engine.call import Call
 from chunked_ce.engine.scratch import scratch
 
-__all__ = ["HIDDEN_PARTS", "WEIGHT_PARTS", "HeadGradients", "PairGradients"]
+__all__ = ["HIDDEN_PARTS", "WEIGHT_PARTS", "HeadGradients", "HiddenGradient", "PairGradients"]
+
+HiddenGradient: TypeAlias = Tensor | list[Tensor | None]  # (N, D), or of each depth
 
 HIDDEN_PARTS = ("hidden", "adapter_hidden")
 WEIGHT_PARTS = ("weight", "adapter_weight")
@@ -20,8 +22,8 @@ WEIGHT_PARTS = ("weight", "adapter_weight")
 class PairGradients:
     """The gradients of a factor pair, hidden states and the rows of a head; None where not needed."""
 
-    def __init__(self, hidden: Tensor | list[Tensor | None] | None, weight: Tensor | None) -> None:
-        self.hidden = hidden  # (N, D), or of each depth
+    def __init__(self, hidden: HiddenGradient | None, weight: Tensor | None) -> None:
+        self.hidden = hidden
         self.weight = weight  # (V, D)
 
 

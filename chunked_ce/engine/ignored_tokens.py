@@ -50,6 +50,5 @@ def _with(call: Call, ignored: str) -> Call:
 def _counted(call: Call, targets: Sequence[Tensor]) -> Tensor:
     """Which of all tokens count, (N,) on the host, which waits for the device if it has to."""
     known = [counted_on_host(target, call.ignore_index) for target in targets]
-    if any(flags is None for flags in known):
-        return devices.read(call.target != call.ignore_index)
-    return torch.cat([flags.reshape(-1) for flags in known])
+    flat = [flags.reshape(-1) for flags in known if flags is not None]
+    return torch.cat(flat) if len(flat) == len(known) else devices.read(call.target != call.ignore_index)

@@ -29,6 +29,7 @@ from chunked_ce.engine.ranks import HIDDEN_GRADIENT, STATISTICS
 from chunked_ce.engine.sources import HIDDEN
 from chunked_ce.engine.token_shards import TOKENS, JoinedCall, OwnTokens, joined_sequence, sequence_call
 from chunked_ce.engine.windows import windows_of
+from chunked_ce.narrowing import not_none
 from chunked_ce.parallel import meeting
 from chunked_ce.parallel.collectives import CollectiveError, Collectives
 from chunked_ce.parallel.meeting import Doing
@@ -69,15 +70,15 @@ def statistics(call: Call) -> RowStatistics:
     return _together(lambda: _Chunks(call).steps(combines=True), doing(call), call, sweep.statistics, call)
 
 
-def loss_and_gradients(call: Call) -> tuple[Tensor, list[Tensor | None], Tensor | None, RowStatistics]:
+def loss_and_gradients(call: Call) -> sweep.LossAndGradients:
     """`sweep.loss_and_gradients`."""
 
     def steps(call: Call) -> Iterator[_Step]:
         return _Chunks(call).steps(combines=True, reduces=True)
 
-    def work(joined: JoinedCall) -> tuple[Tensor, list[Tensor | None], Tensor | None, RowStatistics]:
-        *results, rows = sweep.loss_and_gradients(joined.call)
-        return *results, joined.put_rows(rows)
+    def work(joined: JoinedCall) -> sweep.LossAndGradients:
+        loss, grads, targets, rows = sweep.loss_and_gradients(joined.call)
+        return loss, grads, targets, joined.put_rows(rows)
 
     if call.is_sequence:
         return _with_tokens(call, None, steps, work)
@@ -136,7 +137,7 @@ def gathered_gradients(call: Call, upstream: Tensor) -> list[Tensor | None]:
 def common_factor(call: Call, factor: Tensor, number: int, *, known: bool) -> bool:
     """Whether the loss of every rank has this upstream gradient, ``factor`` (), where ranks have tokens of their own,
     and the sums of gradients are ``known`` on every rank."""
-    ranks = Collectives(call.specification.shard.group_name)
+    ranks = Collectives(not_none(call.specification.shard).group_name)
     intent = doing(call, number)
     intent = dataclasses.replace(intent, what=intent.what.replace("start", "exchange of upstream gradients"))
     bits = factor.detach().double().reshape(1).view(torch.int64)[0]
@@ -161,7 +162,7 @@ def _with_tokens(
 ) -> _Result:
     """``work`` of the call over the tokens of all ranks, whose collectives are ``steps``, with ``others`` joined."""
     intent = doing(call, number, *others)
-    if not call.specification.shard.is_own:
+    if not not_none(call.specification.shard).is_own:
         return _together(lambda: steps(sequence_call(call)), intent, call, lambda: work(joined_sequence(call, *others)))
     named = ids if call.specification.ids is None else (call.specification.ids,)
     tokens = OwnTokens(call, intent, *others, ids=named)
@@ -180,18 +181,18 @@ def _averaging(call: Call, *, divides_slopes: bool) -> tuple[Call, float]:
     The gradients of hidden states, which belong to one rank, are then multiplied by it.
     """
     specification = call.specification
-    shard = specification.shard
+    shard = not_none(specification.shard)
     if not shard.is_own:
         return call, 1.0
     ranks = float(Collectives(shard.group_name).size)
-    factor = {"hidden_factor": ranks} if divides_slopes else {"head_factor": 1 / ranks}
-    specification = specification._replace(shard=shard._replace(**factor))
+    shard = shard._replace(hidden_factor=ranks) if divides_slopes else shard._replace(head_factor=1 / ranks)
+    specification = specification._replace(shard=shard)
     return call._replace(specification=specification), ranks if divides_slopes else 1.0
 
 
-def _reducing(call: Call, number: int, work: Callable[..., _Result], *arguments) -> _Result:
+def _reducing(call: Call, number: int, work: Callable[..., _Result], *arguments: Any) -> _Result:
     """``work(*arguments)`` of a backward on ranks with the same tokens, which sum the gradient of hidden states."""
-    widths = call.chunk_widths(needed=True) if call.specification.shard.input_grad != "partial" else []
+    widths = call.chunk_widths(needed=True) if not_none(call.specification.shard).input_grad != "partial" else []
     if not widths:
         return work(*arguments)  # no collective: a rank that fails holds up no other
 
@@ -208,8 +209,8 @@ class _Chunks:
     """The chunks of a call as its source makes them, derived from the targets and the plan alone."""
 
     def __init__(self, call: Call) -> None:
-        self._call = call
-        collectives = Collectives(call.specification.shard.group_name)
+        self._call, self._shard = call, not_none(call.specification.shard)
+        collectives = Collectives(self._shard.group_name)
         self._ranks, self._rank = collectives.size, collectives.rank
         self._reduced = sum(call.chunk_widths(needed=True))  # columns of the gradients of hidden states
         target, num_tokens = call.target, len(call.target)
@@ -218,7 +219,7 @@ class _Chunks:
             return
         size = call.plan_by_tokens(num_tokens, sums_head=call.sums_head).tokens
         if call.is_sequence:
-            self._windows = windows_of(call.specification.shard.sizes, size, self._rank)
+            self._windows = windows_of(self._shard.sizes, size, self._rank)
             self._rows = [sum(window.counts) for window in self._windows]
         else:
             (counted,) = self._num_moved(target, [num_tokens])
@@ -228,19 +229,19 @@ class _Chunks:
         """How many of each chunk's tokens have statistics: those that count, or all where none is dropped."""
         if self._call.specification.settings.ignored != "drop":
             return sizes
-        return [int((chunk != self._call.ignore_index).sum()) for chunk in target.split(sizes)]
+        return [int((chunk != self._call.ignore_index).sum()) for chunk in torch.split(target, sizes)]
 
     def steps(self, *, combines: bool = False, reduces: bool = False) -> Iterator[_Step]:
         """The collectives in order: hidden states are gathered a chunk ahead, but a teacher's with their chunk, and
         their gradients, if needed, are reduced a chunk behind the statistics, if these are combined."""
-        reduces = reduces and self._reduced > 0 and self._call.specification.shard.input_grad != "partial"
+        reduces = reduces and self._reduced > 0 and self._shard.input_grad != "partial"
         last = len(self._rows) - 1
         if last >= 0 and self._call.is_sequence:
             yield self._hidden(0)
         for at in range(last + 1):
             if at < last and self._call.is_sequence:
                 yield self._hidden(at + 1)
-            if self._call.is_sequence and self._call.specification.shard.is_own and self._call.teacher:
+            if self._call.is_sequence and self._shard.is_own and self._call.teacher:
                 yield self._teacher(at)
             if combines:
                 yield self._statistics(at, 0)
@@ -270,8 +271,8 @@ class _Chunks:
         window, teacher = self._windows[at], self._call.teacher
         if "hidden" in teacher:
             shape = window.width, teacher["hidden"].shape[1]
-            return _Step("all_gather", TEACHER, shape, self._call.specification.teacher.dtype)
-        sizes = Columns.of(window, self._call.specification.shard.bounds, self._rank)
+            return _Step("all_gather", TEACHER, shape, not_none(self._call.specification.teacher).dtype)
+        sizes = Columns.of(window, self._shard.bounds, self._rank)
         dtype = teacher["logits" if "logits" in teacher else "probabilities"].dtype
         return _Step("all_to_all", TEACHER, (sum(sizes.sent),), dtype, tuple(sizes))
 
@@ -291,8 +292,9 @@ def _together(
     have_met: bool = False,
 ) -> _Result:
     """``work(*arguments)``, whose collectives are ``steps``; an error on one rank is raised on every rank."""
-    ranks = Collectives(call.specification.shard.group_name)
-    result = failure = None
+    ranks = Collectives(not_none(call.specification.shard).group_name)
+    result: Any = None
+    failure: Exception | None = None
     like = call.tensors[0]
     waits = like.device.type == "cpu" and ranks.size > 1
     if waits and not have_met:
@@ -311,7 +313,8 @@ def _together(
         meeting.end(ranks, intent, failure)
     if failure is not None:
         raise failure
-    return result
+    done: _Result = result
+    return done
 
 
 def _go_through(steps: Iterator[_Step], collectives: Collectives, like: Tensor) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from chunked_ce.engine.call import Call
+from chunked_ce.narrowing import not_none
 from chunked_ce.parallel.meeting import Doing
 
 __all__ = ["doing"]
@@ -17,9 +20,9 @@ def doing(
 ) -> Doing:
     """What decides the collectives of a forward, or of the backward of call ``number``, and what they mean."""
     specification = call.specification
-    settings, shard, teacher = specification.settings, specification.shard, specification.teacher
+    settings, shard, teacher = specification.settings, not_none(specification.shard), specification.teacher
     per_token = [call.target, *call.per_token.values(), *others]
-    facts = {
+    facts: dict[str, Any] = {
         "statistics": specification.names,
         "objective": str(specification.objective),
         "logits": specification.logits,

@@ -18,6 +18,7 @@ from chunked_ce.engine.call import Call
 from chunked_ce.engine.counted_tokens import columns_of
 from chunked_ce.engine.products import project
 from chunked_ce.engine.sources import Chunk, DepthsSource, HeadSource
+from chunked_ce.narrowing import not_none
 from chunked_ce.plan import Plan, filled
 from chunked_ce.rows.statistics import PerRow, RowStatistics, merge_shards, statistics_of, work_dtype, zero_statistics
 
@@ -34,8 +35,9 @@ def statistics(call: Call) -> RowStatistics:
     source.cut(plan)
     tiles, names = _Tiles(source, plan), specification.names
     parts: dict[int, Tensor] = {}  # (M, columns) of each group, by its first token
-    for start in range(0, len(source.weight), plan.entries):
-        block = _Block(source, tiles, slice(start, min(start + plan.entries, len(source.weight))))
+    entries = not_none(plan.entries)
+    for start in range(0, len(source.weight), entries):
+        block = _Block(source, tiles, slice(start, min(start + entries, len(source.weight))))
         for chunk in source.parts():
             part, before = block.part(chunk), parts.get(chunk.rows.start)
             if before is not None:
@@ -55,7 +57,7 @@ class _Tiles:
 
     def __init__(self, source: HeadSource, plan: Plan) -> None:
         self._tokens = plan.tokens
-        self._entries = filled(min(plan.entries, len(source.weight)))
+        self._entries = filled(min(not_none(plan.entries), len(source.weight)))
         self._scratch: dict[str, Tensor] = {}
         self.dtype = source.logits_dtype  # of the factors too: this device forms no wide product of narrow ones
 
@@ -119,9 +121,10 @@ class _Block:
         source, tiles, specification = self._source, self._tiles, self._source.call.specification
         low_rank = None
         if self._adapter is not None:
-            low_rank = tiles.hidden("adapter_hidden", chunk.adapter_x), self._adapter
+            low_rank = tiles.hidden("adapter_hidden", not_none(chunk.adapter_x)), self._adapter
         out = tiles.logits(len(self._weight))
-        products = project(tiles.hidden("hidden", chunk.x), self._weight, self._bias, out, low_rank)[:, : self._size]
+        hidden = tiles.hidden("hidden", not_none(chunk.x))
+        products = project(hidden, self._weight, self._bias, out, low_rank)[:, : self._size]
         temperature, ids = source.temperature, source.ids
         if temperature is not None:
             temperature = tiles.group(temperature[chunk.rows], 1)
@@ -129,4 +132,6 @@ class _Block:
             ids = tiles.group(columns_of(ids[chunk.rows], self._first, self._size), -1)
         column = columns_of(tiles.group(source.tokens.target[chunk.rows], 0), self._first, self._size)
         arguments = products, column, self._class_weight, specification.logits, specification.names, self._first
-        return self._row_kernels.shard_statistics(*arguments, overwrite=True, per_row=PerRow(temperature, ids))
+        per_row = PerRow(temperature, ids)
+        part: Tensor = self._row_kernels.shard_statistics(*arguments, overwrite=True, per_row=per_row)
+        return part

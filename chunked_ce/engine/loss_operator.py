@@ -5,9 +5,11 @@ Its backward multiplies the gradients that the forward has computed by the upstr
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _get_current_graph_task_keep_graph
 
 from chunked_ce.devices import unrounded
 from chunked_ce.engine import in_step, plain, sweep
@@ -15,7 +17,7 @@ from chunked_ce.engine.call import Call
 from chunked_ce.engine.counted_tokens import columns_of
 from chunked_ce.engine.device_filter import HeadTerms
 from chunked_ce.engine.device_memory import with_smaller_chunks
-from chunked_ce.engine.gradient_products import TargetGradients
+from chunked_ce.engine.gradient_products import Gradient, TargetGradients
 from chunked_ce.engine.head_gradients import HIDDEN_PARTS
 from chunked_ce.engine.operator_arguments import (
     call_from,
@@ -32,7 +34,9 @@ from chunked_ce.engine.released_parameters import check_head_still_there
 from chunked_ce.engine.specification import decoded
 from chunked_ce.engine.statistics_operator import statistics
 from chunked_ce.engine.totals import keeps_targets
+from chunked_ce.narrowing import not_none
 from chunked_ce.parallel.collectives import Collectives
+from chunked_ce.plan import Plan
 from chunked_ce.rows.backend import row_kernels
 from chunked_ce.rows.statistics import RowStatistics, work_dtype
 from chunked_ce.tracing import is_batched, is_recorded, no_autocast, runs_at_once
@@ -44,7 +48,7 @@ def loss(call: Call) -> tuple[Tensor, RowStatistics]:
     """`chunked_ce.engine.sweep.loss_and_gradients`, differentiable; the statistics are not."""
     arguments = list(call.extra), *rest_of(call)
     if runs_at_once(*call.tensors):
-        outputs = _Loss.apply(arguments, *call.tensors)
+        outputs: Sequence[Tensor] = _Loss.apply(arguments, *call.tensors)  # type: ignore[no-untyped-call]
     else:
         outputs = _loss(list(call.tensors), *arguments)
     names = call.specification.names
@@ -79,27 +83,37 @@ def _loss_and_terms(
     with no_autocast(target.device):
         if call.specification.shard is None:
 
-            def plan():
+            def plan() -> Plan:
                 return call.plan_by_tokens(len(target), sums_head=call.sums_head)
 
             outputs = with_smaller_chunks(sweep.loss_and_gradients, call, plan)
         else:
             outputs = in_step.loss_and_gradients(call)
     loss, grads, targets, rows = outputs
-    terms, at = None, call.specification.parts.index("weight")
-    if keeps_terms and isinstance(grads[at], HeadTerms):
-        terms, grads[at] = grads[at], None
-    if grads[at] is not None:  # smaller chunks may have another sum dtype than planned
-        grads[at] = grads[at].to(_head_sum_dtype(call))
+    at, terms = call.specification.parts.index("weight"), None
+    of_weight = grads[at]
+    if keeps_terms and isinstance(of_weight, HeadTerms):
+        terms, of_weight = of_weight, None
+    if of_weight is not None:  # smaller chunks may have another sum dtype than planned
+        of_weight = of_weight.to(_head_sum_dtype(call))
+    grads[at] = of_weight
+    formed = [None if isinstance(grad, HeadTerms) else grad for grad in grads]
     targets = loss.new_empty(0, dtype=torch.float32) if targets is None else targets
-    return [loss, *filled(grads, source), targets, *rows.named().values()], terms
+    return [loss, *filled(formed, source), targets, *rows.named().values()], terms
 
 
 _loss = torch.library.custom_op("chunked_ce::loss", _run_loss, mutates_args=())
 
 
 @_loss.register_fake
-def _(source, extra, class_weight, target, ignore_index, specification):
+def _(
+    source: Sequence[Tensor],
+    extra: Sequence[Tensor],
+    class_weight: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    specification: str,
+) -> list[Tensor]:
     call = call_from(source, extra, class_weight, target, ignore_index, specification)
     needed, settings = call.specification.needed, call.specification.settings
     total_dtype = _head_sum_dtype(call)
@@ -122,19 +136,19 @@ def _head_sum_dtype(call: Call) -> torch.dtype:
     return call.plan_by_tokens(len(call.target), sums_head=call.sums_head).head_sum
 
 
-def _save_loss(ctx, inputs, output, terms: HeadTerms | None = None):
+def _save_loss(ctx: Any, inputs: Any, output: Sequence[Tensor], terms: HeadTerms | None = None) -> None:
     source, extra, class_weight, target, ctx.ignore_index, text = inputs
     ctx.specification = decoded(text)
     ctx.sizes, ctx.number = (len(source), len(extra)), 0
     ctx.head_shapes = [tensor.shape for tensor in source]
     _, *grads = output[: len(source) + 2]  # and those of the targets' logits
-    ctx.filter_kernels, *terms = (None,) if terms is None else terms
-    ctx.save_for_backward(*source, *saved_extra(ctx, extra), class_weight, target, *grads, *terms)
+    ctx.filter_kernels, *of_head = (None,) if terms is None else terms
+    ctx.save_for_backward(*source, *saved_extra(ctx, extra), class_weight, target, *grads, *of_head)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _backward_of_loss(ctx, upstream):
+def _backward_of_loss(ctx: Any, upstream: Sequence[Tensor | None]) -> tuple[Any, ...]:
     num_tensors, num_extra = ctx.sizes
     grad, none = upstream[0], ([None] * num_extra, None, None, None, None)
     if grad is None:
@@ -152,7 +166,7 @@ def _backward_of_loss(ctx, upstream):
         return plain_gradients(lambda: [plain.loss(call)], [grad], call, needed), *none
     known = not any(need and not had for need, had in zip(needed, specification.needed, strict=True))
     is_own = specification.shard is not None and specification.shard.is_own
-    rows, at = None, specification.parts.index("weight")
+    of_targets, at = None, specification.parts.index("weight")
     if of_head and needed[at]:
         totals[at] = HeadTerms(ctx.filter_kernels, *of_head)
     if is_own and runs_at_once(*source):
@@ -166,20 +180,21 @@ def _backward_of_loss(ctx, upstream):
         column = columns_of(target, call.start, call.rows, targets != 0)
         terms = TargetGradients(column, targets)
         (hidden,) = call.named("hidden")
-        entries, rows = terms.summed_rows(totals[at], hidden, specification.settings.compute_dtype)
+        of_targets = terms.summed_rows(totals[at], hidden, specification.settings.compute_dtype)
     backend = specification.settings.backend
-    grads = [
+    grads: list[Any] = [
         _rescaled(total, grad, tensor.dtype, backend) if need else None
         for total, tensor, need in zip(totals, source, needed, strict=True)
     ]
-    if rows is not None:
+    if of_targets is not None:
+        entries, rows = of_targets
         grads[at].index_copy_(0, entries, (rows * grad).to(grads[at].dtype))
     return grads, *none
 
 
 def _of_own_tokens(
     call: Call,
-    totals: list[Tensor | HeadTerms],
+    totals: list[Gradient | None],
     grad: Tensor,
     needed: Sequence[bool],
     number: int = 0,  # of the call
@@ -198,11 +213,13 @@ def _of_own_tokens(
         with no_autocast(call.target.device):
             _, totals, _, _ = in_step.loss_and_gradients(call)
         grad = torch.ones_like(grad)
-    backend, shard = call.specification.settings.backend, call.specification.shard
-    of_head, grads = grad / Collectives(shard.group_name).size, []
+    backend, shard = call.specification.settings.backend, not_none(call.specification.shard)
+    of_head = grad / Collectives(shard.group_name).size
+    grads: list[Tensor | None] = []
     for part, total, tensor, need in zip(call.specification.parts, totals, call.tensors, needed, strict=True):
         factor = grad if part in HIDDEN_PARTS else of_head
-        grads.append(_rescaled(total, factor, tensor.dtype, backend) if need else None)
+        assert total is not None or not need
+        grads.append(None if total is None or not need else _rescaled(total, factor, tensor.dtype, backend))
     return grads
 
 
@@ -218,12 +235,21 @@ def _own_gradients(
     specification: str,
 ) -> list[Tensor]:
     call = call_from(source, extra, class_weight, target, ignore_index, specification)
-    copies = [total.clone() for total in totals]  # an operator returns no memory of its arguments
+    copies: list[Gradient | None] = [*map(torch.clone, totals)]  # an operator returns no memory of its arguments
     return filled(_of_own_tokens(call, copies, grad, call.specification.needed), source)
 
 
 @_own_gradients.register_fake
-def _(source, totals, grad, extra, class_weight, target, ignore_index, specification):
+def _(
+    source: Sequence[Tensor],
+    totals: Sequence[Tensor],
+    grad: Tensor,
+    extra: Sequence[Tensor],
+    class_weight: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    specification: str,
+) -> list[Tensor]:
     needed = decoded(specification).needed
     grads = [tensor.new_empty(tensor.shape) if need else None for tensor, need in zip(source, needed, strict=True)]
     return filled(grads, source)
@@ -236,7 +262,7 @@ def _unprepared_gradients(call: Call, grad: Tensor, needed: Sequence[bool]) -> l
         source = [x.detach().requires_grad_(need) for x, need in zip(call.tensors, needed, strict=True)]
         rows = statistics(call.for_statistics()._replace(tensors=source)).map(Tensor.double)
         arguments = call.target, call.ignore_index, call.class_weight, call.vocab_size, call.per_token
-        loss = objective.losses(rows, *arguments).sum().to(work_dtype(dtype))
+        loss = not_none(objective).losses(rows, *arguments).sum().to(work_dtype(dtype))
     return gradients_of([(loss, grad)], source, needed)
 
 
@@ -245,19 +271,19 @@ _loss.register_autograd(_backward_of_loss, setup_context=_save_loss)
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, arguments, *source):
+    def forward(ctx: Any, arguments: tuple[Any, ...], *source: Tensor) -> tuple[Tensor, ...]:
         output, terms = _loss_and_terms(source, *arguments, keeps_terms=True)
         _save_loss(ctx, (source, *arguments), output, terms)
         ctx.number = in_step.number_of_call(ctx.specification.shard)
         return tuple(output)
 
     @staticmethod
-    def backward(ctx, *upstream):
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         return None, *_backward_of_loss(ctx, upstream)[0]
 
 
 def _rescaled(
-    total: Tensor | HeadTerms,
+    total: Gradient,
     factor: Tensor,  # ()
     dtype: torch.dtype,
     backend: str,
@@ -267,6 +293,7 @@ def _rescaled(
         return total.finished(dtype, factor)
     if type(total) is not Tensor or is_recorded():
         return (total * factor).to(dtype)  # traced by a compiler, which places memory itself
-    last = not torch._C._autograd._get_current_graph_task_keep_graph()
+    last = not _get_current_graph_task_keep_graph()
     out = total if last and total.dtype == dtype else torch.empty_like(total, dtype=dtype)
-    return row_kernels(backend, total.device, total.dtype).scale_into(total, factor, out)
+    scaled: Tensor = row_kernels(backend, total.device, total.dtype).scale_into(total, factor, out)
+    return scaled

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections import namedtuple
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,8 +52,8 @@ def _kind(names: tuple[str, ...]) -> type[LossStats]:
 
 @functools.cache
 def _kinds(names: tuple[str, ...]) -> type[LossStats]:
-    fields = namedtuple("LossStats", (*LossStats._fields, *names))
-    body = {"__slots__": (), "__module__": __name__, "__doc__": LossStats.__doc__}
+    fields = namedtuple("LossStats", (*LossStats._fields, *names))  # type: ignore[misc]  # names of a call
+    body: dict[str, Any] = {"__slots__": (), "__module__": __name__, "__doc__": LossStats.__doc__}
     body["__reduce__"] = lambda stats: (named_stats, (names, tuple(stats)))  # no module has this class by its name
     return type("LossStats", (fields, LossStats), body)
 
@@ -70,7 +70,8 @@ def loss_stats(
     """``loss_sum, num_tokens, num_correct, entropy_sum, lse_max``, and the sums of ``others``: detached, each (), in
     fp32."""
     known = (part.detach() for part in (loss_sum, num_tokens, lse, correct, entropy, counted))
-    return _loss_stats(*known, [part.detach() for part in others])
+    sums: list[Tensor] = _loss_stats(*known, [part.detach() for part in others])
+    return sums
 
 
 def plain_loss_stats(
@@ -102,5 +103,5 @@ def _loss_stats(
 
 
 @_loss_stats.register_fake
-def _(loss_sum, *tensors):
+def _(loss_sum: Tensor, *tensors: Any) -> list[Tensor]:
     return [loss_sum.new_empty((), dtype=torch.float32) for _ in range(5 + len(tensors[-1]))]

@@ -1,6 +1,7 @@
 """What the operators of statistics and of losses share: their arguments, and how their gradients are returned."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,17 +38,17 @@ def call_from(
     return Call(source, class_weight, target, ignore_index, decoded(specification), extra)
 
 
-def saved_extra(ctx, extra: Sequence[Tensor]) -> list[Tensor | None]:
+def saved_extra(ctx: Any, extra: Sequence[Tensor]) -> list[Tensor | None]:
     """Constant tensors for ``save_for_backward``, which refuses those of inference mode: the context keeps them."""
     ctx.of_inference = {at: tensor for at, tensor in enumerate(extra) if tensor.is_inference()}
     return [None if at in ctx.of_inference else tensor for at, tensor in enumerate(extra)]
 
 
-def restored_extra(ctx, extra: Sequence[Tensor | None]) -> list[Tensor]:
+def restored_extra(ctx: Any, extra: Sequence[Tensor | None]) -> list[Tensor]:
     return [ctx.of_inference.get(at, tensor) for at, tensor in enumerate(extra)]
 
 
-def needed_of(ctx) -> list[bool]:
+def needed_of(ctx: Any) -> list[bool]:
     """Which tensors of the source need a gradient: an operator takes them as its first argument, a list; a function
     takes them as its last ones."""
     first, *rest = ctx.needs_input_grad

@@ -16,6 +16,7 @@ from chunked_ce.engine.call import Call
 from chunked_ce.engine.counted_tokens import CountedTokens
 from chunked_ce.engine.teacher import TeacherSource
 from chunked_ce.engine.windows import Window
+from chunked_ce.narrowing import not_none
 from chunked_ce.parallel.collectives import Collectives, Pending
 from chunked_ce.rows.teacher import TeacherRows
 
@@ -49,7 +50,7 @@ class OwnTeacher(TeacherSource):
     ) -> None:
         super().__init__(call, tokens)
         self._own, self._collectives = own, collectives
-        self._bounds = call.specification.shard.bounds
+        self._bounds = not_none(call.specification.shard).bounds
         self._pending: Pending | None = None
         self._window: Window | None = None
 
@@ -57,7 +58,7 @@ class OwnTeacher(TeacherSource):
         """Start the exchange of a chunk, the next that `rows` is asked for and waits for."""
         self._window = window
         if self._existing is None:
-            part = self._own.select(self._hidden, window.own).to(self._dtype)
+            part = self._own.select(not_none(self._hidden), window.own).to(self._dtype)
             self._pending = self._collectives.all_gather(window.filled_up(part), TEACHER)
         else:
             sizes = Columns.of(window, self._bounds, self._collectives.rank)
@@ -67,25 +68,31 @@ class OwnTeacher(TeacherSource):
         if self._existing is None:
             return super().rows(rows, entries, most, in_flight)
         arrived = self._arrived().view(rows.stop - rows.start, -1)
-        kinds = {"are_probabilities": self._are_probabilities, "overwrite": True, "share": self._share}
-        return TeacherRows(arrived, self._logits, counted=self._tokens.kept_mask(rows), **kinds)
+        return TeacherRows(
+            arrived,
+            self._logits,
+            counted=self._tokens.kept_mask(rows),
+            are_probabilities=self._are_probabilities,
+            overwrite=True,
+            share=self._share,
+        )
 
     def _hidden_of(self, rows: slice) -> Tensor:
-        return self._window.joined(self._arrived())
+        return not_none(self._window).joined(self._arrived())
 
     def _arrived(self) -> Tensor:
         pending, self._pending = self._pending, None  # which holds what was sent
-        return pending.wait()
+        return not_none(pending).wait()
 
     def _columns(self, window: Window) -> Tensor:
         """The logits of this rank's tokens of a chunk, the columns of one rank after those of another."""
-        existing, places = self._existing, self._own.places(window.own, 0)
+        existing, places = not_none(self._existing), self._own.places(window.own, 0)
         places = places if self._index is None else self._index[places]
         if self._words is not None:  # a row has few of the columns of a larger vocabulary
             existing, places = existing[places], slice(None)
         sizes = [window.mine * (stop - start) for start, stop in self._bounds]
         packed = existing.new_empty(sum(sizes))
-        for (start, stop), into in zip(self._bounds, packed.split(sizes), strict=True):
+        for (start, stop), into in zip(self._bounds, torch.split(packed, sizes), strict=True):
             part = into.view(window.mine, stop - start)
             if self._words is not None:
                 torch.index_select(existing, 1, self._words[start:stop], out=part)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from chunked_ce.engine.call import Call
 from chunked_ce.engine.teacher import teacher_logits
+from chunked_ce.narrowing import not_none
 from chunked_ce.rows.statistics import RowStatistics, along, row_statistics, work_dtype
 
 __all__ = ["loss", "statistics"]
@@ -20,7 +21,7 @@ def loss(call: Call) -> Tensor:
     """The sum of the losses, ()."""
     rows = statistics(call)
     arguments = call.target, call.ignore_index, call.class_weight, call.vocab_size, call.per_token
-    return call.specification.objective.losses(rows, *arguments).sum().to(rows.log_sum.dtype)
+    return not_none(call.specification.objective).losses(rows, *arguments).sum().to(rows.log_sum.dtype)
 
 
 def statistics(call: Call) -> RowStatistics:
@@ -32,12 +33,11 @@ def statistics(call: Call) -> RowStatistics:
     temperature = None if temperature is None else temperature.where(counted, 1)
     ids = None if ids is None else ids.where(ids != call.ignore_index, -1)
     z = specification.logits(products.to(work_dtype(products.dtype)), temperature)
-    teacher = {}
+    teacher, share = None, 0.0
     if specification.teacher is not None:
-        of_teacher = teacher_logits(call, counted, temperature, z.dtype)
-        teacher = {"teacher": of_teacher, "share": specification.teacher.share}
+        teacher, share = teacher_logits(call, counted, temperature, z.dtype), specification.teacher.share
     target = call.target.where(counted, 0)
-    rows = row_statistics(z, target, call.class_weight, specification.names, ids, **teacher)
+    rows = row_statistics(z, target, call.class_weight, specification.names, ids, teacher, share)
     return rows.map(lambda part: part.where(along(counted, part), 0))
 
 
@@ -48,8 +48,11 @@ def _head_products(call: Call, counted: Tensor) -> Tensor:
         depths = call.named(hidden)
         whole = depths[0] if len(depths) == 1 else torch.cat(depths)
         settings = call.specification.settings
-        parts = whole.where(counted.unsqueeze(-1), 0), call.named(weight)[0]
-        return tuple([part.to(settings.compute_dtype).to(settings.logits_dtype) for part in parts])
+
+        def rounded(part: Tensor) -> Tensor:
+            return part.to(settings.compute_dtype).to(settings.logits_dtype)
+
+        return rounded(whole.where(counted.unsqueeze(-1), 0)), rounded(call.named(weight)[0])
 
     hidden, weight = factors("hidden", "weight")
     products = F.linear(hidden, weight, *[bias.to(hidden.dtype) for bias in call.named("bias")])

@@ -45,10 +45,9 @@ def _project_densely(hidden: Tensor, weight: Tensor, bias: Tensor, out: Tensor) 
     """
     if not devices.is_accelerator(out.device.type) or out.is_contiguous():
         return False
-    padded = with_padding(out, 1), with_padding(weight), with_padding(bias)
-    if any(part is None for part in padded):
+    into, rows, added = with_padding(out, 1), with_padding(weight), with_padding(bias)
+    if into is None or rows is None or added is None:
         return False
-    into, rows, added = padded
     torch.addmm(added, hidden, rows.t(), out=into)
     return True
 
@@ -62,13 +61,14 @@ def _wide_projection(
         if low_rank is not None:
             torch.addmm(out, low_rank[0], low_rank[1].t(), out_dtype=dtype, out=out)
         return out if bias is None else out.add_(bias)
-    hidden, left = hidden.to(dtype), None if low_rank is None else low_rank[0].to(dtype)
+    hidden = hidden.to(dtype)
+    low_rank = None if low_rank is None else (low_rank[0].to(dtype), low_rank[1])
     step = devices.widened_rows(len(weight))
     scratch = weight.new_empty(step, weight.shape[1], dtype=dtype)
     for start in range(0, len(weight), step):
         block = slice(start, min(start + step, len(weight)))
         part = scratch[: block.stop - start].copy_(weight[block])
-        adapter = None if left is None else (left, low_rank[1][block].to(dtype))
+        adapter = None if low_rank is None else (low_rank[0], low_rank[1][block].to(dtype))
         project(hidden, part, None if bias is None else bias[block], out[:, block], adapter)
     return out
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from chunked_ce.parallel.fsdp import is_flattened
 from chunked_ce.tracing import is_recorded
@@ -20,7 +21,7 @@ def is_released(tensor: Tensor) -> bool:
     """Whether the memory of a tensor was released, although it keeps its shape."""
     if is_recorded() or type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type == "meta":
         return False
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    if is_functorch_wrapped_tensor(tensor):
         return False
     return tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
 

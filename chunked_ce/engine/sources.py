@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,13 +14,14 @@ from chunked_ce import devices
 from chunked_ce.engine.call import Call
 from chunked_ce.engine.counted_tokens import CountedTokens, Places, check_range, columns_of, rows_at
 from chunked_ce.engine.depth_rows import DepthRows
-from chunked_ce.engine.head_gradients import HIDDEN_PARTS
+from chunked_ce.engine.head_gradients import HIDDEN_PARTS, HiddenGradient
 from chunked_ce.engine.own_teacher import OwnTeacher
 from chunked_ce.engine.products import project
 from chunked_ce.engine.scratch import cast_with_room, logits_scratch
 from chunked_ce.engine.specification import TOKEN
 from chunked_ce.engine.teacher import TeacherSource
 from chunked_ce.engine.windows import Window, order_of, windows_of
+from chunked_ce.narrowing import not_none
 from chunked_ce.parallel.collectives import Collectives, Pending
 from chunked_ce.plan import Plan, tokens_per_chunk
 from chunked_ce.rows.statistics import PerRow, RowStatistics
@@ -48,7 +49,8 @@ class Block(NamedTuple):
     @property
     def weights(self) -> tuple[Tensor, ...]:
         """The weight of the head and, if it has an adapter, of this."""
-        return (self.weight,) if self.adapter_weight is None else (self.weight, self.adapter_weight)
+        weight = not_none(self.weight)
+        return (weight,) if self.adapter_weight is None else (weight, self.adapter_weight)
 
     @property
     def gradients(self) -> Tensor:
@@ -66,7 +68,8 @@ class Chunk(NamedTuple):
     @property
     def xs(self) -> tuple[Tensor, ...]:
         """The hidden states and, if the head has an adapter, those of this: the partners of `Block.weights`."""
-        return (self.x,) if self.adapter_x is None else (self.x, self.adapter_x)
+        x = not_none(self.x)
+        return (x,) if self.adapter_x is None else (x, self.adapter_x)
 
 
 class Head(NamedTuple):
@@ -75,6 +78,14 @@ class Head(NamedTuple):
     weight: Tensor  # (V, D)
     bias: Tensor | None  # (V,) in the logits' dtype
     adapter_weight: Tensor | None  # (V, r)
+
+
+class _Rows(Protocol):
+    """Rows of one tensor, as of `CountedTokens`, or of several, as of `DepthRows`."""
+
+    def select(self, tensors: Any, rows: slice, /) -> Tensor: ...
+
+    def put(self, tensors: Any, rows: slice, part: Tensor, /) -> None: ...
 
 
 class _Blocks:
@@ -106,7 +117,7 @@ class Source:
             self.temperature = self.tokens.select(self.in_chunk_order(self.temperature))  # (n,)
             self.temperature = self.temperature.where(self.temperature > 0, 1)  # of ignored tokens that are kept
         if self.ids is not None:
-            check_range(call.specification.ids, self.ids, call.ignore_index, call.vocab_size)
+            check_range(not_none(call.specification.ids), self.ids, call.ignore_index, call.vocab_size)
             ids = self.ids.where(self.ids != call.ignore_index, -1)
             self.ids = self.tokens.select(self.in_chunk_order(ids))  # (n, K) -1 for none
         self.teacher = None if call.specification.teacher is None else self._teacher()
@@ -155,6 +166,10 @@ class Source:
         """``values`` (N, ...) from the order of the chunks to that of the targets."""
         return values
 
+    def put(self, total: HiddenGradient, rows: slice, part: Tensor) -> None:
+        """Write ``part`` (C, D) to the rows of ``total`` (N, D) that belong to the counted tokens ``rows``."""
+        raise NotImplementedError
+
     def own(self, values: Tensor) -> Tensor:
         """Of ``values`` (n, ...) of the counted tokens, those whose losses are this rank's."""
         return values
@@ -193,6 +208,7 @@ class LogitsSource(Source):
 class HeadSource(Source):
     """Logits of hidden states and a head, computed chunk by chunk or block by block."""
 
+    plan: Plan  # once the tokens are `cut`
     forms_products = True  # whether its blocks hold logits, or only room for what another product makes of them
 
     def __init__(self, call: Call) -> None:
@@ -204,7 +220,6 @@ class HeadSource(Source):
         self.adapter_weight: Tensor | None = tensors.get("adapter_weight")
         self.dtype = call.specification.settings.compute_dtype
         self.logits_dtype = call.specification.settings.logits_dtype
-        self.plan: Plan | None = None
         super().__init__(call)
 
     @functools.cached_property
@@ -244,8 +259,8 @@ class HeadSource(Source):
         """Whether every row of the hidden states belongs to a token of a chunk."""
         return self.tokens.all_kept
 
-    def put(self, total: Tensor, rows: slice, part: Tensor) -> None:
-        """Write ``part`` (C, D) to the rows of ``total`` (N, D) that belong to the counted tokens ``rows``."""
+    def put(self, total: HiddenGradient, rows: slice, part: Tensor) -> None:
+        assert isinstance(total, Tensor)
         self.tokens.put(total, rows, part)
 
     def _blocks(
@@ -257,17 +272,17 @@ class HeadSource(Source):
         size: int,
     ) -> Iterator[Block]:
         """The products with ``size`` vocabulary entries at a time; one empty block of an empty head."""
-        rows, vocab_size, start = chunk.rows, len(self.weight), self.call.start
+        rows, x, vocab_size, start = chunk.rows, not_none(chunk.x), len(self.weight), self.call.start
         target = self.tokens.target[rows]
         for first in range(0, max(1, vocab_size), size):
             entries = slice(first, min(first + size, vocab_size))
             whole = entries.stop - first == vocab_size
             weight, bias, adapter = head or self._head(entries)
-            low_rank = None if adapter is None else (chunk.adapter_x, adapter)
-            part = slice(len(chunk.x)), slice(len(weight))
+            low_rank = None if adapter is None else (not_none(chunk.adapter_x), adapter)
+            part = slice(len(x)), slice(len(weight))
             products = buffer[part]
             if self.forms_products:
-                project(chunk.x, weight, bias, out=products, low_rank=low_rank)
+                project(x, weight, bias, out=products, low_rank=low_rank)
             column = self.column[rows] if whole else columns_of(target, start + first, len(weight))
             class_weight = None if self.class_weight is None else self.class_weight[entries]
             per_row = self.per_row(rows, start + first, len(weight))
@@ -309,7 +324,8 @@ class DepthsSource(HeadSource):
         self._adapter_depths = call.named("adapter_hidden")
         self._rows = DepthRows(self.tokens, [len(hidden) for hidden in self.depths])
 
-    def put(self, total: Sequence[Tensor | None], rows: slice, part: Tensor) -> None:
+    def put(self, total: HiddenGradient, rows: slice, part: Tensor) -> None:
+        assert isinstance(total, list)
         self._rows.put(total, rows, part)
 
     def parts(self) -> Iterator[Chunk]:
@@ -326,8 +342,9 @@ class SequenceSource(HeadSource):
     """
 
     def __init__(self, call: Call) -> None:
-        self.call, self._collectives = call, Collectives(call.specification.shard.group_name)
-        shard, plan = call.specification.shard, call.plan_by_tokens(len(call.target), sums_head=call.sums_head)
+        shard = not_none(call.specification.shard)
+        plan = call.plan_by_tokens(len(call.target), sums_head=call.sums_head)
+        self.call, self._collectives, self._shard = call, Collectives(shard.group_name), shard
         rank = self._collectives.rank
         self._windows = windows_of(shard.sizes, plan.tokens, rank)
         self._order = devices.moved(order_of(shard.sizes, plan.tokens), call.target.device)
@@ -335,7 +352,7 @@ class SequenceSource(HeadSource):
         self._mine = slice(first, first + shard.sizes[rank]) if shard.is_own else slice(None)
         depths = call.named("hidden")
         local = rows_at(call.places, sum(map(len, depths)))
-        self._local = local if len(depths) == 1 else DepthRows(local, [len(hidden) for hidden in depths])
+        self._local: _Rows = local if len(depths) == 1 else DepthRows(local, [len(hidden) for hidden in depths])
         super().__init__(call)
         self.plan = plan
 
@@ -352,9 +369,9 @@ class SequenceSource(HeadSource):
     def own(self, values: Tensor) -> Tensor:
         return self.from_chunk_order(values)[self._mine]
 
-    def put_reduced(self, total: Tensor | list[Tensor | None], chunk: Chunk, part: Tensor) -> None:
+    def put_reduced(self, total: HiddenGradient, chunk: Chunk, part: Tensor) -> None:
         """Write ``part`` (width, D), of this rank's tokens of a chunk, to the rows of ``total`` that belong to them."""
-        factor, window = self.call.specification.shard.hidden_factor, chunk.window
+        factor, window = self._shard.hidden_factor, not_none(chunk.window)
         part = part[: window.mine]
         self._local.put(total, window.own, part if factor == 1 else part * factor)
 
@@ -371,9 +388,9 @@ class SequenceSource(HeadSource):
         windows = self._windows
         pending = gather(windows[0]) if windows else None
         for window, following in itertools.zip_longest(windows, windows[1:]):
-            gathered = pending.wait()  # (R, width, D + r)
+            gathered = not_none(pending).wait()  # (R, width, D + r)
             pending = None if following is None else gather(following)
-            x, *adapter = self.tokens.mask(window.joined(gathered), window.rows).split(widths, 1)
+            x, *adapter = torch.split(self.tokens.mask(window.joined(gathered), window.rows), widths, 1)
             if isinstance(self.teacher, OwnTeacher):
                 self.teacher.start(window)
             yield Chunk(window.rows, (), x, window, adapter[0] if adapter else None)
@@ -382,7 +399,8 @@ class SequenceSource(HeadSource):
         return None  # those of the call are of this rank's hidden states
 
     def _teacher(self) -> TeacherSource:
-        if self.call.specification.shard.is_own:
+        if self._shard.is_own:
+            assert isinstance(self._local, CountedTokens)  # a teacher goes with one depth
             return OwnTeacher(self.call, self.tokens, self._local, self._collectives)
         return TeacherSource(self.call, self.tokens, self.in_chunk_order(self.call.per_token[TOKEN]))
 

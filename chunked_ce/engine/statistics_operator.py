@@ -7,6 +7,7 @@ called without the dispatcher, which takes as long as a small loss. Second deriv
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from chunked_ce.engine.operator_arguments import (
 )
 from chunked_ce.engine.released_parameters import check_head_still_there
 from chunked_ce.engine.specification import decoded
+from chunked_ce.plan import Plan
 from chunked_ce.rows.statistics import STATISTICS, RowStatistics
 from chunked_ce.tracing import is_batched, no_autocast, runs_at_once
 
@@ -39,7 +41,7 @@ def statistics(call: Call) -> RowStatistics:
     arguments = list(call.extra), *rest_of(call)
     if runs_at_once(*call.tensors):
         if torch.is_grad_enabled():
-            outputs = _Statistics.apply(arguments, *call.tensors)
+            outputs: Sequence[Tensor] = _Statistics.apply(arguments, *call.tensors)  # type: ignore[no-untyped-call]
         else:
             outputs = _run_statistics(call.tensors, *arguments)
     else:
@@ -61,7 +63,7 @@ def _run_statistics(
             rows = in_step.statistics(call)
         elif call.is_head:
 
-            def plan():
+            def plan() -> Plan:
                 return call.plan_of_recomputation(len(target), filtered=False)
 
             rows = with_smaller_chunks(sweep.statistics, call, plan)
@@ -74,7 +76,7 @@ _statistics = torch.library.custom_op("chunked_ce::statistics", _run_statistics,
 
 
 @_statistics.register_fake
-def _(*arguments):
+def _(*arguments: Any) -> list[Tensor]:
     return fake_statistics(call_from(*arguments))
 
 
@@ -101,10 +103,12 @@ def _recomputed(
     number: int = 0,
 ) -> Sequence[Tensor | None]:
     specification = call.specification
-    given = RowStatistics(None, None, None)._replace(**dict(zip(specification.slopes, slopes, strict=True)))
+    named: dict[str, Any] = {"maximum": None}
+    named |= zip(specification.slopes, slopes, strict=True)  # log_sum and target among them
+    given = RowStatistics(**named)
     known = RowStatistics(**dict(zip(_in_gradient(specification.names), statistics, strict=True)))
 
-    def plan():
+    def plan() -> Plan:
         filtered = can_filter(specification, specification.slopes)
         return call.plan_of_recomputation(len(call.target), filtered=filtered)
 
@@ -117,13 +121,22 @@ def _recomputed(
 
 
 @_gradients.register_fake
-def _(source, statistics, slopes, extra, class_weight, target, ignore_index, specification):
+def _(
+    source: Sequence[Tensor],
+    statistics: Sequence[Tensor],
+    slopes: Sequence[Tensor],
+    extra: Sequence[Tensor],
+    class_weight: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    specification: str,
+) -> list[Tensor]:
     needed = decoded(specification).needed
     grads = [tensor.new_empty(tensor.shape) if need else None for tensor, need in zip(source, needed, strict=True)]
     return filled(grads, source)
 
 
-def _save_statistics(ctx, inputs, output):
+def _save_statistics(ctx: Any, inputs: Any, output: Sequence[Tensor]) -> None:
     source, extra, class_weight, target, ctx.ignore_index, text = inputs
     ctx.specification = specification = decoded(text)
     ctx.sizes, ctx.number = (len(source), len(extra)), 0
@@ -139,30 +152,30 @@ def _save_statistics(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward_of_statistics(ctx, upstream):
+def _backward_of_statistics(ctx: Any, upstream: Sequence[Tensor | None]) -> tuple[Any, ...]:
     saved = iter(ctx.saved_tensors)  # may be read only once
     source, extra = ([next(saved) for _ in range(size)] for size in ctx.sizes)
     extra = restored_extra(ctx, extra)
     class_weight, target, *known = saved
     specification = ctx.specification
-    upstream = dict(zip(specification.names, upstream, strict=True))
+    slope_of = dict(zip(specification.names, upstream, strict=True))
     needed, weight_sum = needed_of(ctx), None
     if ctx.head_shapes is not None:
         check_head_still_there(specification.parts, source, ctx.head_shapes, is_read=True)
         into, at = specification.settings.accumulate_into, specification.parts.index("weight")
         needed[at], weight_sum = destination(ctx.leaf, source[at], into, needed[at])
-    names = tuple(name for name, grad in upstream.items() if grad is not None or name in ("log_sum", "target"))
+    names = tuple(name for name, grad in slope_of.items() if grad is not None or name in ("log_sum", "target"))
     names = tuple(name for name in names if STATISTICS[name].differentiable)
     specification = specification._replace(needed=tuple(needed), slopes=names)
     call = Call(source, class_weight, target, ctx.ignore_index, specification, extra)
-    given = {name: upstream[name] for name in names if upstream[name] is not None}
+    given = {name: grad for name in names if (grad := slope_of[name]) is not None}
     if torch.is_grad_enabled() or is_batched(*given.values()):
 
         def outputs() -> list[Tensor]:
             rows = plain.statistics(call).named()
             return [rows[name] for name in given]
 
-        grads = plain_gradients(outputs, list(given.values()), call, needed)
+        grads: Sequence[Tensor | None] = plain_gradients(outputs, list(given.values()), call, needed)
     else:
         slopes = [given[name] if name in given else torch.zeros_like(known[0]) for name in names]  # log_sum, target
         if weight_sum is not None or runs_at_once(*source):
@@ -179,14 +192,14 @@ _statistics.register_autograd(_backward_of_statistics, setup_context=_save_stati
 
 class _Statistics(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, arguments, *source):
+    def forward(ctx: Any, arguments: tuple[Any, ...], *source: Tensor) -> tuple[Tensor, ...]:
         output = _run_statistics(source, *arguments)
         _save_statistics(ctx, (source, *arguments), output)
         ctx.number = in_step.number_of_call(ctx.specification.shard)
         return tuple(output)
 
     @staticmethod
-    def backward(ctx, *upstream):
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         return None, *_backward_of_statistics(ctx, upstream)[0]
 
 

@@ -16,7 +16,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,11 +26,12 @@ from chunked_ce.engine import invariant
 from chunked_ce.engine.call import Call
 from chunked_ce.engine.device_filter import DeviceFilter, HeadTerms, filter_kernels
 from chunked_ce.engine.exponential_products import ExponentialProducts, exponential_kernels
-from chunked_ce.engine.filtered import Filter, can_filter
-from chunked_ce.engine.gradient_products import ChunkProducts, LogitGradients, VocabularyProducts
+from chunked_ce.engine.filtered import Filter, GradientFilter, can_filter
+from chunked_ce.engine.gradient_products import ChunkProducts, Gradient, LogitGradients, VocabularyProducts
 from chunked_ce.engine.ranks import OneRank, ranks_of
 from chunked_ce.engine.sources import Chunk, DepthsSource, HeadSource, LogitsSource, SequenceSource, Source
 from chunked_ce.engine.totals import ForwardTotals
+from chunked_ce.narrowing import not_none
 from chunked_ce.rows.statistics import (
     RowStatistics,
     merge_shards,
@@ -40,7 +41,9 @@ from chunked_ce.rows.statistics import (
     zero_statistics,
 )
 
-__all__ = ["gradients", "loss_and_gradients", "statistics"]
+__all__ = ["LossAndGradients", "gradients", "loss_and_gradients", "statistics"]
+
+LossAndGradients: TypeAlias = tuple[Tensor, list[Gradient | None], Tensor | None, RowStatistics]
 
 
 def statistics(call: Call) -> RowStatistics:
@@ -69,23 +72,22 @@ def statistics(call: Call) -> RowStatistics:
     return source.in_order(whole)
 
 
-def loss_and_gradients(call: Call) -> tuple[Tensor, list[Tensor | None], Tensor | None, RowStatistics]:
+def loss_and_gradients(call: Call) -> LossAndGradients:
     """The sum of the losses (), its gradients, the gradients of the targets' logits, and the statistics of every row.
 
     The gradients are in the order of the source's tensors, None where not needed, and have the dtypes of their sums.
     Where that of the weight is narrow, it lacks the targets' terms, which the backward adds from the gradients of the
     targets' logits, (N,) in fp32.
     """
-    specification = call.specification
+    specification, objective = call.specification, not_none(call.specification.objective)
     source = _source(call).with_gradients()
+    assert isinstance(source, HeadSource)
     ranks, row_kernels = ranks_of(source), specification.row_kernels(call.target.device)
     totals = ForwardTotals(source, source.plan.head_sum)
-    filter = _filter(source, specification.objective.statistics)
-    one_pass = exponential_kernels(source)
-    if one_pass is None:
-        products = ChunkProducts(source, ranks, filter, keeps_unrounded=True)
-    else:
-        products = ExponentialProducts(source, ranks, one_pass)
+    filter = _filter(source, objective.statistics)
+    kernels = exponential_kernels(source)
+    one_pass = None if kernels is None else ExponentialProducts(source, ranks, kernels)
+    products = ChunkProducts(source, ranks, filter, keeps_unrounded=True) if one_pass is None else one_pass
     # On one rank a block is read once for statistics and gradients, unless the statistics first decide a scale.
     fused = specification.shard is None and not specification.scales_chunks
 
@@ -98,23 +100,24 @@ def loss_and_gradients(call: Call) -> tuple[Tensor, list[Tensor | None], Tensor 
         (block,) = chunk.blocks
         if one_pass is not None:
             slopes_of = functools.partial(totals.slopes, chunk.rows)
-            totals.add(chunk.rows, products.exponentiate_(chunk, block, slopes_of))
-            products.add(chunk, block, None, None, None)
+            totals.add(chunk.rows, one_pass.exponentiate_(chunk, block, slopes_of))
+            one_pass.add(chunk, block, None, None, None)
             return
         arguments = block.products, block.column, block.class_weight, specification.logits
         columns, targets = products.column_sums(), products.targets_of(block)
-        outputs = {"columns": columns} | ({} if targets is None else {"apart": targets.gradient})
-        outputs["per_row"] = block.per_row
+        outputs: dict[str, Any] = {"columns": columns, "per_row": block.per_row}
+        outputs |= {} if targets is None else {"apart": targets.gradient}
         slopes = scale = None
         if fused:
             slopes_of = functools.partial(totals.slopes, chunk.rows)
-            asked = specification.names, slopes_of, specification.objective.statistics
+            asked = specification.names, slopes_of, objective.statistics
             rows = row_kernels.statistics_and_gradients_(*arguments, *asked, out=block.gradients, **outputs)
             if products.is_filtered:
                 slopes = totals.slopes(chunk.rows, rows)
         else:
             rows = _finished(source, chunk, row_kernels, ranks, pending.wait())
-            if specification.scales_chunks and len(chunk.x):  # a chunk of a sequence shard may have no counted token
+            (x, *_) = chunk.xs
+            if specification.scales_chunks and len(x):  # a chunk of a sequence shard may have no counted token
                 slopes, scale = totals.scaled_slopes(chunk.rows, rows, largest=products.largest_gradient)
             else:
                 slopes = totals.slopes(chunk.rows, rows)
@@ -151,8 +154,7 @@ def gradients(
     for chunk in source.chunks():
         for block in chunk.blocks:
             rows_slopes, columns, targets = slopes.at(block.rows), into.column_sums(), into.targets_of(block)
-            outputs = {} if targets is None else {"apart": targets.gradient}
-            outputs["per_row"] = block.per_row
+            outputs: dict[str, Any] = {} if targets is None else {"apart": targets.gradient}
             row_kernels.logit_gradients(
                 block.products,
                 block.column,
@@ -162,18 +164,19 @@ def gradients(
                 known.at(block.rows),
                 out=into.out(block),
                 columns=columns,
+                per_row=block.per_row,
                 **outputs,
             )
             into.add(chunk, block, columns, targets, rows_slopes)
     named = zip(specification.parts, into.finish(), call.tensors, strict=True)
     factor = 1.0 if specification.shard is None else specification.shard.head_factor
-    factors = {} if factor == 1 else dict.fromkeys(("weight", "bias", "adapter_weight"), factor)
+    factors: dict[str, float] = {} if factor == 1 else dict.fromkeys(("weight", "bias", "adapter_weight"), factor)
     return [
         None if total is None else _rounded(total, tensor.dtype, factors.get(part)) for part, total, tensor in named
     ]
 
 
-def _rounded(total: Tensor | HeadTerms, dtype: torch.dtype, factor: float | None) -> Tensor:
+def _rounded(total: Gradient, dtype: torch.dtype, factor: float | None) -> Tensor:
     """A gradient in ``dtype`` from its sum, which ``factor`` multiplies before it is rounded."""
     if factor is None:
         return total.to(dtype)
@@ -197,7 +200,7 @@ def _source(call: Call, *, sums_head: bool | None = None) -> Source:
     return source.cut(call.plan_by_vocabulary(len(source.tokens)))
 
 
-def _filter(source: HeadSource, slopes: Iterable[str]) -> Filter | None:
+def _filter(source: HeadSource, slopes: Iterable[str]) -> GradientFilter[Any] | None:
     """The gradient filter of one loss, if it has one; it reads how many columns each chunk keeps."""
     call = source.call
     if not can_filter(call.specification, slopes):
@@ -205,7 +208,8 @@ def _filter(source: HeadSource, slopes: Iterable[str]) -> Filter | None:
     if devices.captures(source.hidden.device):
         raise ValueError("options.gradient_filter must be None for gradients in a CUDA graph: it makes the host wait")
     share = call.rows / max(1, call.vocab_size)
-    arguments = source.head.weight, source.class_weight, call.specification.settings.gradient_filter, share
+    eps = not_none(call.specification.settings.gradient_filter)
+    arguments = source.head.weight, source.class_weight, eps, share
     kernels = filter_kernels(call.specification, source.hidden.device)
     if kernels is None:
         return Filter(*arguments)
@@ -225,6 +229,7 @@ def _destination(
     """The products that recomputed gradients of logits enter."""
     if isinstance(source, LogitsSource):
         return LogitGradients(source)
+    assert isinstance(source, HeadSource)
     if source.plan.entries is not None:
         return VocabularyProducts(source, ranks, weight_sum)
     filter, reduces_chunks = _filter(source, slopes.named()), source.call.cuts_tokens

@@ -11,6 +11,7 @@ from chunked_ce.engine.call import Call
 from chunked_ce.engine.counted_tokens import CountedTokens
 from chunked_ce.engine.products import project
 from chunked_ce.engine.scratch import logits_scratch
+from chunked_ce.narrowing import not_none
 from chunked_ce.rows.teacher import TeacherRows
 
 __all__ = ["TeacherSource", "teacher_logits"]
@@ -25,7 +26,7 @@ class TeacherSource:
         tokens: CountedTokens,
         index: Tensor | None = None,  # (n,) of each counted token, None where all count in order
     ) -> None:
-        specification, tensors = call.specification.teacher, call.teacher
+        specification, tensors = not_none(call.specification.teacher), call.teacher
         self._logits, self._dtype, self._share = specification.logits, specification.dtype, specification.share
         self._logits_dtype = call.specification.settings.logits_of(self._dtype)
         self._hidden, self._weight, self._bias = (tensors.get(name) for name in ("hidden", "weight", "bias"))
@@ -53,12 +54,13 @@ class TeacherSource:
         index = None if self._index is None else self._index[rows]
         existing = existing[rows] if index is None else existing
         counted = self._tokens.kept_mask(rows)
-        kinds = {"are_probabilities": self._are_probabilities, "share": self._share}
-        return TeacherRows(existing, self._logits, index, columns, counted, **kinds)
+        are_probabilities, share = self._are_probabilities, self._share
+        return TeacherRows(existing, self._logits, index, columns, counted, are_probabilities, share=share)
 
     def _hidden_of(self, rows: slice) -> Tensor:
         """The hidden states (C, D_t) of the counted tokens ``rows``."""
-        return self._hidden[rows] if self._index is None else self._hidden.index_select(0, self._index[rows])
+        hidden = not_none(self._hidden)
+        return hidden[rows] if self._index is None else hidden.index_select(0, self._index[rows])
 
     def _products(self, rows: slice, entries: slice, most: int, in_flight: int) -> Tensor:
         """The products (C, B) of the teacher's head."""
@@ -74,7 +76,7 @@ class TeacherSource:
 
     @property
     def _num_entries(self) -> int:
-        return len(self._weight if self._words is None else self._words)
+        return len(not_none(self._weight) if self._words is None else self._words)
 
     @functools.cached_property
     def _whole_head(self) -> tuple[Tensor, Tensor | None]:
@@ -82,12 +84,12 @@ class TeacherSource:
 
     def _head(self, entries: slice) -> tuple[Tensor, Tensor | None]:
         """Weight (B, D_t) of this rank's ``entries`` in the products' dtype, bias (B,) in that of the logits."""
-        parts = self._weight, self._bias
+        weight, bias = not_none(self._weight), self._bias
         if self._words is None:
-            weight, bias = (None if part is None else part[entries] for part in parts)
+            weight, bias = weight[entries], None if bias is None else bias[entries]
         else:
             words = self._words[entries]
-            weight, bias = (None if part is None else part.index_select(0, words) for part in parts)
+            weight, bias = weight.index_select(0, words), None if bias is None else bias.index_select(0, words)
         return weight.to(self._dtype), None if bias is None else bias.to(self._logits_dtype)
 
 

@@ -19,6 +19,7 @@ from chunked_ce import devices
 from chunked_ce.engine.call import Call
 from chunked_ce.engine.counted_tokens import CountedTokens, Places, check_range, rows_at
 from chunked_ce.engine.specification import TOKEN
+from chunked_ce.narrowing import not_none
 from chunked_ce.parallel.collectives import Collectives
 from chunked_ce.parallel.meeting import Doing, meet
 from chunked_ce.rows.statistics import RowStatistics
@@ -60,7 +61,8 @@ def joined_sequence(call: Call, *others: Tensor) -> JoinedCall:
     tokens = CountedTokens(call.target, call.ignore_index, call.vocab_size, ignored, kept)
     sized, local = _sized(call, _sizes(call, kept)), None
     if kept is not None:
-        ranks, sizes = Collectives(call.specification.shard.group_name), sized.specification.shard.sizes
+        shard = not_none(sized.specification.shard)
+        ranks, sizes = Collectives(shard.group_name), shard.sizes
         share, first = len(call.target) // ranks.size, sum(sizes[: ranks.rank])
         mine = slice(first, first + sizes[ranks.rank])
         if sizes[ranks.rank] < share:
@@ -81,10 +83,11 @@ class OwnTokens:
     """
 
     def __init__(self, call: Call, intent: Doing, *others: Tensor, ids: Iterable[str] = ()) -> None:
-        self._call, self._ranks = call, Collectives(call.specification.shard.group_name)
+        self._call, self._ranks = call, Collectives(not_none(call.specification.shard).group_name)
         self._tensors = [call.target, *call.per_token.values(), *others]  # (N, ...) each
         self._places: Places | None = None
-        columns, failure = [], None
+        columns: list[Tensor] = []
+        failure: Exception | None = None
         try:
             check_range("target", call.target, call.ignore_index, call.vocab_size)
             for name in ids:
@@ -115,7 +118,7 @@ class OwnTokens:
         whole = torch.cat([part[:size] for part, size in zip(gathered, self.sizes, strict=True)])
         target, *values = [
             _dense(part).view(like.dtype).view(len(whole), *like.shape[1:])
-            for part, like in zip(whole.split(self._widths, 1), self._tensors, strict=True)
+            for part, like in zip(torch.split(whole, self._widths, 1), self._tensors, strict=True)
         ]
         per_token = dict(zip(self._call.per_token, values, strict=False))
         first = sum(self.sizes[: self._ranks.rank])
@@ -124,7 +127,7 @@ class OwnTokens:
         return JoinedCall(joined, values[len(per_token) :], slice(first, first + self.sizes[self._ranks.rank]), tokens)
 
     def _counted(self, values: Tensor) -> Tensor:
-        return values.index_select(0, self._places.on_device)
+        return values.index_select(0, not_none(self._places).on_device)
 
 
 def _kept(call: Call) -> Places | None:
@@ -136,7 +139,7 @@ def _kept(call: Call) -> Places | None:
 
 def _sizes(call: Call, kept: Places | None) -> tuple[int, ...]:
     """The tokens of each rank that travel, where every rank knows all targets."""
-    ranks = Collectives(call.specification.shard.group_name).size
+    ranks = Collectives(not_none(call.specification.shard).group_name).size
     share = len(call.target) // ranks
     if kept is None:
         return (share,) * ranks
@@ -153,7 +156,7 @@ def _sized(call: Call, sizes: tuple[int, ...], bounds: tuple[tuple[int, int], ..
         settings = settings._replace(head_sum_dtype=settings.head_sum_dtype or dtype)
     if settings.ignored == "drop":
         settings = settings._replace(ignored="none")
-    shard = specification.shard._replace(sizes=sizes, bounds=bounds)
+    shard = not_none(specification.shard)._replace(sizes=sizes, bounds=bounds)
     return call._replace(specification=specification._replace(settings=settings, shard=shard))
 
 

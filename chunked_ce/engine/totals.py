@@ -9,6 +9,7 @@ from chunked_ce.devices import rounds_products, unrounded
 from chunked_ce.engine.call import Call
 from chunked_ce.engine.gradient_products import TargetGradients, power_of_two
 from chunked_ce.engine.sources import Source
+from chunked_ce.narrowing import not_none
 from chunked_ce.objectives.base import Tokens
 from chunked_ce.rows.statistics import STATISTICS, RowStatistics, weight_sum, work_dtype, zero_statistics
 
@@ -36,16 +37,16 @@ class ForwardTotals:
         call, tokens = source.call, source.tokens
         specification = call.specification
         self._dtype = work_dtype(specification.settings.compute_dtype)
-        self._objective, self._tokens, self._source = specification.objective, tokens, source
+        self._objective, self._tokens, self._source = not_none(specification.objective), tokens, source
         self._temperature, self._scale = source.temperature, specification.logits.scale
         self._losses = torch.zeros_like(tokens.target, dtype=torch.float64)  # (n,)
         selected = {name: tokens.select(source.in_chunk_order(values)) for name, values in call.per_token.items()}
         self._coefficient = tokens.mask(selected.pop("_coefficient"))  # (n,)
-        selected = self._objective.tensors(selected, call.ignore_index)
+        tensors = self._objective.tensors(selected, call.ignore_index)
         classes = call.class_weight
         target_weight = None if classes is None else classes[tokens.target]
         self._largest_weight = 1.0 if classes is None else classes.abs().amax()
-        self._known = Tokens(call.vocab_size, weight_sum(classes, call.vocab_size), target_weight, selected)
+        self._known = Tokens(call.vocab_size, weight_sum(classes, call.vocab_size), target_weight, tensors)
         self._least_scale = self._coefficient.new_full((), torch.inf)
         size, device = len(call.target), call.target.device
         dtype = specification.settings.compute_dtype

@@ -56,7 +56,7 @@ class Window(NamedTuple):
         if self.is_even:
             return part
         whole = part.new_zeros(len(self.counts), self.width, *part.shape[1:])
-        for into, values, count in zip(whole, part.split(self.counts), self.counts, strict=True):
+        for into, values, count in zip(whole, torch.split(part, list(self.counts)), self.counts, strict=True):
             into[:count] = values
         return whole.flatten(0, 1)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class Tokens:
         self.vocab_size, self.weight_sum, self.target_weight = vocab_size, weight_sum, target_weight
         self._tensors = tensors
 
-    def __getattr__(self, name: str) -> Tensor | None:
+    def __getattr__(self, name: str) -> Any:
         try:
             return self.__dict__["_tensors"][name]
         except KeyError:
@@ -76,7 +76,10 @@ class Objective:
     teacher_share: ClassVar[float] = 0.0
     """Of the teacher in the mixture that the statistic ``mixture_kl`` compares with."""
 
-    class_weight = None  # an objective with class weights (V,) has them as a field that is not compared
+    # An objective with class weights (V,) has them as a field that is not compared; with an annotation, all had one.
+    class_weight = cast("Tensor | None", None)
+
+    key: ClassVar[str]  # in `OBJECTIVES`
 
     per_token: ClassVar[tuple[str, ...]] = ()
     """The tensors that `loss` reads for each token: keywords of `linear_loss`, in the shape of ``target``."""
@@ -91,10 +94,10 @@ class Objective:
     per_id: ClassVar[tuple[str, ...]] = ()
     """The tensors of ``per_token`` and ``optional_per_token`` that have a number for each of these ids, (..., K)."""
 
-    def __init_subclass__(cls, **keywords) -> None:
+    def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
         if "loss" in vars(cls) and "slopes" not in vars(cls):
-            cls.slopes = Objective.slopes  # those that a parent wrote out are of its own loss
+            cls.slopes = Objective.slopes  # type: ignore[method-assign]  # those that a parent wrote out are of its own loss
         name = f"{cls.__module__}:{cls.__qualname__}"
         cls.key = name if name not in OBJECTIVES else f"{name}#{len(OBJECTIVES)}"  # of a class that is defined again
         OBJECTIVES[cls.key] = cls
@@ -123,7 +126,7 @@ class Objective:
             }
             loss = self.token_loss(RowStatistics(**(named | leaves)), tokens)
             found = torch.autograd.grad(loss.sum(), list(leaves.values()), allow_unused=True)
-        slopes = dict.fromkeys(("maximum",)) | dict(zip(leaves, found, strict=True))
+        slopes: dict[str, Any] = {"maximum": None} | dict(zip(leaves, found, strict=True))
         unused = {name: torch.zeros_like(rows.log_sum) for name in ("log_sum", "target") if slopes[name] is None}
         return RowStatistics(**(slopes | unused))
 
@@ -141,11 +144,12 @@ class Objective:
 
     def without_tensors(self) -> Objective:
         """The same objective without class weights, which travel as a tensor of the call."""
-        return self if self.class_weight is None else dataclasses.replace(self, class_weight=None)
+        without: dict[str, Any] = {"class_weight": None}  # a field of the subclass
+        return self if self.class_weight is None else dataclasses.replace(self, **without)
 
     def tensors(self, given: dict[str, Tensor], ignore_index: int) -> dict[str, Tensor | None]:
         """The tensors that were ``given`` for each token, and None for the optional ones that were not."""
-        tensors = dict.fromkeys(self.optional_per_token) | given
+        tensors: dict[str, Tensor | None] = dict.fromkeys(self.optional_per_token) | given
         if self.ids is not None:
             tensors[self.ids] = given[self.ids].where(given[self.ids] != ignore_index, -1)
         return tensors

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from chunked_ce.arguments import FLOATING, check_tensor, described, number
+from chunked_ce.narrowing import not_none
 from chunked_ce.objectives.base import Objective, Tokens
 from chunked_ce.rows.statistics import RowStatistics
 
@@ -40,14 +41,15 @@ class CrossEntropy(Objective):
         check_class_weight(self.class_weight, "class_weight")
 
     @property
-    def statistics(self) -> tuple[str, ...]:
+    def statistics(self) -> tuple[str, ...]:  # type: ignore[override]  # it depends on a field
         return ("weighted",) if self.label_smoothing else ()
 
     def loss(self, rows: RowStatistics, tokens: Tokens) -> Tensor:
         loss = rows.nll if tokens.target_weight is None else tokens.target_weight * rows.nll
         if self.label_smoothing:
             share = self.label_smoothing / tokens.vocab_size
-            loss = (1 - self.label_smoothing) * loss + share * (tokens.weight_sum * rows.log_sum - rows.weighted)
+            smoothed = tokens.weight_sum * rows.log_sum - not_none(rows.weighted)
+            loss = (1 - self.label_smoothing) * loss + share * smoothed
         if self.z_loss:
             loss = loss + self.z_loss * rows.lse.square()
         return loss

@@ -38,17 +38,18 @@ class Divergence(Objective):
         object.__setattr__(self, "beta", float(self.beta))
 
     @property
-    def statistics(self) -> tuple[str, ...]:
+    def statistics(self) -> tuple[str, ...]:  # type: ignore[override]  # it depends on a field
         if 0 < self.beta < 1:
             return "mixture_kl", "student_kl"
         return ("reverse_kl",) if self.beta else ("forward_kl",)
 
     @property
-    def teacher_share(self) -> float:
+    def teacher_share(self) -> float:  # type: ignore[override]  # it depends on a field
         return self.beta
 
     def loss(self, rows: RowStatistics, tokens: Tokens) -> Tensor:
-        return getattr(rows, self.statistics[0])
+        divergence: Tensor = getattr(rows, self.statistics[0])
+        return divergence
 
     def slopes(self, rows: RowStatistics, tokens: Tokens) -> RowStatistics:
         none, name = torch.zeros_like(rows.log_sum), self.statistics[0]

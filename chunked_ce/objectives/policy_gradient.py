@@ -78,20 +78,20 @@ class PolicyGradient(Objective):
             object.__setattr__(self, name, float(value))
 
     @property
-    def statistics(self) -> tuple[str, ...]:
+    def statistics(self) -> tuple[str, ...]:  # type: ignore[override]  # it depends on a field
         return ("mean",) if self.entropy else ()
 
     @property
-    def per_token(self) -> tuple[str, ...]:
+    def per_token(self) -> tuple[str, ...]:  # type: ignore[override]  # it depends on a field
         return ("advantage", "ref_logprob") if self.kl else ("advantage",)
 
     @property
-    def optional_per_token(self) -> tuple[str, ...]:
+    def optional_per_token(self) -> tuple[str, ...]:  # type: ignore[override]  # it depends on a field
         return ("old_logprob",) if self.kl else ("old_logprob", "ref_logprob")
 
     def loss(self, rows: RowStatistics, tokens: Tokens) -> Tensor:
         logprob = rows.logprob
-        advantage = tokens.advantage.to(logprob.dtype)
+        advantage: Tensor = tokens.advantage.to(logprob.dtype)
         if self.kind == "clip":
             loss = -self._clipped_ratio(logprob, advantage, tokens) * advantage
         else:
@@ -153,5 +153,5 @@ def _ratio(logprob: Tensor, tokens: Tokens) -> Tensor:
 
 def _divergence(logprob: Tensor, tokens: Tokens) -> Tensor:
     """The estimate exp(d) - d - 1 of the KL divergence to the reference, d = ref_logprob - lp, (n,)."""
-    difference = tokens.ref_logprob - logprob
+    difference: Tensor = tokens.ref_logprob - logprob
     return torch.expm1(difference) - difference

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from chunked_ce.arguments import described, is_one_of
+from chunked_ce.narrowing import not_none
 from chunked_ce.objectives.base import Objective, Tokens
 from chunked_ce.rows.statistics import RowStatistics
 
@@ -61,7 +62,7 @@ class TopKDivergence(Objective):
         teacher = self._teacher(tokens)
         if self.tail == "renormalize":
             some = (tokens.teacher_ids >= 0).any(-1, keepdim=True)
-            log_q = rows.at_ids.double().where(some, 0).log_softmax(-1)  # (n, K)
+            log_q = not_none(rows.at_ids).double().where(some, 0).log_softmax(-1)  # (n, K)
         else:
             log_q = rows.logprobs.double()
         # A product of 0 and -inf, where the teacher has no probability, is 0.
@@ -76,7 +77,7 @@ class TopKDivergence(Objective):
     def slopes(self, rows: RowStatistics, tokens: Tokens) -> RowStatistics:
         p, _, rest_p = self._teacher(tokens)
         if self.tail == "renormalize":
-            q = rows.at_ids.double().softmax(-1).where(p.sum(-1, True) > 0, 0)
+            q = not_none(rows.at_ids).double().softmax(-1).where(p.sum(-1, True) > 0, 0)
             return RowStatistics(None, torch.zeros_like(rows.log_sum), torch.zeros_like(rows.target), at_ids=q - p)
         at_ids = -p
         if self.tail == "bucket":

@@ -20,4 +20,5 @@ jit: Callable[..., Any] = triton.jit
 
 def device_of(tensor: Tensor) -> AbstractContextManager[None]:
     """Launch on the device of ``tensor``; a context without effect on a CPU, where the interpreter runs kernels."""
-    return torch.cuda.device_of(tensor)  # type: ignore[no-untyped-call]
+    context: AbstractContextManager[None] = torch.cuda.device_of(tensor)
+    return context
