@@ -138,6 +138,7 @@ class Arguments(NamedTuple):
 def loss_of(
     objective_of: Callable[[], Objective], arguments: Arguments, per_token: dict[str, Tensor | None] | None = None
 ) -> Tensor | list[Tensor] | tuple[Tensor | list[Tensor], LossStats]:
+    loss: Tensor | list[Tensor]
     per_token = per_token or {}
     if per_token:
         given = {name: tensor for name, tensor in per_token.items() if tensor is not None}
@@ -157,8 +158,8 @@ def loss_of(
         coefficient = weights.coefficient(reduction, keywords["num_tokens"])
     in_forward = arguments.is_head and not options.in_backward
     loss, rows = dispatch.loss(call, coefficient, in_forward=in_forward, reduces=reduction != "none")
-    shaped = arguments.shaped(loss) if reduction == "none" else loss
-    return (shaped, dispatch.stats(call, weights, rows)) if return_stats else shaped
+    loss = arguments.shaped(loss) if reduction == "none" else loss
+    return (loss, dispatch.stats(call, weights, rows)) if return_stats else loss
 
 
 def _of_tokens(objective: Objective, name: str, tensor: Tensor) -> Tensor:
