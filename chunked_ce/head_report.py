@@ -91,7 +91,7 @@ def _report_of_head(name: str, head: LazyHead, modules: dict[str, nn.Module]) ->
         why_not = "in evaluation mode logits wait for a loss where nothing else is asked for"
         for purpose, reader in head.record.reads_logits.items():
             why_not += f"; no longer in {purpose}, since logits were read ({reader})"
-    settings = {
+    settings: dict[str, object] = {
         **head.loss_keywords,
         "softcap": head._settings.logits.softcap,
     }
@@ -127,6 +127,6 @@ def _kinds(name: str, head: LazyHead, modules: dict[str, nn.Module]) -> tuple[st
         found.append(f"vocab-parallel, rows {vocab.start} to {vocab.stop} of {vocab.total}")
     if hasattr(weight, "ds_id"):
         found.append("partitioned by ZeRO-3")
-    elif is_dtensor(weight) and (is_fsdp_unit(head) or is_fsdp_shard(weight)):
+    elif weight is not None and is_dtensor(weight) and (is_fsdp_unit(head) or is_fsdp_shard(weight)):
         found.append("sharded by FSDP2")
     return tuple(found) or ("plain",)

@@ -178,8 +178,9 @@ class LMHead(LazyHead):
     @staticmethod
     def _follow_adapters(model: nn.Module, heads: list[nn.Linear]) -> None:
         for parent in model.modules():
-            if getattr(parent, "base_layer", None) in heads:
-                follow_adapter(parent, parent.base_layer)
+            layer = getattr(parent, "base_layer", None)
+            if isinstance(layer, LMHead) and layer in heads:
+                follow_adapter(parent, layer)
 
     @classmethod
     def _take(cls, linear: nn.Linear, settings: Settings) -> None:
@@ -187,7 +188,7 @@ class LMHead(LazyHead):
         if layer is not None:  # its parameters do not tell how it is sharded
             settings = settings.of_layout(layer)
             linear.in_features, linear.out_features = layer.in_features, layer.rows
-        linear._settings, linear._head_class, linear._record = settings, cls, Record()
+        vars(linear).update(_settings=settings, _head_class=cls, _record=Record())
         follow_label_smoother()
         set_class(linear, in_front(cls, type(linear), nn.Linear, is_parametrized(linear)))
 
@@ -203,7 +204,7 @@ class LMHead(LazyHead):
                 module._settings = module._settings.replaced(vocab=None)
         heads = [module for module in model.modules() if "_head_class" in vars(module)]
         for head in heads:
-            set_class(head, without(type(head), head._head_class, nn.Linear))
+            set_class(head, without(type(head), vars(head)["_head_class"], nn.Linear))
             for name in ("_head_class", "_settings", "_record", *(() if isinstance(head, nn.Linear) else _FEATURES)):
                 vars(head).pop(name, None)
         for module in model.modules():
@@ -319,7 +320,7 @@ class LMHead(LazyHead):
             )
 
 
-def _only(args: tuple, kwargs: dict[str, Any]) -> Any:
+def _only(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The only argument of a call, or None."""
     return args[0] if len(args) == 1 and not kwargs else kwargs.get("input") if len(kwargs) == 1 else None
 

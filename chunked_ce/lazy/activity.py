@@ -71,7 +71,7 @@ class Record:
         self.served: set[str] = set()  # packages that read the head's weight but take the loss from the head
         self.reads_logits: dict[str, str] = {}  # purposes of evaluation calls whose logits were read, and by what
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[type[Record], tuple[()]]:
         return type(self), ()
 
     def new_call(self, training: bool, terms: str = "") -> Activity:
@@ -84,11 +84,12 @@ class Record:
 
     def activity(self, training: bool) -> Activity:
         """That of the step that has not ended yet."""
-        name = "training" if training else "evaluation"
-        if getattr(self, name).is_over:
-            setattr(self, name, Activity())
         _heads_of_this_step.setdefault(self, "")
-        return getattr(self, name)
+        if training:
+            self.training = Activity() if self.training.is_over else self.training
+            return self.training
+        self.evaluation = Activity() if self.evaluation.is_over else self.evaluation
+        return self.evaluation
 
     def tell(self, key: str, message: str) -> None:
         """Warn, once for each ``key``."""
@@ -132,11 +133,11 @@ register_optimizer_step_post_hook(_end_step)
 
 # ---- the operation that runs now, and where it was called ----
 
-_operation: contextvars.ContextVar[Callable | None] = contextvars.ContextVar("operation", default=None)
+_operation: contextvars.ContextVar[Callable[..., object] | None] = contextvars.ContextVar("operation", default=None)
 
 
 @contextlib.contextmanager
-def during(function: Callable) -> Iterator[None]:
+def during(function: Callable[..., object]) -> Iterator[None]:
     """Count what happens meanwhile as of ``function``, unless it is part of another one."""
     if _operation.get() is not None:
         yield
@@ -148,8 +149,8 @@ def during(function: Callable) -> Iterator[None]:
         _operation.reset(token)
 
 
-def name_of(function: Callable) -> str:
-    name = getattr(function, "__name__", str(function))
+def name_of(function: Callable[..., object]) -> str:
+    name: str = getattr(function, "__name__", str(function))
     owner = getattr(function, "__self__", None)
     return f"Tensor.{owner.__name__}" if name in ("__get__", "__set__", "__delete__") and owner is not None else name
 

@@ -26,7 +26,7 @@ def maths(
     """The hidden states (..., D), the weight and the keywords by which a loss forms the logits of a lazy tensor."""
     form, whole = lazy._form if form is None else form, lazy.head.vocab
     vocab = form.vocab(whole)
-    keywords = {
+    keywords: dict[str, Any] = {
         "linear_bias": form.with_bias(None if bias is None else form.rows(bias, whole), vocab),
         "softcap": form.softcap,
         "logit_scale": form.scale,
@@ -80,7 +80,9 @@ def of_whole(
     key = (key, whole.requires_grad and torch.is_grad_enabled())
     if key not in whole._answers:
         whole._answers[key] = compute(whole)
-    return tuple(operations[-1].of_tokens(found) for found in whole._answers[key])
+    of_tokens = operations[-1].of_tokens
+    assert of_tokens is not None  # a cut of the tokens
+    return tuple(map(of_tokens, whole._answers[key]))
 
 
 def log_sum_exp(lazy: Lazy, form: Form | None = None) -> Tensor:
@@ -94,7 +96,8 @@ def same_for_all_words(lazy: Lazy, terms: Terms) -> Factor:
     powers = {word.lse: factor for word, factor in terms.items() if word.lse}
     if powers:
         lse = log_sum_exp(lazy)
-        found = found + sum(factor * lse**power for power, factor in powers.items())
+        for power, factor in powers.items():
+            found = found + factor * lse**power
     return found
 
 
@@ -102,13 +105,13 @@ def word_total(lazy: Lazy) -> Tensor:
     """The sum over the vocabulary, with 1 in its place."""
 
     def ask(names: tuple[str, ...]) -> tuple[Tensor, ...]:
-        known = known_log_sum_exp(lazy) if "lse" in names else None
-        if known is None:
+        lse = known_log_sum_exp(lazy) if "lse" in names else None
+        if lse is None:
             return statistics(lazy, names)
         # The caller may take the sum from it, and then its gradient cancels before it is rounded to the head's dtype.
         others = tuple(name for name in names if name != "lse")
         found = dict(zip(others, statistics(lazy, others) if others else (), strict=True))
-        return tuple(found.get(name, known) for name in names)
+        return tuple(found.get(name, lse) for name in names)
 
     return sum_over_words(lazy._terms, lazy.shape[lazy._vocab_dim], ask)
 
@@ -122,7 +125,8 @@ def values_at(lazy: Lazy, ids: Tensor) -> Tensor:
         factors, keywords = maths(lazy, hidden, weight, bias)
         keywords |= {"ignore_index": _NOTHING_IGNORED, "options": lazy.head.options}
         if names == ("logprob",) and has_one:
-            return (linear_logprobs(*factors, ids.squeeze(-1), **keywords),)
+            logprobs: Tensor = linear_logprobs(*factors, ids.squeeze(-1), **keywords)
+            return (logprobs,)
         found = linear_statistics(*factors, ids.squeeze(-1) if has_one else ids, outputs=names, **keywords)
         return tuple(getattr(found, name) for name in names)
 

@@ -27,42 +27,42 @@ from chunked_ce.lazy.together import (
     should_be_computed,
 )
 
-__all__ = ["is_over_words", "number_of", "of_softmax", "operand_of"]
+__all__ = ["is_over_words", "log_softmax", "number_of", "of_softmax", "operand_of"]
 
 
 # ---- scale and softcap ----
 
 
 @follows("mul multiply __mul__ __rmul__")
-def _mul(lazy: Lazy, other: Any) -> Lazy:
+def _mul(lazy: Lazy, other: Any) -> Lazy | None:
     number = number_of(other)
     if number is not None:
         return _scale(lazy, number, lambda x: x * operand_of(number, x))
     if isinstance(other, Lazy):
         return _of_both(lazy, other, torch.mul, Terms.times)
     found = _by_token(lazy, other, torch.mul, lambda factor: lazy._terms.scaled(factor))
-    return times_tensor(lazy, other) if found is NotImplemented else found
+    return times_tensor(lazy, other) if found is None else found
 
 
 @follows("div divide true_divide __truediv__")
-def _div(lazy: Lazy, other: Any, *, rounding_mode: str | None = None) -> Lazy:
+def _div(lazy: Lazy, other: Any, *, rounding_mode: str | None = None) -> Lazy | None:
     number = number_of(other)
     if number == 0 or rounding_mode is not None:
-        return NotImplemented
+        return None
     if number is None:
         return _by_token(lazy, other, torch.div, lambda factor: lazy._terms.scaled(1 / factor))
     return _scale(lazy, 1 / number, lambda x: x / operand_of(number, x))
 
 
 @follows("neg negative __neg__")
-def _neg(lazy: Lazy) -> Lazy:
+def _neg(lazy: Lazy) -> Lazy | None:
     return _scale(lazy, -1.0, torch.neg)
 
 
 @follows("tanh")
-def _tanh(lazy: Lazy) -> Lazy:
+def _tanh(lazy: Lazy) -> Lazy | None:
     if not isinstance(lazy, LazyLogits) or lazy._form.softcap is not None:
-        return NotImplemented
+        return None
     return lazy.derive(Operation(torch.tanh, of_rows=torch.tanh), form=lazy._form._replace(softcap=1.0))
 
 
@@ -80,26 +80,26 @@ def operand_of(number: float, x: Tensor) -> float | Tensor:
     return x.new_empty(()) if x.is_meta else number
 
 
-def _scale(lazy: Lazy, number: float, operation: Callable[[Tensor], Tensor]) -> Lazy:
+def _scale(lazy: Lazy, number: float, operation: Callable[[Tensor], Tensor]) -> Lazy | None:
     """``number`` times a lazy tensor, which ``operation`` computes."""
     if not math.isfinite(number):
-        return NotImplemented
+        return None
     scaled = Operation(operation, of_rows=operation)
     if isinstance(lazy, LazyLogits):
         form = lazy._form.scaled(number)
-        return NotImplemented if form is None else lazy.derive(scaled, form=form)
+        return None if form is None else lazy.derive(scaled, form=form)
     terms = lazy._terms.scaled(number)
     finite = all(math.isfinite(factor) for factor in terms.values() if not isinstance(factor, Tensor))
-    return lazy.derive(scaled, terms=terms) if finite else NotImplemented
+    return lazy.derive(scaled, terms=terms) if finite else None
 
 
-def _in_place(handler: Callable[..., Lazy]) -> Callable[..., Lazy]:
+def _in_place(handler: Callable[..., Lazy | None]) -> Callable[..., Lazy | None]:
     """The same in place, where no other tensor shares the logits that would change."""
 
     @functools.wraps(handler)
-    def change(lazy: Lazy, *args: Any, **kwargs: Any) -> Lazy:
+    def change(lazy: Lazy, *args: Any, **kwargs: Any) -> Lazy | None:
         result = handler(lazy, *args, **kwargs)
-        return lazy if result is not NotImplemented and lazy.become(result) else NotImplemented
+        return lazy if result is not None and lazy.become(result) else None
 
     return change
 
@@ -114,25 +114,25 @@ follows("neg_ negative_")(_in_place(_neg))
 
 
 @follows("add __add__ __radd__")
-def _add(lazy: Lazy, other: Any, *, alpha: float = 1) -> Lazy:
+def _add(lazy: Lazy, other: Any, *, alpha: float = 1) -> Lazy | None:
     if alpha != 1:
-        return NotImplemented
+        return None
     number = number_of(other)
     if number is not None:
         terms = lazy._terms.plus(Terms({ONE: number}))
         return _changed(lazy, lambda x: x + operand_of(number, x), terms)
     if isinstance(other, Lazy):
         found = _of_both(lazy, other, torch.add, Terms.plus)
-        return of_two_heads(lazy, other, 1.0) if found is NotImplemented else found
+        return of_two_heads(lazy, other, 1.0) if found is None else found
     if _is_bias(lazy, other):
         return _with_bias(lazy, other, torch.add, 1.0)
     return _by_token(lazy, other, torch.add, lambda factor: lazy._terms.plus(Terms({ONE: factor})))
 
 
 @follows("sub subtract __sub__", either=True)
-def _sub(input: Any, other: Any, *, alpha: float = 1) -> Lazy:
+def _sub(input: Any, other: Any, *, alpha: float = 1) -> Lazy | None:
     if alpha != 1:
-        return NotImplemented
+        return None
     if not isinstance(input, Lazy):
         return _reversed_sub(other, input)
     lazy, number = input, number_of(other)
@@ -141,7 +141,7 @@ def _sub(input: Any, other: Any, *, alpha: float = 1) -> Lazy:
         return _changed(lazy, lambda x: x - operand_of(number, x), terms)
     if isinstance(other, Lazy):
         found = _of_both(lazy, other, torch.sub, lambda mine, its: mine.plus(its.scaled(-1.0)))
-        return of_two_heads(lazy, other, -1.0) if found is NotImplemented else found
+        return of_two_heads(lazy, other, -1.0) if found is None else found
     if _is_bias(lazy, other):
         return _with_bias(lazy, other, torch.sub, -1.0)
     if is_log_sum_exp_of(other, lazy):
@@ -150,10 +150,10 @@ def _sub(input: Any, other: Any, *, alpha: float = 1) -> Lazy:
 
 
 @follows("rsub __rsub__")
-def _reversed_sub(lazy: Lazy, other: Any, *, alpha: float = 1) -> Lazy:
+def _reversed_sub(lazy: Lazy, other: Any, *, alpha: float = 1) -> Lazy | None:
     """``other - lazy``."""
     if alpha != 1 or isinstance(other, Lazy) or not isinstance(lazy, Lazy):
-        return NotImplemented
+        return None
     number, terms = number_of(other), lazy._terms.scaled(-1.0)
     if number is not None:
         return _changed(lazy, lambda x: operand_of(number, x) - x, terms.plus(Terms({ONE: number})))
@@ -172,10 +172,10 @@ def _is_bias(lazy: Lazy, value: Any) -> bool:
     return is_last and is_wide and is_linear and value.is_floating_point() and (can_train or not value.requires_grad)
 
 
-def _with_bias(lazy: LazyLogits, value: Tensor, function: Callable[..., Tensor], sign: float) -> Lazy:
+def _with_bias(lazy: Lazy, value: Tensor, function: Callable[..., Tensor], sign: float) -> Lazy | None:
     """The logits plus, or minus, a bias of the words."""
     if should_be_computed(lazy):
-        return NotImplemented
+        return None
     kept, form = value.clone(), lazy._form  # the caller may change it before the logits are used
     dtype = torch.promote_types(torch.promote_types(kept.dtype, lazy.dtype), torch.float32)
     bias = kept.view(-1).to(dtype) * (sign / form.scale)
@@ -186,20 +186,22 @@ def _with_bias(lazy: LazyLogits, value: Tensor, function: Callable[..., Tensor],
     return lazy.derive(operation, form=form._replace(bias=bias if form.bias is None else form.bias + bias))
 
 
-def _changed(lazy: Lazy, function: Callable[..., Tensor], terms: Terms | None, form: Form | None = None) -> Lazy:
+def _changed(lazy: Lazy, function: Callable[..., Tensor], terms: Terms | None, form: Form | None = None) -> Lazy | None:
     """The terms that ``function`` of a tensor makes of another."""
     if terms is None or should_be_computed(lazy):
-        return NotImplemented
+        return None
     operation = Operation(function, of_rows=function)
     return lazy.derive(operation, cls=LazyTerms, terms=terms, form=form or lazy._form)
 
 
 def _of_both(
     lazy: Lazy, other: Lazy, function: Callable[..., Tensor], combine: Callable[[Terms, Terms], Terms | None]
-) -> Lazy:
+) -> Lazy | None:
     """The terms that ``function`` makes of two lazy tensors of the same logits."""
     if should_be_computed(lazy):
-        return NotImplemented
+        return None
+    mine: Terms | None
+    its: Terms | None
     if are_of_the_same(lazy, other):
         form, mine, its = lazy._form, lazy._terms, other._terms
     elif lazy._form.temperature is None:
@@ -208,29 +210,37 @@ def _of_both(
         form, mine, its = lazy._form, lazy._terms, _at_temperature_of(lazy, other)
     terms = None if mine is None or its is None else combine(mine, its)
     if terms is None:
-        return NotImplemented
-    others = {"others": (other._operations,), "stand_ins": (other._stand_in,)}
-    per_token = any(operation.is_per_token for operation in other._operations)
-    operation = Operation(function, of_rows=function, is_per_token=per_token, **others)
+        return None
+    operation = Operation(
+        function,
+        of_rows=function,
+        is_per_token=any(step.is_per_token for step in other._operations),
+        others=(other._operations,),
+        stand_ins=(other._stand_in,),
+    )
     return lazy.derive(operation, cls=LazyTerms, terms=terms, form=form)
 
 
 def _at_temperature_of(tempered: Lazy, plain: Lazy) -> Terms | None:
     """The terms of ``plain``, logits over temperatures of their tokens, in the logits of ``tempered``, such as their
     probabilities; None for anything else."""
-    form = None if tempered._form.temperature is None else of_softmax(plain)
-    if form is None or form.temperature is None or not are_the_same_tokens(tempered, plain):
+    temperature = tempered._form.temperature
+    form = None if temperature is None else of_softmax(plain)
+    if temperature is None or form is None or form.temperature is None or not are_the_same_tokens(tempered, plain):
         return None
-    shift, temperature = plain._terms.shift(), tempered._form.temperature
+    shift = plain._terms.shift()
     same = form._replace(temperature=temperature).is_same(tempered._form) and shift.keys() <= {ONE}
     return LOGITS.plus(shift) if same and torch.equal(form.temperature, temperature) else None
 
 
-def _by_token(lazy: Lazy, other: Any, function: Callable[..., Tensor], terms_of: Callable[[Tensor], Terms]) -> Lazy:
+def _by_token(
+    lazy: Lazy, other: Any, function: Callable[..., Tensor], terms_of: Callable[[Tensor], Terms]
+) -> Lazy | None:
     """The terms that ``function`` makes of a lazy tensor and a tensor that is the same for all words of a token."""
-    operand, factor = per_token(other, lazy)
-    if factor is None or should_be_computed(lazy):
-        return NotImplemented
+    found = per_token(other, lazy)
+    if found is None or should_be_computed(lazy):
+        return None
+    operand, factor = found
 
     def of_logits(x: Tensor) -> Tensor:
         return function(x, torch.empty_like(operand, device="meta") if x.is_meta else operand)
@@ -262,13 +272,15 @@ def of_softmax(lazy: Lazy) -> Form | None:
     return form._replace(temperature=temperature if form.temperature is None else form.temperature * temperature)
 
 
-def _softmax_of(input: Lazy, dim: int, dtype: torch.dtype | None, function: Callable, terms: Terms) -> Lazy:
+def _softmax_of(
+    input: Lazy, dim: int, dtype: torch.dtype | None, function: Callable[..., Tensor], terms: Terms
+) -> Lazy | None:
     form = of_softmax(input) if is_over_words(input, dim) else None
     if form is None:
-        return NotImplemented
+        return None
     raised = input if dtype is None else input.to(dtype)
     if not isinstance(raised, Lazy) or raised.is_computed:
-        return NotImplemented
+        return None
     dtype = _dtype_of(function, raised) if dtype is None else dtype
 
     def of_logits(x: Tensor) -> Tensor:
@@ -279,7 +291,7 @@ def _softmax_of(input: Lazy, dim: int, dtype: torch.dtype | None, function: Call
     return raised.derive(operation, cls=LazyTerms, terms=terms, form=form)
 
 
-def _dtype_of(function: Callable, lazy: Lazy) -> torch.dtype:
+def _dtype_of(function: Callable[..., Tensor], lazy: Lazy) -> torch.dtype:
     """The dtype of a function's result under autocast, which differs between devices and skips a stand-in."""
     if not torch.is_autocast_enabled(lazy.device.type):
         return lazy.dtype
@@ -288,61 +300,66 @@ def _dtype_of(function: Callable, lazy: Lazy) -> torch.dtype:
 
 
 @follows("log_softmax", Tensor, torch, torch.special)
-def _log_softmax(input: Lazy, dim: int, dtype: torch.dtype | None = None) -> Lazy:
+def log_softmax(input: Lazy, dim: int, dtype: torch.dtype | None = None) -> Lazy | None:
+    """The log-probabilities; None where they are not followed."""
     return _softmax_of(input, dim, dtype, torch.log_softmax, LOG_PROBABILITIES)
 
 
 @follows("log_softmax", F)
-def _f_log_softmax(input: Lazy, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Lazy:
-    return NotImplemented if dim is None else _log_softmax(input, dim, dtype)
+def _f_log_softmax(
+    input: Lazy, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> Lazy | None:
+    return None if dim is None else log_softmax(input, dim, dtype)
 
 
 @follows("softmax", Tensor, torch, torch.special)
-def _softmax(input: Lazy, dim: int, dtype: torch.dtype | None = None) -> Lazy:
+def _softmax(input: Lazy, dim: int, dtype: torch.dtype | None = None) -> Lazy | None:
     if should_be_computed(input):
-        return NotImplemented
+        return None
     return _softmax_of(input, dim, dtype, torch.softmax, PROBABILITIES)
 
 
 @follows("softmax", F)
-def _f_softmax(input: Lazy, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Lazy:
-    return NotImplemented if dim is None else _softmax(input, dim, dtype)
+def _f_softmax(
+    input: Lazy, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> Lazy | None:
+    return None if dim is None else _softmax(input, dim, dtype)
 
 
 @follows("exp")
-def _exp(lazy: Lazy) -> Lazy:
+def _exp(lazy: Lazy) -> Lazy | None:
     found = lazy._terms.power
     if found is None:
-        return NotImplemented
+        return None
     if should_be_computed(lazy):
-        return NotImplemented
+        return None
     power, shift = found
     factor = same_for_all_words(lazy, shift)
     factor = factor.exp() if isinstance(factor, Tensor) else math.exp(factor) if factor < 700 else math.inf
     # An infinite factor times a probability of 0 is NaN, where the exponential of a logit is finite.
     if not (bool(factor.isfinite().all()) if isinstance(factor, Tensor) else 0 < factor < math.inf):
-        return NotImplemented
+        return None
     return _changed(lazy, _casting(torch.exp, lazy), Terms({Word(p=power): factor}))
 
 
 @follows("square")
-def _square(lazy: Lazy) -> Lazy:
+def _square(lazy: Lazy) -> Lazy | None:
     return _changed(lazy, torch.square, lazy._terms.times(lazy._terms))
 
 
 @follows("pow __pow__")
-def _pow(lazy: Lazy, exponent: Any) -> Lazy:
+def _pow(lazy: Lazy, exponent: Any) -> Lazy | None:
     terms = lazy._terms.times(lazy._terms) if number_of(exponent) == 2 else None
     return _changed(lazy, lambda x: x**exponent, terms)
 
 
 @follows("log")
-def _log(lazy: Lazy) -> Lazy:
+def _log(lazy: Lazy) -> Lazy | None:
     if len(lazy._terms) != 1:
-        return NotImplemented
+        return None
     ((word, factor),) = lazy._terms.items()
     if word.logp or word.lse or not word.p or (not isinstance(factor, Tensor) and factor <= 0):
-        return NotImplemented
+        return None
     shift = factor.log() if isinstance(factor, Tensor) else math.log(factor)
     terms = Terms({Word(logp=1): float(word.p)}).plus(Terms({ONE: shift}))
     return _changed(lazy, _casting(torch.log, lazy), terms)
@@ -355,14 +372,14 @@ def _casting(function: Callable[[Tensor], Tensor], lazy: Lazy) -> Callable[[Tens
 
 
 @follows("clamp clip clamp_min", Tensor, torch)
-def _clamp(lazy: Lazy, min: Any = None, max: Any = None) -> Lazy:
+def _clamp(lazy: Lazy, min: Any = None, max: Any = None) -> Lazy | None:
     """Bounds that no finite number passes, as `torch.distributions` sets them."""
     limits = torch.finfo(lazy.dtype)
     least, most = number_of(limits.min if min is None else min), number_of(limits.max if max is None else max)
     if least is None or most is None or least > limits.min or most < limits.max:
-        return NotImplemented
+        return None
 
     def clamp(x: Tensor) -> Tensor:
         return x.clamp(least, most)
 
-    return NotImplemented if should_be_computed(lazy) else lazy.derive(Operation(clamp, of_rows=clamp))
+    return None if should_be_computed(lazy) else lazy.derive(Operation(clamp, of_rows=clamp))

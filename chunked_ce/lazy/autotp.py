@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from chunked_ce.lazy.layout import Layout
+from chunked_ce.lazy.layout import LayoutWithForward
 from chunked_ce.lazy.logits import Lazy
 from chunked_ce.parallel.vocab import VocabShard
 
@@ -19,14 +19,18 @@ __all__ = ["AutoTP", "autotp_of", "is_autotp"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class AutoTP(Layout):
+class AutoTP(LayoutWithForward):
     """A ``VocabParallelLinear``, or a ``LinearLayer`` that gathers its output."""
 
     group: Any
     sizes: tuple[int, ...]  # rows of each rank
     in_features: int
-    has_all_words: bool
+    gathers: bool  # the layer's own output
     vocab: VocabShard | None
+
+    @property
+    def has_all_words(self) -> bool:
+        return self.gathers or self.vocab is None
 
     @property
     def rows(self) -> int:
@@ -36,13 +40,15 @@ class AutoTP(Layout):
         return type(hidden) in (Tensor, nn.Parameter) and hidden.shape[-1:] == (self.in_features,)
 
     def forward(self, head: nn.Module, input: Tensor) -> Tensor:
-        return _layers().LinearLayer.forward(head, input)
+        found: Tensor = _layers().LinearLayer.forward(head, input)
+        return found
 
     def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         found = F.linear(_layers().ColumnParallel.apply(self.group, hidden), weight, bias)
-        return _layers().GatherFromTensorParallelRegion.apply(self.group, found, self.sizes)
+        whole: Tensor = _layers().GatherFromTensorParallelRegion.apply(self.group, found, self.sizes)
+        return whole
 
-    def __deepcopy__(self, _memo: dict) -> AutoTP:
+    def __deepcopy__(self, _memo: dict[int, Any]) -> AutoTP:
         return self  # a process group cannot be copied
 
 
@@ -54,17 +60,18 @@ def autotp_of(module: nn.Module) -> AutoTP | None:
     """How AutoTP has sharded a head, if it has, and if its losses can be taken from its rows."""
     if not is_autotp(module) or type(module) not in (_layers().VocabParallelLinear, _layers().LinearLayer):
         return None
+    layer: Any = module
     gathers = type(module) is _layers().LinearLayer
-    if (gathers and not module.gather_output) or "forward" in vars(module):
+    if (gathers and not layer.gather_output) or "forward" in vars(module):
         return None
-    sizes, in_features = tuple(module._partition_sizes), module._orig_weight_shape[1]
+    sizes: tuple[int, ...] = tuple(layer._partition_sizes)
     vocab = None
-    if module.is_tp_parallel:
-        start = sum(sizes[: module.tp_index])
-        vocab = VocabShard(module.mp_group, start, start + sizes[module.tp_index], sum(sizes))
+    if layer.is_tp_parallel:
+        start = sum(sizes[: layer.tp_index])
+        vocab = VocabShard(layer.mp_group, start, start + sizes[layer.tp_index], sum(sizes))
     if not gathers:
         _take_losses()
-    return AutoTP(module.mp_group, sizes, in_features, gathers or vocab is None, vocab)
+    return AutoTP(layer.mp_group, sizes, layer._orig_weight_shape[1], gathers, vocab)
 
 
 def _layers() -> Any:
@@ -83,7 +90,15 @@ def _take_losses() -> None:
     of_shards = VocabParallelCausalLMLoss.__call__
 
     @functools.wraps(of_shards)
-    def call(self, logits, labels=None, vocab_size=None, shift_labels=None, num_items_in_batch=None, **kwargs):
+    def call(
+        self: Any,
+        logits: Tensor,
+        labels: Tensor | None = None,
+        vocab_size: int | None = None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+        **kwargs: Any,
+    ) -> Any:
         if not isinstance(logits, Lazy) or logits.is_computed:
             given = {"labels": labels, "vocab_size": vocab_size, "shift_labels": shift_labels}
             return of_shards(self, logits, **given, num_items_in_batch=num_items_in_batch, **kwargs)

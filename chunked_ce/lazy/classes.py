@@ -7,25 +7,32 @@ from typing import Any
 
 from torch.func import functional_call
 
+from chunked_ce.lazy.peft_layers import TrainableTokensLayer
+
 __all__ = ["TokenAdapter", "in_front", "joined", "without"]
 
 
-@functools.cache
 def joined(front: type, back: type) -> type:
     """A class that inherits from both, ``front`` first."""
+    return _joined(front, back)
+
+
+@functools.cache
+def _joined(front: type, back: type) -> type:
     names = {"__module__": __name__, "__reduce_ex__": _reduce, "_joined": (front, back)}
     return type(f"{front.__name__}{back.__name__}", (front, back), names)
 
 
-def _reduce(module: Any, protocol: int) -> tuple:
+def _reduce(module: Any, protocol: int) -> tuple[Any, ...]:
     """Copy and pickle by the two classes, because a joined class cannot be imported by its name."""
     reduced = object.__reduce_ex__(module, max(protocol, 2))
+    assert isinstance(reduced, tuple)
     pair = vars(type(module)).get("_joined")
     return reduced if pair is None else (_blank, pair, *reduced[2:])
 
 
 def _blank(front: type, back: type) -> Any:
-    cls = joined(front, back)
+    cls: Any = joined(front, back)
     return cls.__new__(cls)
 
 
@@ -35,8 +42,9 @@ def without(cls: type, front: type, plain: type) -> type:
         return plain
     if not issubclass(cls, front):
         return cls
-    if "_joined" in vars(cls):
-        first, second = cls._joined
+    pair = vars(cls).get("_joined")
+    if pair is not None:
+        first, second = pair
         return first if second is front else without(second, front, plain)
     bases = tuple(without(base, front, plain) for base in cls.__bases__)
     return _rebuilt(cls, bases)
@@ -58,7 +66,7 @@ def _rebuilt(cls: type, bases: tuple[type, ...]) -> type:
     return type(cls)(name, bases, {key: v for key, v in vars(cls).items() if key not in ("__dict__", "__weakref__")})
 
 
-class TokenAdapter:
+class TokenAdapter(TrainableTokensLayer):
     """Goes before PEFT's ``TrainableTokensLayer`` around an `LMHead`, and calls the head with the merged weight.
 
     PEFT's own code multiplies by the weight itself, which would form the logits.

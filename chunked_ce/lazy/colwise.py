@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ __all__ = [
     "sharding_of",
 ]
 
+_Head = TypeVar("_Head", bound=nn.Module)
+
 _TORCH = "torch.distributed.tensor._api"  # the module of the hooks
 _TRANSFORMERS = "transformers.distributed.tensor_parallel"
 
@@ -43,23 +45,25 @@ class Colwise(Layout):
 
     @property
     def has_all_words(self) -> bool:
-        return self.output.is_replicate() or not self.local
+        return bool(self.output.is_replicate() or not self.local)
 
     def takes(self, hidden: Any) -> bool:
         last_dim = hidden.dim() - 1
-        return self.output.is_replicate() or self.output.is_shard(-1) or self.output.is_shard(last_dim)
+        return bool(self.output.is_replicate() or self.output.is_shard(-1) or self.output.is_shard(last_dim))
 
     def whole(self, hidden: Tensor) -> Tensor:
+        distributed: Any = hidden
         if not is_dtensor(hidden):
             if self.input.is_replicate():
                 return hidden
-            hidden = _types().DTensor.from_local(hidden, self.mesh, (self.input,), run_check=False)
-        everywhere = [_types().Replicate()] * hidden.device_mesh.ndim
-        return hidden.redistribute(placements=everywhere).to_local(grad_placements=everywhere)
+            distributed = _types().DTensor.from_local(hidden, self.mesh, (self.input,), run_check=False)
+        everywhere = [_types().Replicate()] * distributed.device_mesh.ndim
+        whole: Tensor = distributed.redistribute(placements=everywhere).to_local(grad_placements=everywhere)
+        return whole
 
-    def without_its_steps(self, head: nn.Module) -> nn.Module:
+    def without_its_steps(self, head: _Head) -> _Head:
         # A copy, as of `nn.DataParallel`, with the same parameters: other threads may call the head meanwhile.
-        bare = object.__new__(type(head))
+        bare: _Head = object.__new__(type(head))
         bare.__dict__ = {name: value for name, value in vars(head).items() if name != "forward"}
         for name in ("_forward_pre_hooks", "_forward_hooks"):
             hooks = vars(head)[name]
@@ -68,8 +72,10 @@ class Colwise(Layout):
 
     def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         everywhere = (_types().Replicate(),)
-        hidden = _types().DTensor.from_local(hidden, self.mesh, everywhere, run_check=False)
-        return F.linear(hidden, weight, bias).redistribute(placements=everywhere).to_local()
+        distributed = _types().DTensor.from_local(hidden, self.mesh, everywhere, run_check=False)
+        product: Any = F.linear(distributed, weight, bias)
+        logits: Tensor = product.redistribute(placements=everywhere).to_local()
+        return logits
 
 
 class _Style(NamedTuple):
@@ -81,7 +87,8 @@ class _Style(NamedTuple):
 
 def colwise_of(head: nn.Module) -> Colwise | None:
     """How ``ColwiseParallel`` has sharded a head, if it has."""
-    if not is_dtensor(dict.get(head._parameters, "weight")):
+    weight = dict.get(head._parameters, "weight")
+    if not is_dtensor(weight):
         return None
     style = _style_of(head)
     return None if style is None else style.colwise
@@ -97,12 +104,13 @@ def sharding_of(head: nn.Module) -> str:
     """By what a head is sharded whose weight is a DTensor, for a message."""
     style = _style_of(head)
     if style is None:
-        return f"has a weight with placements {tuple(head._parameters['weight'].placements)}"
+        weight: Any = head._parameters["weight"]
+        return f"has a weight with placements {tuple(weight.placements)}"
     outputs = "" if style.colwise is None else f", with output_layouts={style.colwise.output}"
     return f"is sharded by {style.name}{outputs}"
 
 
-def is_a_styles(hook: Callable) -> bool:
+def is_a_styles(hook: Callable[..., object]) -> bool:
     """Whether a hook of a module is one of the two of torch's ``ColwiseParallel``."""
     step = _step_of(hook)
     return step is not None and step.function in _colwise_steps()
@@ -110,8 +118,8 @@ def is_a_styles(hook: Callable) -> bool:
 
 def has_forward_of_a_style(module: nn.Module) -> bool:
     """Whether Transformers has put a ``forward`` in the place of the layer's own."""
-    forward = vars(module).get("forward")
-    return getattr(forward, "__module__", None) == _TRANSFORMERS and forward.__name__ == "tp_forward"
+    forward: Any = vars(module).get("forward")
+    return getattr(forward, "__module__", None) == _TRANSFORMERS and bool(forward.__name__ == "tp_forward")
 
 
 def set_class(module: nn.Module, cls: type) -> None:
@@ -128,8 +136,8 @@ def set_class(module: nn.Module, cls: type) -> None:
 def _style_of(module: nn.Module) -> _Style | None:
     if has_forward_of_a_style(module):
         return _style_of_transformers(_captured(module.forward))
-    steps = [_step_of(hook) for hooks in (module._forward_pre_hooks, module._forward_hooks) for hook in hooks.values()]
-    steps = [step for step in steps if step is not None]
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    steps = [step for step in map(_step_of, hooks) if step is not None]
     return _style_of_torch(steps) if steps else None
 
 
@@ -143,12 +151,12 @@ def _style_of_transformers(parts: dict[str, Any]) -> _Style:
 class _Step(NamedTuple):
     """A hook of ``distribute_module``: a function, mostly of a parallel style, with some of its arguments."""
 
-    function: Callable
-    args: tuple
+    function: Any
+    args: tuple[Any, ...]
     mesh: Any
 
 
-def _step_of(hook: Callable) -> _Step | None:
+def _step_of(hook: Callable[..., object]) -> _Step | None:
     if getattr(hook, "__module__", None) != _TORCH:
         return None
     parts = _captured(hook)
@@ -156,7 +164,7 @@ def _step_of(hook: Callable) -> _Step | None:
     return _Step(getattr(found, "func", found), getattr(found, "args", ()), parts["device_mesh"])
 
 
-def _colwise_steps() -> list[Callable]:
+def _colwise_steps() -> list[Any]:
     parallel = sys.modules.get("torch.distributed.tensor.parallel")
     style = getattr(parallel, "ColwiseParallel", None)
     return [] if style is None else [style._prepare_input_fn, style._prepare_output_fn]
@@ -171,7 +179,7 @@ def _style_of_torch(steps: list[_Step]) -> _Style:
     return _Style("ColwiseParallel", Colwise(steps[0].mesh, inputs[0], outputs[0], local))
 
 
-def _captured(function: Callable) -> dict[str, Any]:
+def _captured(function: Any) -> dict[str, Any]:
     """The variables of the scopes around a function, by name."""
     cells = function.__closure__ or ()
     return dict(zip(function.__code__.co_freevars, (cell.cell_contents for cell in cells), strict=True))

@@ -15,16 +15,16 @@ from chunked_ce.lazy.mixtures import stacked
 from chunked_ce.lazy.source import Operation, through
 from chunked_ce.lazy.together import root_now
 
-__all__ = []
+__all__: list[str] = []
 
 
 # ---- devices, types and graphs ----
 
 
 @follows("cpu")
-def _cpu(lazy: Lazy, memory_format: torch.memory_format = torch.preserve_format) -> Lazy:
+def _cpu(lazy: Lazy, memory_format: torch.memory_format = torch.preserve_format) -> Lazy | None:
     plain = memory_format is torch.preserve_format and lazy.device.type == "cpu"
-    return lazy if plain else NotImplemented
+    return lazy if plain else None
 
 
 @follows("type", Tensor)
@@ -38,15 +38,15 @@ def _type(lazy: Lazy, dtype: Any = None, non_blocking: bool = False) -> Any:
 
 
 @follows("requires_grad_", Tensor)
-def _requires_grad_(lazy: Lazy, requires_grad: bool = True) -> Lazy:
-    return lazy if lazy.requires_grad == requires_grad else NotImplemented  # a new leaf must hold values
+def _requires_grad_(lazy: Lazy, requires_grad: bool = True) -> Lazy | None:
+    return lazy if lazy.requires_grad == requires_grad else None  # a new leaf must hold values
 
 
-def _like(function: Callable) -> Callable:
-    def create(lazy: Lazy, *args: Any, **kwargs: Any) -> Tensor:
+def _like(function: Callable[..., Tensor]) -> Callable[..., Tensor | None]:
+    def create(lazy: Lazy, *args: Any, **kwargs: Any) -> Tensor | None:
         example = torch.empty((), dtype=lazy.dtype, device=lazy.device)
         if "memory_format" in kwargs:
-            return NotImplemented
+            return None
         strides = torch.empty_like(lazy._stand_in).stride()
         order = sorted(range(lazy.dim()), key=lambda dim: -strides[dim])  # of the dimensions in memory
         found = function(example.expand([lazy.shape[dim] for dim in order]), *args, **kwargs)
@@ -59,7 +59,7 @@ for _function in functions("zeros_like ones_like full_like empty_like rand_like 
     follows(_function.__name__, torch, computed=True)(_like(_function))
 
 
-def _creator(function: Callable) -> Callable:
+def _creator(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def create(lazy: Lazy, *args: Any, **kwargs: Any) -> Tensor:
         return function(torch.empty(0, dtype=lazy.dtype, device=lazy.device), *args, **kwargs)
 
@@ -81,22 +81,22 @@ def _cat(tensors: Any, dim: int = 0) -> Any:
 @follows("stack", torch, either=True)
 def _stack(tensors: Any, dim: int = 0) -> Any:
     found = _together(tensors, dim, torch.stack)
-    return stacked(list(tensors), dim) if found is NotImplemented and isinstance(tensors, tuple | list) else found
+    return stacked(list(tensors), dim) if found is None and isinstance(tensors, tuple | list) else found
 
 
 def _together(parts: Any, dim: int, join: Callable[..., Tensor]) -> Any:
     """Tokens of one call, with the same done to all of them, in one lazy tensor."""
     parts = list(parts) if isinstance(parts, tuple | list) else []
     if not parts or not all(map(_is_selection, parts)):
-        return NotImplemented
+        return None
     first, root = parts[0], root_now(parts[0])
     if not all(_is_alike(first, part) for part in parts):
-        return NotImplemented
+        return None
     positions = torch.arange(root.numbers.numel()).view(root.numbers.shape)
     joined = join([part.tokens_of(positions) for part in parts], dim)  # an error of the shapes is torch's own
     tokens, index = joined.shape[:-1], joined.flatten()
     if join([part._stand_in for part in parts], dim).shape != (*tokens, first.shape[-1]):  # along the words
-        return NotImplemented
+        return None
 
     def of_tokens(x: Tensor) -> Tensor:
         return x.reshape(positions.numel(), x.shape[-1])[index.to(x.device)].view(*tokens, x.shape[-1])
@@ -104,12 +104,16 @@ def _together(parts: Any, dim: int, join: Callable[..., Tensor]) -> Any:
     def of_logits(_: Tensor, *values: Tensor) -> Tensor:
         return join(values, dim)
 
-    others = {"others": tuple(part._operations for part in parts), "stand_ins": tuple(part._stand_in for part in parts)}
+    joined_parts = Operation(
+        of_logits,
+        of_tokens,
+        others=tuple(part._operations for part in parts),
+        stand_ins=tuple(part._stand_in for part in parts),
+    )
     whole = LazyLogits._make(
         root, (), root.hidden, root.vocab_dim, first._form, root.stand_in, tracked=first.requires_grad
     )
     changed = whole.derive(Operation(lambda x: x, of_rows=functools.partial(through, first._operations)))
-    joined_parts = Operation(of_logits, of_tokens, **others)
     return changed.derive(joined_parts, vocab_dim=len(tokens), cls=type(first), terms=first._terms)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -62,7 +62,8 @@ class _Callers(NamedTuple):
 
     @classmethod
     def now(cls) -> _Callers:
-        frame, has_labels, has_fsdp, keeps_loss_only = sys._getframe(2), None, False, None
+        frame: FrameType | None = sys._getframe(2)
+        has_labels, has_fsdp, keeps_loss_only = None, False, None
         while frame is not None and keeps_loss_only is None:
             code = frame.f_code
             if code.co_name in _NAMES:

@@ -1,14 +1,14 @@
 """Dispatch of the functions that are called on lazy tensors.
 
-A handler that `follows` a function answers without the logits, or returns ``NotImplemented`` for arguments that it
-cannot follow. Everything without an answer is computed from the logits themselves.
+A handler that `follows` a function answers without the logits, or returns None for arguments that it cannot follow.
+Everything without an answer is computed from the logits themselves.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,20 +22,24 @@ from chunked_ce.tracing import not_compiled
 __all__ = ["dispatch", "follows", "functions", "is_followed"]
 
 
+_Function = Callable[..., Any]
+_Followed = TypeVar("_Followed", bound=_Function)
+
+
 class _Handler(NamedTuple):
-    answer: Callable
+    answer: _Function
     signature: inspect.Signature
     computed: bool  # whether it answers even once the logits are computed
     either: bool  # whether another argument than the first may be the lazy one
 
 
-_QUERIES: set[Callable] = set()
-_FOLLOWED: dict[Callable, _Handler] = {}
-_FOLLOWED_OF_MIXTURES: dict[Callable, _Handler] = {}
+_QUERIES: set[_Function] = set()
+_FOLLOWED: dict[_Function, _Handler] = {}
+_FOLLOWED_OF_MIXTURES: dict[_Function, _Handler] = {}
 
 
 @not_compiled
-def dispatch(function: Callable, args: tuple, kwargs: dict) -> Any:
+def dispatch(function: _Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``function`` of arguments with a lazy tensor among them."""
     if function in _QUERIES:
         return _query(function, args, kwargs)
@@ -47,31 +51,31 @@ def dispatch(function: Callable, args: tuple, kwargs: dict) -> Any:
     mixed = any(isinstance(one, LazyMixture) for one in lazy)
     handler = (_FOLLOWED_OF_MIXTURES if mixed else _FOLLOWED).get(function)
     with during(function):
-        result = NotImplemented if handler is None else _follow(handler, function, args, kwargs)
-        return _compute(function, args, kwargs) if result is NotImplemented else result
+        result = None if handler is None else _follow(handler, function, args, kwargs)
+        return _compute(function, args, kwargs) if result is None else result
 
 
-def _follow(handler: _Handler, function: Callable, args: tuple, kwargs: dict) -> Any:
+def _follow(handler: _Handler, function: _Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The answer of the function's handler."""
     if function in _COMMUTATIVE and len(args) == 2 and not isinstance(args[0], Lazy):
         args = args[::-1]
     try:
         bound = _bind(handler.signature, args, kwargs)
     except TypeError:
-        return NotImplemented
+        return None
     first = next(iter(bound.arguments.values()))
     found = tree_flatten((bound.args, bound.kwargs))[0] if handler.either else [first]
     lazy = [one for one in found if isinstance(one, Lazy)]
     if not lazy or (any(one.is_computed for one in lazy) and not handler.computed):
-        return NotImplemented
+        return None
     if torch._C._are_functorch_transforms_active():
-        return NotImplemented
+        return None
     for one in lazy:
         one.join_graph()  # before the handler reads the hidden states
     return handler.answer(*bound.args, **bound.kwargs)
 
 
-def functions(names: str, *spaces: Any) -> list[Callable]:
+def functions(names: str, *spaces: Any) -> list[_Function]:
     """The functions with these names in torch.Tensor and torch, or in ``spaces``."""
     spaces = spaces or (torch.Tensor, torch)
     return [getattr(space, name) for name in names.split() for space in spaces if hasattr(space, name)]
@@ -91,10 +95,11 @@ _COMMUTATIVE = set(functions("mul multiply __mul__ __rmul__ add __add__ __radd__
 _FIRST = ("input", "self", "tensor", "x", "a", "x1")
 
 
-def _bind(signature: inspect.Signature, args: tuple, kwargs: dict) -> inspect.BoundArguments:
+def _bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
     """Bind the arguments to a handler's parameters, by whatever names the caller gave them."""
     kwargs = {name if name in signature.parameters else _ALIASES.get(name, name): v for name, v in kwargs.items()}
-    first, second = (*signature.parameters.values(), None)[:2]
+    first, *others = signature.parameters.values()
+    second = others[0] if others else None
     if not args and first.name not in kwargs:
         args = tuple(kwargs.pop(name) for name in _FIRST if name in kwargs)
     if second is not None and second.kind is second.VAR_POSITIONAL and second.name in kwargs:
@@ -104,12 +109,12 @@ def _bind(signature: inspect.Signature, args: tuple, kwargs: dict) -> inspect.Bo
 
 def follows(
     names: str, *spaces: Any, computed: bool = False, either: bool = False, mixtures: bool = False
-) -> Callable[[Callable], Callable]:
+) -> Callable[[_Followed], _Followed]:
     """Register a handler for these functions; with ``computed`` it answers even once the logits are computed, with
     ``either`` also where another argument than the first one is lazy, with ``mixtures`` where one is a mixture."""
     registry = _FOLLOWED_OF_MIXTURES if mixtures else _FOLLOWED
 
-    def register(handler: Callable) -> Callable:
+    def register(handler: _Followed) -> _Followed:
         for function in functions(names, *spaces):
             registry[function] = _Handler(handler, inspect.signature(handler), computed, either)
         return handler
@@ -117,12 +122,12 @@ def follows(
     return register
 
 
-def is_followed(function: Callable) -> bool:
+def is_followed(function: _Function) -> bool:
     """Whether ``function`` needs no logits, at least for some arguments."""
     return function in _FOLLOWED or function in _QUERIES
 
 
-def _compute(function: Callable, args: tuple, kwargs: dict) -> Any:
+def _compute(function: _Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """``function`` of the logits themselves."""
     lazy = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Lazy)]
     for one in lazy:
@@ -130,7 +135,7 @@ def _compute(function: Callable, args: tuple, kwargs: dict) -> Any:
     return _of_values(function, args, kwargs, lazy)
 
 
-def _of_values(function: Callable, args: tuple, kwargs: dict, lazy: list[Lazy]) -> Any:
+def _of_values(function: _Function, args: tuple[Any, ...], kwargs: dict[str, Any], lazy: list[Lazy]) -> Any:
     """``function`` of the values; one of the ``lazy`` tensors if it returns that tensor's values themselves."""
 
     def value(x: Any) -> Any:
@@ -140,7 +145,7 @@ def _of_values(function: Callable, args: tuple, kwargs: dict, lazy: list[Lazy]) 
     return next((one for one in lazy if result is one.materialize()), result)
 
 
-def _differentiate(function: Callable, args: tuple, kwargs: dict) -> Any:
+def _differentiate(function: _Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Differentiate lazy tensors through their values; in a checkpoint's backward, through the hidden states."""
     if any(isinstance(x, HiddenGradient) for x in tree_flatten((args, kwargs))[0]):
         with torch._C.DisableTorchFunctionSubclass():
@@ -160,7 +165,7 @@ _NOT_ANSWERED = ["data", "T", "mT", "H", "mH", "real", "imag", "volatile"]
 _HOOKS = set(functions("register_hook retain_grad", torch.Tensor))
 
 
-def _query(function: Callable, args: tuple, kwargs: dict) -> Any:
+def _query(function: _Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     computed = [x for x in args if isinstance(x, Lazy) and x.is_computed]
     values_only = not computed and (args[0].is_behind or any(step.is_per_token for step in args[0]._operations))
     if function in _HOOKS and values_only:
@@ -174,14 +179,15 @@ def _query(function: Callable, args: tuple, kwargs: dict) -> Any:
     return result
 
 
-def _attributes() -> list[Callable]:
+def _attributes() -> list[_Function]:
     found = {name: inspect.getattr_static(Tensor, name) for name in dir(Tensor) if name not in _NOT_ANSWERED}
     kinds = [value for value in found.values() if inspect.isgetsetdescriptor(value)]
     return [getattr(value, name) for value in kinds for name in ("__get__", "__set__")]
 
 
 _QUERIES.update(_attributes())
-_QUERIES.discard(Tensor.requires_grad.__set__)  # a tensor that becomes a leaf must hold values
+# A tensor that becomes a leaf must hold values.
+_QUERIES.discard(inspect.getattr_static(Tensor, "requires_grad").__set__)
 _QUERIES.update(_HOOKS)
 _QUERIES.update(
     functions(

@@ -45,14 +45,15 @@ class Form(NamedTuple):
     def of_words(self, words: Words) -> Form:
         """The form of the logits of some of the words, by their numbers among these."""
         bias = None if self.bias is None else self.bias[index_of(words)]
-        if self.words is not None:
-            both = isinstance(self.words, range) and isinstance(words, range)
-            words = self.words[words.start : words.stop] if both else torch.as_tensor(self.words)[index_of(words)]
+        if isinstance(self.words, range) and isinstance(words, range):
+            words = self.words[words.start : words.stop]
+        elif self.words is not None:
+            words = torch.as_tensor(self.words)[index_of(words)]
         return self._replace(bias=bias, words=words)
 
     def vocab(self, vocab: VocabShard | None) -> VocabShard | None:
         """This rank's rows among those of the words, given its rows of the head."""
-        return vocab if vocab is None or self.words is None else _part_of(vocab, self.words)
+        return vocab if vocab is None or self.words is None else _part_of(vocab, _consecutive(self.words))
 
     def rows(self, rows: Tensor, vocab: VocabShard | None) -> Tensor:
         """The words' rows of a tensor that has one for each word of the head, or for each of this rank's."""
@@ -60,8 +61,9 @@ class Form(NamedTuple):
             return rows
         if vocab is None:
             return rows[index_of(self.words)]
-        part = _part_of(vocab, self.words)
-        start = part.start + self.words.start - vocab.start
+        words = _consecutive(self.words)
+        part = _part_of(vocab, words)
+        start = part.start + words.start - vocab.start
         return rows[start : start + part.rows]
 
     def with_bias(self, bias: Tensor | None, vocab: VocabShard | None) -> Tensor | None:
@@ -93,6 +95,12 @@ class Form(NamedTuple):
 
 def index_of(words: Words) -> slice | Tensor:
     return slice(words.start, words.stop) if isinstance(words, range) else words
+
+
+def _consecutive(words: Words) -> range:
+    """The words of a sharded head, of which no others are followed."""
+    assert isinstance(words, range)
+    return words
 
 
 @functools.lru_cache(maxsize=64)  # a shard knows whether its ranks have compared their calls

@@ -9,11 +9,14 @@ the gradient of the logits.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 __all__ = ["HiddenGradient", "attach", "detour", "is_attached"]
+
+_Made = TypeVar("_Made", bound=Tensor)
 
 _aten = torch.ops.aten
 _SAME = {_aten.detach.default, _aten.alias.default, _aten.clone.default, _aten.view_as.default}
@@ -22,6 +25,9 @@ _SAME = {_aten.detach.default, _aten.alias.default, _aten.clone.default, _aten.v
 class HiddenGradient(Tensor):
     """The gradient of lazy logits as autograd sees it, in their shape and dtype; holds that of the hidden states."""
 
+    hidden: Tensor
+    like: tuple[torch.Size, torch.dtype, torch.device]
+
     @staticmethod
     def __new__(cls, like: tuple[torch.Size, torch.dtype, torch.device], hidden: Tensor) -> HiddenGradient:
         shape, dtype, device = like
@@ -29,13 +35,19 @@ class HiddenGradient(Tensor):
         self.hidden, self.like = hidden, like
         return self
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    def __repr__(self) -> str:
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         return f"HiddenGradient(shape={tuple(self.shape)}, dtype={self.dtype})"
 
     @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        function: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         if function in _SAME:
             return cls(args[0].like, args[0].hidden)
         if function is _aten.add.Tensor and not kwargs and all(isinstance(a, cls) for a in args):
@@ -51,7 +63,11 @@ class HiddenGradient(Tensor):
 class _Attach(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, make: Callable[[], Tensor], differentiate: Callable, hidden: Tensor, *parameters: Tensor
+        ctx: Any,
+        make: Callable[[], Tensor],
+        differentiate: Callable[[Tensor], list[Tensor | None]],
+        hidden: Tensor,
+        *parameters: Tensor,
     ) -> Tensor:
         ctx.parameters = len(parameters)
         ctx.differentiate = differentiate
@@ -59,7 +75,7 @@ class _Attach(torch.autograd.Function):
         return make()
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         rest = [None] * ctx.parameters
         if grad is None:
             return None, None, None, *rest
@@ -70,24 +86,28 @@ class _Attach(torch.autograd.Function):
 
 class _Detour(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, lazy: Tensor, hidden: Tensor) -> Tensor:
+    def forward(ctx: Any, lazy: Tensor, hidden: Tensor) -> Tensor:
         ctx.like = (lazy.shape, lazy.dtype, lazy.device)
         ctx.set_materialize_grads(False)
         return hidden.detach()
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return None if grad is None else HiddenGradient(ctx.like, grad), None
 
 
 def attach(
-    make: Callable[[], Tensor], differentiate: Callable[[Tensor], list], hidden: Tensor, *parameters: Tensor
-) -> Tensor:
+    make: Callable[[], _Made],
+    differentiate: Callable[[Tensor], list[Tensor | None]],
+    hidden: Tensor,
+    *parameters: Tensor,
+) -> _Made:
     """The tensor that ``make`` makes, with ``hidden`` and ``parameters`` behind it in the graph.
 
     ``differentiate(grad)`` gives their gradients, should a gradient of the values arrive after all.
     """
-    return _Attach.apply(make, differentiate, hidden, *parameters)
+    made: _Made = _Attach.apply(make, differentiate, hidden, *parameters)  # type: ignore[no-untyped-call]
+    return made
 
 
 def is_attached(node: torch.autograd.graph.Node | None) -> bool:
@@ -97,4 +117,5 @@ def is_attached(node: torch.autograd.graph.Node | None) -> bool:
 
 def detour(lazy: Tensor, hidden: Tensor) -> Tensor:
     """``hidden``, with a gradient that passes through the graph of ``lazy``."""
-    return _Detour.apply(lazy, hidden.detach())
+    found: Tensor = _Detour.apply(lazy, hidden.detach())  # type: ignore[no-untyped-call]
+    return found

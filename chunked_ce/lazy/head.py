@@ -15,7 +15,7 @@ from chunked_ce.arguments import described, is_one_of
 from chunked_ce.checks import check_keywords, check_options, check_vocab
 from chunked_ce.lazy.activity import Record
 from chunked_ce.lazy.colwise import colwise_of
-from chunked_ce.lazy.layout import Layout
+from chunked_ce.lazy.layout import Layout, LayoutWithForward
 from chunked_ce.options import ChunkOptions
 from chunked_ce.parallel.dtensors import is_dtensor
 from chunked_ce.parallel.fsdp import is_fsdp_shard
@@ -28,7 +28,7 @@ __all__ = ["LazyHead", "Settings", "check_whole", "is_whole"]
 class Settings:
     """The keywords of a head, checked."""
 
-    layout: Layout | None = None  # of a layer whose parameters do not tell it
+    layout: LayoutWithForward | None = None
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class Settings:
         settings.logits = Logits()
         return settings
 
-    def of_layout(self, layout: Layout) -> Settings:
+    def of_layout(self, layout: LayoutWithForward) -> Settings:
         """The same for a head that is sharded as ``layout`` says."""
         if self.vocab is not None:
             raise ValueError(f"vocab must be left out for a head that a tensor-parallel layer shards, was {self.vocab}")
@@ -114,14 +114,15 @@ class LazyHead(nn.Linear):
     def own_parameters(self) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias as they are, gathered or not; None for a weight that is not a parameter (parametrized)."""
         # They are attributes in a replica that `nn.DataParallel` makes, and where DeepSpeed shall not see them.
-        attributes = vars(self)
-        return tuple(dict.get(self._parameters, name, attributes.get(name)) for name in ("weight", "bias"))
+        parameters, attributes = self._parameters, vars(self)
+        weight = dict.get(parameters, "weight", attributes.get("weight"))
+        return weight, dict.get(parameters, "bias", attributes.get("bias"))
 
     @property
     def record(self) -> Record:
         """What has happened in its calls, shared with the replicas of `nn.DataParallel`."""
-        found = vars(self).get("_record")
-        return vars(self).setdefault("_record", Record()) if found is None else found
+        found: Record = vars(self).get("_record") or vars(self).setdefault("_record", Record())
+        return found
 
     @property
     def options(self) -> ChunkOptions | None:
@@ -155,8 +156,11 @@ class LazyHead(nn.Linear):
     @property
     def vocab_size(self) -> int:
         """The size of the whole vocabulary now: a weight may have been resized since the head was made."""
+        if self.vocab is not None:
+            return self.vocab.total
         weight, _ = self.own_parameters()
-        return _whole_shape(weight)[0] if self.vocab is None else self.vocab.total
+        assert weight is not None  # a head without one computes its logits at once
+        return _whole_shape(weight)[0]
 
     @property
     def loss_keywords(self) -> dict[str, float]:
@@ -216,4 +220,5 @@ def check_whole(weight: Tensor) -> None:
 
 def _whole_shape(weight: Tensor) -> torch.Size:
     """(V, D), also while ZeRO-3 has put an empty tensor in the weight's place."""
-    return getattr(weight, "ds_shape", weight.shape)
+    shape: torch.Size = getattr(weight, "ds_shape", weight.shape)
+    return shape

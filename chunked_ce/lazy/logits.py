@@ -6,7 +6,7 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from chunked_ce.lazy.terms import LOGITS, Terms
 from chunked_ce.rows.statistics import Logits
 
 __all__ = ["Lazy", "LazyLogits", "LazyMixture", "LazyTerms", "Piece"]
+
+_Kind = TypeVar("_Kind", bound="Lazy")
 
 
 class Piece(NamedTuple):
@@ -58,7 +60,7 @@ class Lazy(Tensor):
 
     @classmethod
     def _make(
-        cls,
+        cls: type[_Kind],
         root: Root,
         operations: tuple[Operation, ...],
         hidden: Tensor,
@@ -67,14 +69,19 @@ class Lazy(Tensor):
         stand_in: Tensor,
         terms: Terms = LOGITS,
         tracked: bool = True,
-    ):
+    ) -> _Kind:
         """Make a lazy tensor, with a graph behind it if ``tracked``."""
         call = root.call
 
-        def make() -> Lazy:
-            memory = {"strides": stand_in.stride(), "storage_offset": stand_in.storage_offset()}
-            facts = {"dtype": stand_in.dtype, "device": call.device}
-            self = Tensor._make_wrapper_subclass(cls, stand_in.shape, **memory, **facts)
+        def make() -> _Kind:
+            self = Tensor._make_wrapper_subclass(
+                cls,
+                stand_in.shape,
+                strides=stand_in.stride(),
+                storage_offset=stand_in.storage_offset(),
+                dtype=stand_in.dtype,
+                device=call.device,
+            )
             self._root, self._operations, self._hidden = root, operations, hidden
             self._vocab_dim, self._form, self._terms, self._stand_in = vocab_dim, form, terms, stand_in
             self._value, self._hooked, self._joined, self._piece, self._answers = None, False, False, None, {}
@@ -88,7 +95,7 @@ class Lazy(Tensor):
         return attach(make, differentiate, hidden, *call.anchors)
 
     @classmethod
-    def of_call(cls, call: Call, hidden: Tensor, vocab_size: int, logits: Logits):
+    def of_call(cls: type[_Kind], call: Call, hidden: Tensor, vocab_size: int, logits: Logits) -> _Kind:
         """The lazy logits that ``call`` returns for ``hidden`` (..., D)."""
         tracked = torch.is_grad_enabled()
         hidden = hidden if tracked else hidden.detach()
@@ -96,30 +103,43 @@ class Lazy(Tensor):
         root = Root.of_call(call, hidden, logits, stand_in, has_graph=tracked)
         return cls._make(root, (), hidden, hidden.dim() - 1, Form(*logits), stand_in, tracked=tracked)
 
-    def derive(self, operation: Operation, **changes: Any):
-        """The result of ``operation``, which differs from this tensor in the attributes that ``changes`` names."""
+    def derive(
+        self,
+        operation: Operation,
+        *,
+        cls: type[Lazy] | None = None,
+        vocab_dim: int | None = None,
+        form: Form | None = None,
+        terms: Terms | None = None,
+    ) -> Lazy:
+        """The result of ``operation``, which differs from this tensor in the attributes that are given."""
         of_tokens = operation.of_tokens
         # The hidden states come first: an index that is out of range raises on them.
         hidden = self._hidden if of_tokens is None else of_tokens(self._hidden)
         stand_in = operation.of_logits(self._stand_in, *operation.stand_ins)
         tracked = self.requires_grad and torch.is_grad_enabled()
         if of_tokens is not None:
-            changes = {"form": self._form.map(of_tokens), "terms": self._terms.map(of_tokens)} | changes
-        found = self._next((*self._operations, operation), hidden, stand_in, tracked, **changes)
+            form = self._form.map(of_tokens) if form is None else form
+            terms = self._terms.map(of_tokens) if terms is None else terms
+        found = (cls or type(self))._make(
+            self._root if tracked else self._root.detached(),
+            (*self._operations, operation),
+            hidden if tracked else hidden.detach(),
+            self._vocab_dim if vocab_dim is None else vocab_dim,
+            self._form if form is None else form,
+            stand_in,
+            self._terms if terms is None else terms,
+            tracked,
+        )
         if of_tokens is None and not self._joined:
             found._piece = self._piece
         return found
 
-    def without_graph(self):
+    def without_graph(self) -> Lazy:
         """The same tensor, detached."""
-        parts = {"form": self._form.detached(), "terms": self._terms.map(Tensor.detach)}
-        return self._next(self._operations, self._hidden, self._stand_in, tracked=False, **parts)
-
-    def _next(self, operations: tuple[Operation, ...], hidden: Tensor, stand_in: Tensor, tracked: bool, **changes: Any):
-        parts = {"vocab_dim": self._vocab_dim, "form": self._form, "terms": self._terms} | changes
-        cls = parts.pop("cls", type(self))
-        root, hidden = (self._root, hidden) if tracked else (self._root.detached(), hidden.detach())
-        return cls._make(root, operations, hidden, stand_in=stand_in, tracked=tracked, **parts)
+        root, hidden = self._root.detached(), self._hidden.detach()
+        form, terms = self._form.detached(), self._terms.map(Tensor.detach)
+        return self._make(root, self._operations, hidden, self._vocab_dim, form, self._stand_in, terms, tracked=False)
 
     def become(self, other: Lazy) -> bool:
         """Take on the state of ``other``, the result of an operation on this tensor; False where that is not sound.
@@ -128,7 +148,7 @@ class Lazy(Tensor):
         """
         if not isinstance(other, type(self) | LazyTerms) or (self.requires_grad and not other.requires_grad):
             return False
-        others = [one for one in self._root.call.members.values() if one is not self and one is not other]
+        others = [one for one in self._members() if one is not self and one is not other]
         sharing = [one for one in others if one._memory == self._memory]
         if others and not all(one._can_wait_for_a_change_of(self) for one in (self, *sharing)):
             return False
@@ -140,14 +160,19 @@ class Lazy(Tensor):
         for one in sharing:
             one._pending = (*one._pending, operations)
         self._root, self._operations, self._hidden = other._root, operations, other._hidden
-        self._form, self._terms, self.__class__ = other._form, other._terms, type(other)
+        self._form, self._terms, self.__class__ = other._form, other._terms, type(other)  # pyright: ignore[reportAttributeAccessIssue]
         self._root.call.changed = True
         return True
+
+    def _members(self) -> list[Lazy]:
+        """All lazy tensors of the call."""
+        return cast("list[Lazy]", list(self._root.call.members.values()))
 
     @property
     def _memory(self) -> int:
         """Equal for tensors whose values share memory."""
-        return self._stand_in.untyped_storage()._cdata
+        address: int = self._stand_in.untyped_storage()._cdata
+        return address
 
     def _can_wait_for_a_change_of(self, other: Lazy) -> bool:
         """Whether the values can be computed by the operations alone, after a change in place of those of ``other``."""
@@ -183,8 +208,10 @@ class Lazy(Tensor):
 
     def tokens_of(self, numbers: Tensor) -> Tensor:
         """This tensor's tokens among those of its root, for which ``numbers`` has 1 in place of V."""
-        steps = [operation.of_tokens for operation in self._operations if operation.of_tokens is not None]
-        return functools.reduce(lambda found, step: step(found), steps, numbers)
+        for operation in self._operations:
+            if operation.of_tokens is not None:
+                numbers = operation.of_tokens(numbers)
+        return numbers
 
     def _of_rows(self) -> tuple[Callable[[Tensor], Tensor], ...]:
         """The steps from the product's rows to those of this tensor."""
@@ -198,7 +225,8 @@ class Lazy(Tensor):
         numbers, of_rows = self._numbers().movedim(self._vocab_dim, -1).flatten(), self._of_rows()
         for places, rows in self._root.product.rows(numbers, weight, bias, hidden.dtype):
             with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-                rows = functools.reduce(lambda found, step: step(found), of_rows, rows)
+                for step in of_rows:
+                    rows = step(rows)
             yield places, rows
 
     def request(self, function: Callable[..., Any]) -> Any:
@@ -240,7 +268,7 @@ class Lazy(Tensor):
             if not call.computed:
                 call.compute(operation, self.shape, self.requires_grad and torch.is_grad_enabled())
             # All at once, so that views of one another are views of the same memory.
-            members = list(call.members.values())
+            members = self._members()
             with _unseen():
                 for one in sorted(members, key=lambda one: (not one.requires_grad, len(one._operations))):
                     one.join_graph()
@@ -252,14 +280,27 @@ class Lazy(Tensor):
                         one._root.value(operations, one.requires_grad)
                 for one in members:
                     one._value_version = version(one._value)
+        assert self._value is not None
         return self._value
 
     @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
+    def __torch_function__(
+        cls,
+        function: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         return cls._dispatch(function, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        function: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         """Calls from below Python: they give the same tensor again, or operate on the values."""
         aten, lazy = torch.ops.aten, args[0]
         if isinstance(lazy, Lazy) and lazy.is_behind:
@@ -276,7 +317,7 @@ class Lazy(Tensor):
 
         return function(*tree_map(value, args), **tree_map(value, kwargs or {}))
 
-    def _again(self, with_graph: bool):
+    def _again(self, with_graph: bool) -> Lazy:
         form, terms = self._form.detached(), self._terms.map(Tensor.detach)
         parts = (self._operations, self._hidden.detach(), self._vocab_dim, form, self._stand_in, terms)
         again = self._make(self._root.detached(), *parts, tracked=False)
@@ -285,7 +326,7 @@ class Lazy(Tensor):
             again._value_version = self._value_version
         return again
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         return f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     __str__ = __repr__
@@ -297,13 +338,14 @@ class Lazy(Tensor):
         self.compute_for("copy")
         return copy.copy(self.materialize().detach())
 
-    def __deepcopy__(self, memo: dict) -> Tensor:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         self.compute_for("deepcopy")
         return copy.deepcopy(self.materialize().detach(), memo)
 
-    def __reduce_ex__(self, protocol: int):
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
         self.compute_for("pickle")
-        return self.materialize().detach().__reduce_ex__(protocol)
+        reduced: str | tuple[Any, ...] = self.materialize().detach().__reduce_ex__(protocol)
+        return reduced
 
 
 class LazyLogits(Lazy):
@@ -340,7 +382,7 @@ class LazyMixture(Lazy):
     _state: Any  # `chunked_ce.lazy.mixtures`
 
 
-def _unseen() -> contextlib.AbstractContextManager:
+def _unseen() -> contextlib.AbstractContextManager[object]:
     """Hides a computation that happens once from transforms of ``torch.func``, and from checkpoints, which expect the
     recomputation to save as many tensors as the forward."""
     if torch._C._are_functorch_transforms_active():

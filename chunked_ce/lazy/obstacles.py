@@ -30,7 +30,7 @@ def obstacle_of_head(head: LazyHead) -> str | None:
     """The same for all calls."""
     layout = head.layout
     if "_obstacle" in vars(head):
-        return vars(head)["_obstacle"]
+        return str(vars(head)["_obstacle"])
     if type(head).forward is not LazyHead.forward or ("forward" in vars(head) and not has_forward_of_a_style(head)):
         return "its forward has been replaced"
     if head.own_parameters()[0] is None:
@@ -59,7 +59,7 @@ def _obstacle_of_input(head: LazyHead, hidden: Any) -> str | None:
 def _obstacle_around() -> str | None:
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return "something must see them at once: a transform of its call"
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return "its call is traced"
     return None
 
@@ -71,14 +71,14 @@ def _how_it_must_be_sharded(head: LazyHead) -> str:
     )
 
 
-def _hooks(head: nn.Module) -> Iterator[Callable]:
+def _hooks(head: nn.Module) -> Iterator[Callable[..., object]]:
     """The hooks around a call of this module, those of all modules among them."""
     for kind in ("forward_pre_hooks", "forward_hooks", "backward_hooks", "backward_pre_hooks"):
         yield from getattr(head, f"_{kind}").values()
         yield from getattr(nn.modules.module, f"_global_{kind}").values()
 
 
-def _is_engines(hook: Callable) -> bool:
+def _is_engines(hook: Callable[..., object]) -> bool:
     return f"{getattr(hook, '__module__', None)}.".startswith(_ENGINES) or is_a_styles(hook)
 
 

@@ -86,15 +86,16 @@ def _as_wide_as_the_vocabulary(model: nn.Module) -> nn.Linear:
 
 def _linears_of(module: nn.Module) -> list[nn.Linear]:
     """The linear layers inside whatever an adapter library has put around them."""
+    layer: Any = module
     if autotp_of(module) is not None:
-        return [module]
+        return [layer]  # which has all that a linear layer has
     copies = getattr(module, "modules_to_save", None)
     if isinstance(copies, nn.ModuleDict):
-        return [linear for copy in (*copies.values(), module.original_module) for linear in _linears_of(copy)]
+        return [linear for copy in (*copies.values(), layer.original_module) for linear in _linears_of(copy)]
     if isinstance(getattr(module, "token_adapter", None), nn.Module):  # PEFT's trainable tokens
-        module = module.token_adapter
+        module = layer = layer.token_adapter
     if callable(getattr(module, "get_base_layer", None)):  # before the next: some of PEFT's layers are linear too
-        return _linears_of(module.get_base_layer())
+        return _linears_of(layer.get_base_layer())
     if isinstance(module, nn.Linear):
         return [module]
     pointer = ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -35,6 +36,10 @@ class Product:
         self.num_rows = hidden.shape[:-1].numel()
         self.rows_per_block, self.autocast = rows_per_block, autocast
 
+    @overload
+    def factor(self, tensor: Tensor) -> Tensor: ...
+    @overload
+    def factor(self, tensor: Tensor | None) -> Tensor | None: ...
     def factor(self, tensor: Tensor | None) -> Tensor | None:
         """``tensor`` in the dtype of the product."""
         return tensor if tensor is None or self.autocast is None else tensor.to(self.autocast)
@@ -49,8 +54,9 @@ class Product:
         """
         hidden = self.factor(self.hidden.to(dtype))
         weight, bias = self.factor(weight), self.factor(bias)  # not detached: torch chooses the kernel by it
-        in_order = torch.equal(numbers, torch.arange(self.num_rows))
-        numbers, places = (numbers, None) if in_order else numbers.sort(stable=True)
+        order: Tensor | None = None  # in which the rows come, if it is not theirs
+        if not torch.equal(numbers, torch.arange(self.num_rows)):
+            numbers, order = numbers.sort(stable=True)
         if not len(numbers):
             yield slice(0, 0), self.linear(hidden.reshape(-1, hidden.shape[-1])[:0], weight, bias)
         starts = range(0, self.num_rows, max(1, self.rows_per_block))
@@ -59,26 +65,28 @@ class Product:
             if first == last:
                 continue
             block = self._block(hidden, start, weight, bias)
-            if in_order:
+            if order is None:
                 yield slice(first, last), block
             else:
                 kept = (numbers[first:last] - start).to(block.device)
-                yield places[first:last].to(block.device), block.index_select(0, kept)
+                yield order[first:last].to(block.device), block.index_select(0, kept)
 
     def whole(self, numbers: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         """These rows in one tensor, (n, V)."""
-        found = None
+        found: Tensor | None = None
         for places, block in self.rows(numbers, weight, bias, dtype):
             if len(block) == len(numbers) and isinstance(places, slice):
                 return block
             found = block.new_empty(len(numbers), block.shape[-1]) if found is None else found
             found[places] = block
+        assert found is not None  # one block comes even of no rows
         return found
 
     def _block(self, hidden: Tensor, start: int, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.num_rows <= self.rows_per_block:  # in the shape of the call, with the bits of the layer itself
             found = self.linear(hidden, weight, bias)
-            return unsafe_view(found, (self.num_rows, found.shape[-1]))
+            block: Tensor = unsafe_view(found, (self.num_rows, found.shape[-1]))
+            return block
         rows = slice(start, start + self.rows_per_block)
         return self.linear(hidden.reshape(self.num_rows, hidden.shape[-1])[rows], weight, bias)
 
@@ -93,12 +101,12 @@ def rows_per_block(
 
 class _WithGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values: Callable[[], Tensor], hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, values: Callable[[], Tensor], hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(hidden, weight)
         return values()
 
     @staticmethod
-    def backward(ctx, grad):  # (n, V)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # (n, V)  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden, weight = ctx.saved_tensors
         _, needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad
         return (
@@ -111,12 +119,13 @@ class _WithGradient(torch.autograd.Function):
 
 def with_gradient(values: Callable[[], Tensor], hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``values()`` (n, V), with the gradient of the product of ``hidden`` (n, D) and the head."""
-    return _WithGradient.apply(values, hidden, weight, bias)
+    found: Tensor = _WithGradient.apply(values, hidden, weight, bias)  # type: ignore[no-untyped-call]
+    return found
 
 
 class _WithLayout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values: Tensor, strides: tuple[int, ...], offset: int) -> Tensor:
+    def forward(ctx: Any, values: Tensor, strides: tuple[int, ...], offset: int) -> Tensor:
         last = sum((size - 1) * stride for size, stride in zip(values.shape, strides, strict=True))
         memory = values.new_empty(offset + last + 1 if values.numel() else 0)
         # Not `as_strided`: a view could not be changed in place.
@@ -124,7 +133,7 @@ class _WithLayout(torch.autograd.Function):
         return out.copy_(values)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return grad, None, None
 
 
@@ -132,4 +141,5 @@ def with_layout(values: Tensor, like: Tensor) -> Tensor:
     """``values`` with the strides and the offset of ``like``, copied where they differ."""
     if values.stride() == like.stride() and values.storage_offset() == like.storage_offset():
         return values
-    return _WithLayout.apply(values, like.stride(), like.storage_offset())
+    found: Tensor = _WithLayout.apply(values, like.stride(), like.storage_offset())  # type: ignore[no-untyped-call]
+    return found

@@ -15,7 +15,7 @@ from chunked_ce.lazy.logits import Lazy, Piece
 from chunked_ce.lazy.source import Operation
 from chunked_ce.lazy.words import of_index, of_words
 
-__all__ = []
+__all__: list[str] = []
 
 _FLOATS = {"float": torch.float32, "double": torch.float64, "half": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -35,10 +35,10 @@ def _dim(dim: Any, dims: int) -> int:
 # ---- reshapes of the tokens that keep rows whole ----
 
 
-def _reshape(lazy: Lazy, operation: Callable[[Tensor], Tensor]) -> Lazy:
+def _reshape(lazy: Lazy, operation: Callable[[Tensor], Tensor]) -> Lazy | None:
     stand_in = operation(lazy._stand_in)
     if lazy._vocab_dim != lazy.dim() - 1 or stand_in.dim() == 0 or stand_in.shape[-1] != lazy.shape[-1]:
-        return NotImplemented
+        return None
     if stand_in is lazy._stand_in:
         return lazy
     tokens = stand_in.shape[:-1]
@@ -47,35 +47,35 @@ def _reshape(lazy: Lazy, operation: Callable[[Tensor], Tensor]) -> Lazy:
 
 
 @follows("view")
-def _view(lazy: Lazy, *shape: Any, size: Any = None, dtype: Any = None) -> Lazy:
+def _view(lazy: Lazy, *shape: Any, size: Any = None, dtype: Any = None) -> Lazy | None:
     shape = shape or (size,)
     if dtype is not None or shape[0] is None or isinstance(shape[0], torch.dtype):
-        return NotImplemented
+        return None
     return _reshape(lazy, lambda x: x.view(*shape))
 
 
 @follows("reshape")
-def _reshaped(lazy: Lazy, *shape: Any) -> Lazy:
+def _reshaped(lazy: Lazy, *shape: Any) -> Lazy | None:
     return _reshape(lazy, lambda x: x.reshape(*shape))
 
 
 @follows("view_as")
-def _view_as(lazy: Lazy, other: Tensor) -> Lazy:
+def _view_as(lazy: Lazy, other: Tensor) -> Lazy | None:
     return _view(lazy, tuple(other.shape))
 
 
 @follows("reshape_as")
-def _reshape_as(lazy: Lazy, other: Tensor) -> Lazy:
+def _reshape_as(lazy: Lazy, other: Tensor) -> Lazy | None:
     return _reshaped(lazy, tuple(other.shape))
 
 
 @follows("flatten")
-def _flatten(lazy: Lazy, start_dim: int = 0, end_dim: int = -1) -> Lazy:
+def _flatten(lazy: Lazy, start_dim: int = 0, end_dim: int = -1) -> Lazy | None:
     return _reshape(lazy, lambda x: x.flatten(start_dim, end_dim))
 
 
 @follows("unflatten")
-def _unflatten(lazy: Lazy, dim: int, sizes: Any) -> Lazy:
+def _unflatten(lazy: Lazy, dim: int, sizes: Any) -> Lazy | None:
     return _reshape(lazy, lambda x: x.unflatten(dim, sizes))
 
 
@@ -90,18 +90,18 @@ def _transpose(lazy: Lazy, dim0: int, dim1: int) -> Lazy:
 
 
 @follows("permute")
-def _permute(lazy: Lazy, *dims: Any) -> Lazy:
+def _permute(lazy: Lazy, *dims: Any) -> Lazy | None:
     dims = dims[0] if len(dims) == 1 and not isinstance(dims[0], int) else dims
     order = [_dim(dim, lazy.dim()) for dim in dims]
     if sorted(order) != list(range(lazy.dim())):
-        return NotImplemented
+        return None
     return _follow(lazy, lambda x: x.permute(order), order.index(lazy._vocab_dim))
 
 
 @follows("movedim moveaxis")
-def _movedim(lazy: Lazy, source: int, destination: int) -> Lazy:
+def _movedim(lazy: Lazy, source: Any, destination: Any) -> Lazy | None:
     if not isinstance(source, int) or not isinstance(destination, int):
-        return NotImplemented
+        return None
     source, destination = _dim(source, lazy.dim()), _dim(destination, lazy.dim())
     order = [dim for dim in range(lazy.dim()) if dim != source]
     order.insert(destination, source)
@@ -115,13 +115,13 @@ def _unsqueeze(lazy: Lazy, dim: int) -> Lazy:
 
 
 @follows("squeeze")
-def _squeeze(lazy: Lazy, dim: int | None = None) -> Lazy:
+def _squeeze(lazy: Lazy, dim: Any = None) -> Lazy | None:
     if dim is not None and not isinstance(dim, int):
-        return NotImplemented
+        return None
     asked = range(lazy.dim()) if dim is None else [_dim(dim, lazy.dim())]
     gone = [d for d in asked if lazy.shape[d] == 1]
     if lazy._vocab_dim in gone:
-        return NotImplemented
+        return None
     before = sum(d < lazy._vocab_dim for d in gone)
     return _follow(lazy, lambda x: x.squeeze(tuple(gone)), lazy._vocab_dim - before)
 
@@ -130,13 +130,15 @@ def _squeeze(lazy: Lazy, dim: int | None = None) -> Lazy:
 
 
 @follows("__getitem__")
-def _getitem(lazy: Lazy, index: Any) -> Lazy:
+def _getitem(lazy: Lazy, index: Any) -> Any:
     items = _without_ellipsis([*map(_plain, index if isinstance(index, tuple) else [index])], lazy.dim())
     if items is None:
-        return NotImplemented
-    constants, reached, vocab_at, words = [], 0, 0, slice(None)
+        return None
+    constants: list[Any] = []
+    reached, vocab_at, words = 0, 0, slice(None)
     for item in items:
-        shape = lazy.shape[reached : reached + _consumed(item)]
+        shape = lazy.shape[reached : reached + (_consumed(item) or 0)]
+        constant: list[Any] | None
         if reached <= lazy._vocab_dim < reached + len(shape):
             if not isinstance(item, slice):
                 return _words_by_index(lazy, items)
@@ -144,12 +146,12 @@ def _getitem(lazy: Lazy, index: Any) -> Lazy:
         else:
             constant = _constant(item, shape)
         if constant is None:
-            return NotImplemented  # the logits will raise
+            return None  # the logits will raise
         reached += len(shape)
         constants += constant
     tensors = [item for item in constants if isinstance(item, Tensor)]
     if tensors and vocab_at != len(constants) - 1:
-        return NotImplemented
+        return None
 
     def at(x: Tensor) -> Tensor:
         return x[tuple(_on(x, constants))]
@@ -160,8 +162,8 @@ def _getitem(lazy: Lazy, index: Any) -> Lazy:
     if len(numbers) == lazy.shape[lazy._vocab_dim]:
         return lazy.derive(Operation(at, of_tokens=at), vocab_dim=vocab_dim)
     some = [*constants[:vocab_at], words, *constants[vocab_at + 1 :]]
-    numbers = numbers if numbers.step == 1 else torch.tensor(numbers)
-    return of_words(lazy, numbers, lambda x: x[tuple(_on(x, some))], at, vocab_dim)
+    chosen = numbers if numbers.step == 1 else torch.tensor(numbers)
+    return of_words(lazy, chosen, lambda x: x[tuple(_on(x, some))], at, vocab_dim)
 
 
 def _on(x: Tensor, index: list[Any]) -> list[Any]:
@@ -172,9 +174,14 @@ def _words_by_index(lazy: Lazy, items: list[Any]) -> Any:
     """The values that an index finds which has numbers for the words."""
     *tokens, words = items
     if lazy._vocab_dim != lazy.dim() - 1 or any(_consumed(item) != 1 for item in items):
-        return NotImplemented
-    tokens = [_constant(item, shape) for item, shape in zip(tokens, ([n] for n in lazy.shape), strict=False)]
-    return of_index(lazy, (*(item for (item,) in tokens), words))
+        return None
+    constants: list[Any] = []
+    for dim, item in enumerate(tokens):
+        constant = _constant(item, lazy.shape[dim : dim + 1])
+        if constant is None:
+            return None  # the logits will raise
+        constants += constant
+    return of_index(lazy, (*constants, words))
 
 
 def _plain(item: Any) -> Any:
@@ -185,9 +192,10 @@ def _plain(item: Any) -> Any:
 
 def _without_ellipsis(items: list[Any], dims: int) -> list[Any] | None:
     """The items of an index of all dimensions, None where that is not known."""
-    consumed = [None if isinstance(item, Lazy) else _consumed(item) for item in items]
+    known = [None if isinstance(item, Lazy) else _consumed(item) for item in items]
+    consumed = [number for number in known if number is not None]
     places = [place for place, item in enumerate(items) if item is Ellipsis]
-    if None in consumed or sum(consumed) > dims or len(places) > 1:
+    if len(consumed) < len(items) or sum(consumed) > dims or len(places) > 1:
         return None
     place = places[0] if places else len(items)
     return [*items[:place], *[slice(None)] * (dims - sum(consumed)), *items[place + 1 :]]
@@ -214,33 +222,33 @@ def _constant(item: Any, shape: torch.Size) -> list[Any] | None:
     if not isinstance(item, Tensor):
         return [item]
     if item.dtype in (torch.bool, torch.uint8):
-        return list(item.nonzero(as_tuple=True)) if item.shape == shape else None
+        return [*item.nonzero(as_tuple=True)] if item.shape == shape else None
     return [int(item)] if item.dim() == 0 else [item.clone()]
 
 
 @follows("narrow")
-def _narrow(lazy: Lazy, dim: int, start: int, length: int) -> Lazy:
+def _narrow(lazy: Lazy, dim: int, start: int, length: int) -> Any:
     dim = _dim(dim, lazy.dim())
     if dim == lazy._vocab_dim:
         words = slice(start, start + length)
         is_within = 0 <= start <= start + length <= lazy.shape[dim]
-        return _getitem(lazy, (*[slice(None)] * dim, words)) if is_within else NotImplemented
+        return _getitem(lazy, (*[slice(None)] * dim, words)) if is_within else None
     return _follow(lazy, lambda x: x.narrow(dim, start, length), lazy._vocab_dim)
 
 
 @follows("select")
-def _select(lazy: Lazy, dim: int, index: int) -> Lazy:
+def _select(lazy: Lazy, dim: int, index: int) -> Lazy | None:
     dim = _dim(dim, lazy.dim())
     if dim == lazy._vocab_dim or not isinstance(index, int):
-        return NotImplemented
+        return None
     return _follow(lazy, lambda x: x.select(dim, index), lazy._vocab_dim - (dim < lazy._vocab_dim))
 
 
 @follows("index_select")
-def _index_select(lazy: Lazy, dim: int, index: Tensor) -> Lazy:
+def _index_select(lazy: Lazy, dim: int, index: Tensor) -> Any:
     dim = _dim(dim, lazy.dim())
     if isinstance(index, Lazy) or index.dim() > 1:
-        return NotImplemented
+        return None
     if dim == lazy._vocab_dim:
         return _words_by_index(lazy, [*[slice(None)] * dim, index.reshape(-1)])
     kept = index.clone()  # the caller may change it before the logits are computed
@@ -248,65 +256,68 @@ def _index_select(lazy: Lazy, dim: int, index: Tensor) -> Lazy:
 
 
 @follows("__get__", inspect.getattr_static(Tensor, "mT"))
-def _mt(lazy: Lazy, owner: Any = None) -> Lazy:
-    return NotImplemented if lazy.dim() < 2 else _transpose(lazy, -2, -1)
+def _mt(lazy: Lazy, owner: Any = None) -> Lazy | None:
+    return None if lazy.dim() < 2 else _transpose(lazy, -2, -1)
 
 
 @follows("__get__", inspect.getattr_static(Tensor, "T"))
-def _t(lazy: Lazy, owner: Any = None) -> Lazy:
-    return NotImplemented if lazy.dim() != 2 else _transpose(lazy, 0, 1)
+def _t(lazy: Lazy, owner: Any = None) -> Lazy | None:
+    return None if lazy.dim() != 2 else _transpose(lazy, 0, 1)
 
 
 @follows("t")
-def _t_of_matrix(lazy: Lazy) -> Lazy:
-    return NotImplemented if lazy.dim() != 2 else _transpose(lazy, 0, 1)
+def _t_of_matrix(lazy: Lazy) -> Lazy | None:
+    return None if lazy.dim() != 2 else _transpose(lazy, 0, 1)
 
 
 @follows("unbind")
-def _unbind(lazy: Lazy, dim: int = 0) -> tuple[Lazy, ...]:
+def _unbind(lazy: Lazy, dim: int = 0) -> tuple[Lazy, ...] | None:
     dim = _dim(dim, lazy.dim())
     if dim == lazy._vocab_dim:
-        return NotImplemented
+        return None
     return _pieces_of(lazy, [_select(lazy, dim, at) for at in range(lazy.shape[dim])])
 
 
 @follows("__iter__", Tensor)
 def _iter(lazy: Lazy) -> Any:
-    parts = NotImplemented if lazy.dim() == 0 else _unbind(lazy, 0)
-    return parts if parts is NotImplemented else iter(parts)
+    parts = None if lazy.dim() == 0 else _unbind(lazy, 0)
+    return None if parts is None else iter(parts)
 
 
 @follows("split")
-def _split(lazy: Lazy, split_size: Any, dim: int = 0) -> tuple[Lazy, ...]:
+def _split(lazy: Lazy, split_size: Any, dim: int = 0) -> tuple[Lazy, ...] | None:
     dim = _dim(dim, lazy.dim())
     return _parts(lazy, lazy._stand_in.split(split_size, dim), dim)
 
 
 @follows("tensor_split")
-def _tensor_split(lazy: Lazy, sections: Any, dim: int = 0) -> tuple[Lazy, ...]:
+def _tensor_split(lazy: Lazy, sections: Any, dim: int = 0) -> tuple[Lazy, ...] | None:
     dim = _dim(dim, lazy.dim())
     sections = sections.tolist() if isinstance(sections, Tensor) else sections
     return _parts(lazy, lazy._stand_in.tensor_split(sections, dim), dim)
 
 
 @follows("chunk")
-def _chunk(lazy: Lazy, chunks: int, dim: int = 0) -> tuple[Lazy, ...]:
+def _chunk(lazy: Lazy, chunks: int, dim: int = 0) -> tuple[Lazy, ...] | None:
     dim = _dim(dim, lazy.dim())
     return _parts(lazy, lazy._stand_in.chunk(chunks, dim), dim)
 
 
-def _parts(lazy: Lazy, stand_ins: tuple[Tensor, ...], dim: int) -> tuple[Lazy, ...]:
+def _parts(lazy: Lazy, stand_ins: tuple[Tensor, ...], dim: int) -> tuple[Lazy, ...] | None:
     if dim == lazy._vocab_dim:
-        return NotImplemented
+        return None
     sizes = [part.shape[dim] for part in stand_ins]
     return _pieces_of(lazy, [_narrow(lazy, dim, sum(sizes[:at]), size) for at, size in enumerate(sizes)])
 
 
-def _pieces_of(whole: Lazy, parts: list[Lazy]) -> tuple[Lazy, ...]:
+def _pieces_of(whole: Lazy, parts: list[Lazy | None]) -> tuple[Lazy, ...] | None:
     """Parts that know their whole: what is asked of one is often asked of all, and answered in one pass."""
-    for part in parts:
+    pieces = tuple(part for part in parts if part is not None)
+    if len(pieces) < len(parts):
+        return None
+    for part in pieces:
         part._piece = Piece(whole, part._operations)
-    return tuple(parts)
+    return pieces
 
 
 # ---- memory, graph and dtype ----
@@ -335,8 +346,8 @@ def _data(lazy: Lazy, owner: Any = None) -> Lazy:
 
 
 @follows("type_as")
-def _type_as(lazy: Lazy, other: Tensor) -> Lazy:
-    return _cast(lazy, other.dtype) if _same_device(other.device, lazy.device) else NotImplemented
+def _type_as(lazy: Lazy, other: Tensor) -> Lazy | None:
+    return _cast(lazy, other.dtype) if _same_device(other.device, lazy.device) else None
 
 
 @follows("to")
@@ -349,7 +360,7 @@ def _to(
     non_blocking: bool = False,
     copy: bool = False,
     memory_format: torch.memory_format = torch.preserve_format,
-) -> Lazy:
+) -> Lazy | None:
     flags = []
     for value in args:
         if isinstance(value, torch.dtype):
@@ -364,20 +375,20 @@ def _to(
         dtype, device = other.dtype, other.device
     copy = copy or (len(flags) > 1 and flags[1])
     if memory_format is not torch.preserve_format:
-        return NotImplemented
+        return None
     if device is not None and not _same_device(torch.device(device), lazy.device):
-        return NotImplemented
+        return None
     if dtype in (None, lazy.dtype):
         return _clone(lazy) if copy else lazy
     return _cast(lazy, dtype)
 
 
-def _cast(lazy: Lazy, dtype: torch.dtype) -> Lazy:
+def _cast(lazy: Lazy, dtype: torch.dtype) -> Lazy | None:
     if dtype == lazy.dtype:
         return lazy
     # Losses are float32. The products hold no more precision than that, unless the hidden states are float64.
     if dtype not in _FLOATS.values() or torch.float64 in (dtype, lazy.dtype):
-        return NotImplemented
+        return None
 
     def cast(x: Tensor) -> Tensor:
         return x.to(dtype)
@@ -393,8 +404,8 @@ def _same_device(asked: torch.device, device: torch.device) -> bool:
     return current == device.index
 
 
-def _caster(dtype: torch.dtype) -> Callable:
-    def cast(lazy: Lazy) -> Lazy:
+def _caster(dtype: torch.dtype) -> Callable[[Lazy], Lazy | None]:
+    def cast(lazy: Lazy) -> Lazy | None:
         return _cast(lazy, dtype)
 
     return cast

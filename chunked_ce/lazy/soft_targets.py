@@ -7,7 +7,7 @@ are the words.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -76,7 +76,8 @@ class _Target(NamedTuple):
 def divergence(lazy: Lazy, teacher: Teacher | Lazy, beta: float, counted: Tensor | None = None) -> Tensor:
     """The divergence of each token, with 1 in place of V; 0 where it is not ``counted``."""
     counted = None if counted is None else counted.squeeze(lazy._vocab_dim)
-    return divergence_loss(lazy, teacher, beta, counted, reduction="none").unsqueeze(lazy._vocab_dim)
+    found: Tensor = divergence_loss(lazy, teacher, beta, counted, reduction="none")
+    return found.unsqueeze(lazy._vocab_dim)
 
 
 def divergence_loss(
@@ -95,16 +96,20 @@ def divergence_loss(
             given = formed | {"teacher": teacher, "options": lazy.head.options} | keywords
             return linear_loss(Divergence(beta), *factors, target, **given)
 
-        def of_teacher(states: Tensor, its_weight: Tensor, its_bias: Tensor | None) -> Any:
-            its_factors, its = maths(teacher, states, its_weight, its_bias)
-            if "linear_adapter" in its:
-                both = zip(its_factors, its["linear_adapter"], strict=True)
-                its_factors = tuple(torch.cat([whole, low.to(whole.dtype)], -1) for whole, low in both)
-            parts = (*its_factors, its["linear_bias"], its["softcap"], its["logit_scale"])
-            with lazy._root.call.as_it_was(tracked):
-                return of(Teacher(*parts))
+        if isinstance(teacher, Teacher):
+            return of(teacher)
+        its_logits = teacher
 
-        return of(teacher) if isinstance(teacher, Teacher) else teacher.request(of_teacher)
+        def of_teacher(states: Tensor, its_weight: Tensor, its_bias: Tensor | None) -> Any:
+            (states, its_weight), its = maths(its_logits, states, its_weight, its_bias)
+            if "linear_adapter" in its:
+                low_rank_states, low_rank_weight = its["linear_adapter"]
+                states = torch.cat([states, low_rank_states.to(states.dtype)], -1)
+                its_weight = torch.cat([its_weight, low_rank_weight.to(its_weight.dtype)], -1)
+            with lazy._root.call.as_it_was(tracked):
+                return of(Teacher(states, its_weight, its["linear_bias"], its["softcap"], its["logit_scale"]))
+
+        return its_logits.request(of_teacher)
 
     return lazy.request(of_student)
 
@@ -140,7 +145,8 @@ def _without_temperature(
         adapters.append((torch.ones_like(hidden[..., :1]), bias.unsqueeze(1).to(weight.dtype)))
 
     def divided(states: Tensor) -> Tensor:
-        return (states / temperature.unsqueeze(-1)).to(hidden.dtype)
+        quotient: Tensor = states / temperature.unsqueeze(-1)
+        return quotient.to(hidden.dtype)
 
     if adapters:
         states, low_rank_weights = zip(*adapters, strict=True)
@@ -151,7 +157,7 @@ def _without_temperature(
 def _has_same_rows(teacher: Lazy, lazy: Lazy) -> bool:
     """Whether this rank holds the rows of the same words of both heads."""
     vocab = lazy.head.vocab
-    return teacher.head.vocab == vocab and (vocab is None or teacher._form.words == lazy._form.words)
+    return teacher.head.vocab == vocab and (vocab is None or bool(teacher._form.words == lazy._form.words))
 
 
 @follows("kl_div", F, either=True)
@@ -167,11 +173,12 @@ def _kl_div(
         reduction = _reduction.legacy_get_string(size_average, reduce)
     found = _kl_of_tokens(input, target, log_target) if reduction in ("none", "sum", "mean", "batchmean") else None
     if found is None:
-        return NotImplemented
+        return None
     lazy, total = found
     if reduction == "none":
-        keywords = {"reduction": "none", "log_target": log_target}
-        return _of_words(lazy, total, input, target, functools.partial(F.kl_div, **keywords))
+        return _of_words(
+            lazy, total, input, target, functools.partial(F.kl_div, reduction="none", log_target=log_target)
+        )
     size = {"sum": 1, "mean": lazy.numel(), "batchmean": lazy.shape[0]}[reduction]
     return total.sum() / size
 
@@ -197,19 +204,19 @@ def _kl_of_tokens(input: Any, target: Any, log: bool) -> tuple[Lazy, Tensor] | N
     return None
 
 
-def times_tensor(lazy: Lazy, other: Any) -> Any:
+def times_tensor(lazy: Lazy, other: Any) -> Lazy | None:
     """Log-probabilities times soft labels, a constant tensor of their shape."""
     if not is_exactly(lazy, LOG_PROBABILITIES) or should_be_computed(lazy) or isinstance(other, Lazy):
-        return NotImplemented
+        return None
     known = _Target.of(lazy, other, False)
-    if known is None:
-        return NotImplemented
+    if known is None or known.negentropy is None:
+        return None
     found = divergence(lazy, known.teacher, 0.0, known.total > 0)
     total = known.negentropy - torch.xlogy(known.total, known.total) - known.total * found
     return _of_words(lazy, total, lazy, other, torch.mul)
 
 
-def _of_words(lazy: Lazy, total: Tensor, input: Any, target: Any, function: Any) -> LazyTerms:
+def _of_words(lazy: Lazy, total: Tensor, input: Any, target: Any, function: Callable[..., Tensor]) -> Lazy:
     """What ``function`` makes of each word, whose sum is known."""
     kept = [None if one is lazy else Kept.of(one) for one in (input, target)]
 
@@ -236,12 +243,13 @@ class Kept(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         """The values, or for a stand-in ``x`` a stand-in."""
+        lazy = self.tensor if isinstance(self.tensor, Lazy) else None
         if x.is_meta:
-            return self.tensor._stand_in if self.version is None else torch.empty_like(self.tensor, device="meta")
+            return torch.empty_like(self.tensor, device="meta") if lazy is None else lazy._stand_in
+        if lazy is not None:
+            return lazy._root.value(self.operations, lazy.requires_grad)
         if not self.is_unchanged:
             raise RuntimeError(
                 "a target was changed in place after a divergence from it, whose words are asked for now"
             )
-        if self.version is not None:
-            return self.tensor
-        return self.tensor._root.value(self.operations, self.tensor.requires_grad)
+        return self.tensor

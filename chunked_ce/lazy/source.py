@@ -6,8 +6,8 @@ import contextlib
 import functools
 import warnings
 import weakref
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -42,15 +42,17 @@ class Call:
         self.head, self.layout, self.low_rank_weight = head, head.layout, low_rank_weight
         self.hidden, self.hidden_version = hidden.detach(), version(hidden)
         # Not by attribute: ZeRO-3 gathers a parameter that is looked up.
-        self.parameters = head.own_parameters()
+        weight, bias = head.own_parameters()
+        assert weight is not None  # a head without one computes its logits at once
+        self.parameters = weight, bias
         self.versions = tuple(map(version, (*self.parameters, low_rank_weight)))
         self.anchors = self._anchors()
         self.device = hidden.device
         self.autocast = hidden.dtype != torch.float64 and torch.is_autocast_enabled(hidden.device.type)
         self.dtype = torch.get_autocast_dtype(hidden.device.type) if self.autocast else hidden.dtype
         # The lazy tensors, by id: comparing two tensors is an operation on them.
-        self.members: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
-        self.log_sum_exps: list[tuple[weakref.ref, Any]] = []  # that somebody holds, and whose they are
+        self.members: weakref.WeakValueDictionary[int, Member] = weakref.WeakValueDictionary()
+        self.log_sum_exps: list[tuple[weakref.ref[Tensor], Any]] = []  # that somebody holds, and whose they are
         self.computed = False
         self.changed = False  # in place
         tensors = (hidden, *self.parameters)
@@ -125,7 +127,7 @@ class Call:
         return F.linear(hidden[..., :width], weight, bias) + low_rank
 
     @contextlib.contextmanager
-    def as_it_was(self, tracked: bool):
+    def as_it_was(self, tracked: bool) -> Iterator[None]:
         """The precision of the call; with a graph if ``tracked``."""
         with (
             torch.inference_mode(False) if tracked else contextlib.nullcontext(),
@@ -230,6 +232,15 @@ class Call:
         )
 
 
+class Member(Protocol):
+    """A lazy tensor, as its call knows it."""
+
+    requires_grad: bool
+    _value: Tensor | None
+    _operations: tuple[Operation, ...]
+    _root: Root
+
+
 class Operation(NamedTuple):
     """One operation on logits, in the forms that it takes for the tensors behind them."""
 
@@ -279,7 +290,7 @@ class Root:
         """The root of the logits that ``call`` returns for ``hidden`` (..., D)."""
         product = Product(call.hidden, call.rows_per_block, call.dtype if call.autocast else None, call.linear)
         numbers = torch.arange(product.num_rows).view(*hidden.shape[:-1], 1)
-        of_rows = (logits, lambda x: x.to(stand_in.dtype))
+        of_rows = (logits.__call__, lambda rows: rows.to(stand_in.dtype))
         return cls(call, product, numbers, hidden, hidden.dim() - 1, of_rows, stand_in, has_graph)
 
     def detached(self) -> Root:
@@ -323,17 +334,19 @@ class Root:
         numbers = self.numbers.movedim(self.vocab_dim, -1).flatten()
         values = functools.partial(self.product.whole, numbers, weight, bias, hidden.dtype)
         with self._for_values(tracked):
-            factors = map(self.product.factor, (hidden.reshape(tokens.numel(), hidden.shape[-1]), weight, bias))
+            rows = self.product.factor(hidden.reshape(tokens.numel(), hidden.shape[-1]))
+            weight, bias = self.product.factor(weight), self.product.factor(bias)
             if tracked and (self.call.layout is not None or self.call.low_rank_weight is not None):
-                found = self.call.linear(*factors)  # (n, V)
+                found = self.call.linear(rows, weight, bias)  # (n, V)
             else:
-                found = with_gradient(values, *factors) if tracked else values()
+                found = with_gradient(values, rows, weight, bias) if tracked else values()
             for operation in self.of_rows:
                 found = operation(found)
-            return unsafe_view(found, (*tokens, found.shape[-1]))
+            logits: Tensor = unsafe_view(found, (*tokens, found.shape[-1]))
+            return logits
 
     @contextlib.contextmanager
-    def _for_values(self, tracked: bool):
+    def _for_values(self, tracked: bool) -> Iterator[None]:
         """Without the autocast of the code that needs the values: operations give what they gave the stand-in."""
         with (
             torch.inference_mode(False) if tracked else contextlib.nullcontext(),

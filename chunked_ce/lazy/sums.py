@@ -18,7 +18,7 @@ __all__ = ["of_two_heads"]
 def of_two_heads(one: Lazy, other: Lazy, sign: float) -> Any:
     """``one + sign * other``, lazy where both are linear in their hidden states and both heads are at hand."""
     if not all(map(_is_linear, (one, other))) or one.shape != other.shape or one.dtype != other.dtype:
-        return NotImplemented
+        return None
     for lazy in (one, other):
         lazy.join_graph()  # a dispatch does so for the first argument only
     pairs = [(one, one._form.scale), (other, sign * other._form.scale)]
@@ -27,7 +27,7 @@ def of_two_heads(one: Lazy, other: Lazy, sign: float) -> Any:
     first, second, ratio = lazy._root.call, added._root.call, its_scale / scale
     weight, bias = second.parameters
     if first.head.vocab != second.head.vocab or (bias is not None and first.head.vocab is not None):
-        return NotImplemented
+        return None
     first.check_unchanged()
     second.check_unchanged()
     tracked, width = lazy.requires_grad and torch.is_grad_enabled(), added.head.in_features
@@ -38,9 +38,10 @@ def of_two_heads(one: Lazy, other: Lazy, sign: float) -> Any:
     ):
         if factor is not None:
             adapters.append((hidden * ratio, factor if added.requires_grad else factor.detach()))
-    hidden, factors = zip(*(pair for pair in adapters if pair[1] is not None), strict=True)
+    parts = [part for part, factor in adapters if factor is not None]
+    factors = [factor for _, factor in adapters if factor is not None]
     with first.as_it_was(tracked):
-        joint = torch.cat([lazy._hidden[..., : lazy.head.in_features], *hidden], -1)
+        joint = torch.cat([lazy._hidden[..., : lazy.head.in_features], *parts], -1)
         factor = factors[0] if len(factors) == 1 else torch.cat(factors, -1)
         if tracked and factor.requires_grad and not joint.requires_grad:
             joint.requires_grad_()
@@ -58,7 +59,7 @@ def _is_linear(lazy: Lazy) -> bool:
     if lazy._vocab_dim != lazy.dim() - 1 or lazy.head.layout is not None:
         return False
     form, parameters = lazy._form, lazy._root.call.parameters
-    plain = form.softcap is form.bias is form.temperature is form.words is None and form.scale != 0
+    plain = form.scale != 0 and all(other is None for other in form[1:])
     here = all(mine is its for mine, its in zip(parameters, lazy.head.own_parameters(), strict=True))
     whole = lazy.head.vocab is not None or is_whole(parameters[0])
     return plain and here and whole and not hasattr(parameters[0], "ds_id") and not should_be_computed(lazy)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -46,7 +48,8 @@ def _of_lazy(logits: Lazy, form: Form, target: Tensor, outputs: tuple[str, ...],
         keywords |= {"ignore_index": ignore_index, "options": logits.head.options}
         return linear_statistics(*factors, target, outputs=outputs, **keywords)
 
-    return logits.request(ask)
+    found: TokenStatistics = logits.request(ask)
+    return found
 
 
 def _of_values(logits: Tensor, target: Tensor, outputs: tuple[str, ...], counted: Tensor) -> TokenStatistics:
@@ -54,7 +57,7 @@ def _of_values(logits: Tensor, target: Tensor, outputs: tuple[str, ...], counted
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     lse = rows.logsumexp(-1, keepdim=True)
     logprobs = rows - lse
-    compute = {
+    compute: dict[str, Callable[[], Tensor]] = {
         "logprob": lambda: logprobs.gather(-1, ids).squeeze(-1),
         "entropy": lambda: torch.special.entr(logprobs.exp()).sum(-1),
         "lse": lambda: lse.squeeze(-1),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -91,6 +91,7 @@ class Terms(dict[Word, Factor]):
     def shift(self) -> Terms:
         """These terms, which have a `slope`, less the logits times it."""
         slope = self.slope()
+        assert slope is not None
         found = Terms((word, factor) for word, factor in self.items() if word != _LOGP)
         if found.get(_LSE) is slope or (isinstance(slope, float) and _is_number(found.get(_LSE), slope)):
             del found[_LSE]
@@ -126,6 +127,12 @@ def _is_number(factor: Factor | None, number: float) -> bool:
     return isinstance(factor, float) and factor == number
 
 
+@overload
+def _product(a: Tensor, b: Factor) -> Tensor: ...
+@overload
+def _product(a: Factor, b: Tensor) -> Tensor: ...
+@overload
+def _product(a: Factor, b: Factor) -> Factor: ...
 def _product(a: Factor, b: Factor) -> Factor:
     """``a * b``, without a copy where one of them is 1."""
     for one, other in ((a, b), (b, a)):
@@ -136,11 +143,12 @@ def _product(a: Factor, b: Factor) -> Factor:
 
 def at_words(terms: Terms, logprob: Tensor, lse: Tensor | None) -> Tensor:
     """The values at some words (..., K), given their log-probabilities (..., K) and, if they need it, lse (..., 1)."""
-    found = 0.0
+    found: Factor = 0.0
     for word, factor in terms.items():
         value = torch.exp(word.p * logprob) if word.p else None
         for power, base in ((word.logp, logprob), (word.lse, lse)):
             for _ in range(power):
+                assert base is not None
                 value = base if value is None else value * base
         found = found + (factor if value is None else _product(factor, value))
     return found.expand_as(logprob) if isinstance(found, Tensor) else torch.full_like(logprob, found)
@@ -164,9 +172,7 @@ _SUMS = {
 }
 
 
-def sum_over_words(
-    terms: Terms, vocab_size: int, ask: Callable[[tuple[str, ...]], tuple[Tensor, ...]]
-) -> Tensor | None:
+def sum_over_words(terms: Terms, vocab_size: int, ask: Callable[[tuple[str, ...]], tuple[Tensor, ...]]) -> Tensor:
     """The sum over the vocabulary (..., 1), from statistics (..., 1) that ``ask`` gives for their names.
 
     Factors of the same statistic are added first: what cancels there has no part in the rounding.
@@ -185,13 +191,15 @@ def sum_over_words(
     factors = {at: f for at, f in factors.items() if isinstance(f, Tensor) or f}
     names = tuple(dict.fromkeys(name for name, _ in factors if name is not None))
     if terms.keys() == {TOTAL}:
-        return factors[None, 0]
+        total_of_words = factors[None, 0]
+        assert isinstance(total_of_words, Tensor)  # mixtures, whose total is no tensor, have handlers of their own
+        return total_of_words
     if not names or any(lse for _, lse in factors):
         names = (*names, "lse")  # also where nothing is asked, so that the sum is part of the graph
     found = dict(zip(names, ask(names), strict=True))
     if "log_sum_sq_probs" in found:
         found["log_sum_sq_probs"] = found["log_sum_sq_probs"].exp()
-    total = None
+    total: Tensor | None = None
     for (name, power), factor in factors.items():
         values = [found[one] for one in ([] if name is None else [name]) + ["lse"] * power]
         value = math.prod(values[1:], start=values[0]) if values else torch.ones_like(found[names[0]])

@@ -11,7 +11,7 @@ from torch import Tensor
 from chunked_ce.lazy.form import Form
 from chunked_ce.lazy.logits import Lazy
 from chunked_ce.lazy.source import Root
-from chunked_ce.lazy.terms import LOGITS, Factor
+from chunked_ce.lazy.terms import LOGITS, Terms
 
 __all__ = [
     "are_of_the_same",
@@ -24,6 +24,8 @@ __all__ = [
     "root_now",
     "should_be_computed",
 ]
+
+_KNOWN = "_log_sum_exp_of"
 
 
 def should_be_computed(lazy: Lazy) -> bool:
@@ -51,28 +53,27 @@ def are_of_the_same(a: Lazy, b: Lazy) -> bool:
     return a._form.is_same(b._form) and are_the_same_tokens(a, b)
 
 
-def is_exactly(lazy: Lazy, terms: dict[Any, Factor]) -> bool:
+def is_exactly(lazy: Lazy, terms: Terms) -> bool:
     mine = lazy._terms
     return mine.keys() == terms.keys() and not mine.tensors and all(mine[word] == terms[word] for word in mine)
 
 
-def per_token(value: Any, lazy: Lazy) -> tuple[Tensor | None, Tensor | None]:
+def per_token(value: Any, lazy: Lazy) -> tuple[Tensor, Tensor] | None:
     """A copy of a tensor that is the same for all words of a token, and that in the shape of the tokens, with 1 in
-    place of the vocabulary; twice None for anything else."""
-    nothing = (None, None)
+    place of the vocabulary; None for anything else."""
     if not isinstance(value, Tensor) or isinstance(value, Lazy) or value.is_complex() or value.is_meta:
-        return nothing
+        return None
     if type(value) not in (Tensor, torch.nn.Parameter) or (value.dim() and value.device != lazy.device):
-        return nothing
+        return None
     if value.dim() == 0 and not value.requires_grad:  # a number that is not finite
-        return nothing
+        return None
     if value.dim() > lazy.dim() or (value.requires_grad and not lazy.requires_grad):
-        return nothing
+        return None
     shape = (1,) * (lazy.dim() - value.dim()) + tuple(value.shape)
     tokens = list(lazy.shape)
     tokens[lazy._vocab_dim] = 1
     if any(size not in (1, whole) for size, whole in zip(shape, tokens, strict=True)):
-        return nothing
+        return None
     kept = value.clone()  # the caller may change it before the logits are used
     dtype = lazy.dtype if not kept.is_floating_point() else torch.promote_types(lazy.dtype, kept.dtype)
     return kept, kept.to(lazy.device, dtype).view(shape).expand(tokens)
@@ -97,8 +98,9 @@ class _LogSumExp(NamedTuple):
 def remember_log_sum_exp(found: Tensor, lazy: Lazy) -> Tensor:
     """``found``, known as the log-sum-exp of the tokens of ``lazy``."""
     root, numbers = root_now(lazy), lazy._numbers().flatten()
-    found._log_sum_exp_of = _LogSumExp(weakref.ref(root), lazy._form, numbers, found._version)
-    root.call.log_sum_exps.append((weakref.ref(found), found._log_sum_exp_of))
+    known = _LogSumExp(weakref.ref(root), lazy._form, numbers, found._version)
+    setattr(found, _KNOWN, known)
+    root.call.log_sum_exps.append((weakref.ref(found), known))
     return found
 
 
@@ -118,7 +120,9 @@ def is_log_sum_exp_of(value: Any, lazy: Lazy) -> bool:
     if not isinstance(value, Tensor) or not lazy._terms.keys() >= LOGITS.keys() or value.dim() != lazy.dim():
         return False
     for one in (value, value._base):
-        known = getattr(one, "_log_sum_exp_of", None)
-        if known is not None and value.is_contiguous() and one.is_contiguous() and known.is_of(lazy, value):
+        known: _LogSumExp | None = getattr(one, _KNOWN, None)
+        if one is None or known is None or not value.is_contiguous() or not one.is_contiguous():
+            continue
+        if known.is_of(lazy, value):
             return value.requires_grad == one.requires_grad
     return False

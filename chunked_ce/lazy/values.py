@@ -36,17 +36,18 @@ def of_rows(
 
 class _WithGradientOf(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, differentiable: Tensor, values: Tensor) -> Tensor:
+    def forward(ctx: Any, differentiable: Tensor, values: Tensor) -> Tensor:
         return values.clone()
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return grad, None
 
 
 def with_gradient_of(differentiable: Tensor, values: Tensor) -> Tensor:
     """``values`` with the gradient of ``differentiable``, which is equal but for its rounding."""
-    return _WithGradientOf.apply(differentiable.to(values.dtype), values)
+    found: Tensor = _WithGradientOf.apply(differentiable.to(values.dtype), values)  # type: ignore[no-untyped-call]
+    return found
 
 
 def check_index(index: Tensor, vocab_size: int) -> None:
@@ -67,11 +68,12 @@ def selected(
     dtype = hidden.dtype
     if dtype != torch.float64 and torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
+    apply: Callable[..., Tensor] = _Selected.apply
     with torch.autocast(hidden.device.type, enabled=False):
-        product = _Selected.apply(hidden.to(dtype), weight, maths["linear_bias"], index)
+        product = apply(hidden.to(dtype), weight, maths["linear_bias"], index)
         if "linear_adapter" in maths:
             low_rank_hidden, low_rank_weight = maths["linear_adapter"]
-            product = product + _Selected.apply(low_rank_hidden.to(dtype), low_rank_weight, None, index)
+            product = product + apply(low_rank_hidden.to(dtype), low_rank_weight, None, index)
         return Logits(maths["logit_scale"], maths["softcap"])(product)
 
 
@@ -79,7 +81,7 @@ class _Selected(torch.autograd.Function):
     """``(hidden[i] * weight[index[i]]).sum(-1)``, gathering a few rows of the head at a time."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, index):
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor) -> Tensor:
         ctx.save_for_backward(hidden, weight, index)
         ctx.bias = None if bias is None else (bias.shape, bias.dtype)
         work = torch.promote_types(hidden.dtype, torch.float32)
@@ -92,7 +94,7 @@ class _Selected(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):  # (N, k)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # (N, k)  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden, weight, index = ctx.saved_tensors
         work = torch.promote_types(hidden.dtype, torch.float32)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -126,7 +128,9 @@ def logsumexp(
     options: ChunkOptions | None,
 ) -> Tensor:
     """The log-sum-exp (N,) of each token's logits, differentiable, in float32 (float64)."""
-    return linear_statistics(hidden, weight, entries.squeeze(-1), outputs=("lse",), options=options, **maths).lse
+    found = linear_statistics(hidden, weight, entries.squeeze(-1), outputs=("lse",), options=options, **maths).lse
+    assert found is not None  # it was asked for
+    return found
 
 
 def _gathers(index: Tensor, weight: Tensor) -> Iterator[slice]:

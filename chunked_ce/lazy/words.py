@@ -15,6 +15,7 @@ from chunked_ce.lazy.arithmetic import is_over_words, of_softmax
 from chunked_ce.lazy.follow import follows
 from chunked_ce.lazy.form import Form, Words, index_of
 from chunked_ce.lazy.logits import Lazy, LazyLogits
+from chunked_ce.lazy.product import Rows
 from chunked_ce.lazy.source import Operation
 from chunked_ce.lazy.terms import LOG_PROBABILITIES, TOTAL, Word
 from chunked_ce.lazy.together import is_exactly, remember_log_sum_exp, should_be_computed
@@ -27,14 +28,14 @@ _FEW = 64  # words whose values are taken
 
 
 @follows("gather")
-def _gather(lazy: Lazy, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Tensor:
+def _gather(lazy: Lazy, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Tensor | None:
     if not is_over_words(lazy, dim) or isinstance(index, Lazy) or index.dtype != torch.int64:
-        return NotImplemented
+        return None
     if index.dim() != lazy.dim():  # valid for one token and an index without dimensions; else the logits will raise
-        return NotImplemented
+        return None
     index = index.movedim(dim, -1)  # (..., k)
     if index.shape[:-1] != lazy._hidden.movedim(lazy._vocab_dim, -1).shape[:-1] or not index.shape[-1]:
-        return NotImplemented
+        return None
     return _at(lazy, index, dim)
 
 
@@ -44,28 +45,34 @@ def of_index(lazy: Lazy, items: tuple[Any, ...]) -> Any:
     if not isinstance(words, Tensor):
         words = torch.tensor(words)
     if words.dtype == torch.bool or words.is_floating_point() or lazy._vocab_dim != lazy.dim() - 1:
-        return NotImplemented
+        return None
     size = lazy.shape[-1]
     words = words.to(lazy.device, torch.int64)
     words = words.where(words >= 0, words + size)
     places = [item for item in tokens if isinstance(item, Tensor)]
     if not places or not words.dim():
-        seen = lazy[(*tokens, slice(None))]  # (..., V)
+        seen = _of_tokens(lazy, tokens)
         if words.dim() == 1 and len(words) > _FEW and isinstance(seen, Lazy):
             values.check_index(words, size)
             many = of_words(seen, words, lambda x: x[..., words.to(x.device)])
-            if many is not NotImplemented:
+            if many is not None:
                 return many
         if not isinstance(seen, Lazy) or seen.is_computed or seen._vocab_dim != seen.dim() - 1:
-            return NotImplemented
-        found = _at(seen, words.flatten().expand(*seen.shape[:-1], words.numel()), seen.dim() - 1)
-        return found if found is NotImplemented else found.view((*seen.shape[:-1], *words.shape))
+            return None
+        at_words = _at(seen, words.flatten().expand(*seen.shape[:-1], words.numel()), seen.dim() - 1)
+        return None if at_words is None else at_words.view((*seen.shape[:-1], *words.shape))
     if any(isinstance(item, slice) for item in tokens):
-        return NotImplemented
-    places = [torch.as_tensor(item).to(lazy.device) for item in tokens]
-    *places, words = torch.broadcast_tensors(*places, words)
-    found = _at(lazy[(*places, slice(None))], words.unsqueeze(-1), words.dim())
-    return found if found is NotImplemented else found.squeeze(-1)
+        return None
+    *places, words = torch.broadcast_tensors(*(torch.as_tensor(item).to(lazy.device) for item in tokens), words)
+    seen = _of_tokens(lazy, places)
+    found = _at(seen, words.unsqueeze(-1), words.dim()) if isinstance(seen, Lazy) else None
+    return None if found is None else found.squeeze(-1)
+
+
+def _of_tokens(lazy: Lazy, tokens: list[Any]) -> Tensor:
+    """The logits (..., V) of some tokens."""
+    index = (*tokens, slice(None))
+    return lazy[index]
 
 
 def of_words(
@@ -79,23 +86,22 @@ def of_words(
     can = isinstance(lazy, LazyLogits) and not lazy.is_computed and not should_be_computed(lazy) and len(words)
     options = lazy.head.options
     if not can or lazy.head.layout is not None or (options is not None and options.accumulate_into is not None):
-        return NotImplemented
+        return None
     if lazy.head.vocab is not None and not isinstance(words, range):
-        return NotImplemented
+        return None
     form = lazy._form if of_tokens is None else lazy._form.map(of_tokens)
     operation = Operation(function, of_tokens=of_tokens, of_rows=lambda rows: rows[..., index_of(words)])
-    changes = {} if vocab_dim is None else {"vocab_dim": vocab_dim}
-    return lazy.derive(operation, form=form.of_words(words), **changes)
+    return lazy.derive(operation, form=form.of_words(words), vocab_dim=vocab_dim)
 
 
-def _at(lazy: Lazy, index: Tensor, dim: int) -> Tensor:
+def _at(lazy: Lazy, index: Tensor, dim: int) -> Tensor | None:
     """The values at words (..., k), which come in place of the vocabulary, dimension ``dim``."""
     if not isinstance(lazy, LazyLogits) or lazy.head.is_sharded:
         if should_be_computed(lazy) and not is_exactly(lazy, LOG_PROBABILITIES):
-            return NotImplemented
-        return NotImplemented if TOTAL in lazy._terms else values_at(lazy, index).movedim(-1, dim)
+            return None
+        return None if TOTAL in lazy._terms else values_at(lazy, index).movedim(-1, dim)
     if not _can_read(lazy):
-        return NotImplemented
+        return None
     values.check_index(index, lazy.shape[dim])
     flat = index.reshape(-1, index.shape[-1])  # (N, k)
     logits, _ = _of_rows(lazy, lambda rows, places: (rows.gather(-1, flat[places]), flat[places]))
@@ -103,15 +109,17 @@ def _at(lazy: Lazy, index: Tensor, dim: int) -> Tensor:
 
 
 @follows("take_along_dim")
-def _take_along_dim(lazy: Lazy, indices: Tensor, dim: int | None = None) -> Tensor:
-    return NotImplemented if dim is None or isinstance(indices, Lazy) else _gather(lazy, dim, indices)
+def _take_along_dim(lazy: Lazy, indices: Tensor, dim: int | None = None) -> Tensor | None:
+    return None if dim is None or isinstance(indices, Lazy) else _gather(lazy, dim, indices)
 
 
 # ---- predictions ----
 
 
 def _of_rows(
-    lazy: LazyLogits, read: Callable, differentiable: Callable[..., Tensor] = values.selected
+    lazy: Lazy,
+    read: Callable[[Tensor, Rows], tuple[Tensor, Tensor]],
+    differentiable: Callable[..., Tensor] = values.selected,
 ) -> tuple[Tensor, Tensor]:
     """The values and vocabulary entries that ``read(rows, places)`` finds in the rows (m, V) of all tokens.
 
@@ -128,7 +136,8 @@ def _of_rows(
 
     # Reshaped out here: engines hang hooks on what a request returns, which a view loses when it is changed in place.
     tokens = lazy._stand_in.select(lazy._vocab_dim, 0).shape
-    return tuple(part.view((*tokens, *part.shape[1:])) for part in lazy.request(of_rows))
+    found, entries = lazy.request(of_rows)
+    return found.view((*tokens, *found.shape[1:])), entries.view((*tokens, *entries.shape[1:]))
 
 
 def _can_read(lazy: Lazy, *, values: bool = True) -> bool:
@@ -140,7 +149,7 @@ def _can_read(lazy: Lazy, *, values: bool = True) -> bool:
 def _best(lazy: Lazy, dim: Any, find: Callable[[Tensor], tuple[Tensor, Tensor]], *, values: bool = True) -> Any:
     """The logits and entries that ``find`` finds in rows (m, V), each with k in the vocabulary's place."""
     if not is_over_words(lazy, dim) or not _can_read(lazy, values=values):
-        return NotImplemented
+        return None
     if not isinstance(lazy, LazyLogits):
         return _best_of_terms(lazy, find, with_values=values)
     return tuple(found.movedim(-1, dim) for found in _of_rows(lazy, lambda rows, _: find(rows)))
@@ -150,7 +159,7 @@ def _best_of_terms(lazy: Lazy, find: Callable[[Tensor], tuple[Tensor, Tensor]], 
     """The same for what has the order of logits, as their probabilities at some temperature do."""
     form = _form_in_order(lazy)
     if form is None:
-        return NotImplemented
+        return None
 
     def entries(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         numbers = lazy._numbers().movedim(lazy._vocab_dim, -1).flatten()
@@ -174,7 +183,7 @@ def _form_in_order(lazy: Lazy) -> Form | None:
     return of_softmax(lazy)
 
 
-def _entries(lazy: Lazy, dim: Any, keepdim: bool, find: Callable[..., Tensor]) -> Tensor:
+def _entries(lazy: Lazy, dim: Any, keepdim: bool, find: Callable[..., Tensor]) -> Tensor | None:
     """The vocabulary entry that ``find`` finds in each row."""
 
     def twice(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,25 +192,25 @@ def _entries(lazy: Lazy, dim: Any, keepdim: bool, find: Callable[..., Tensor]) -
 
     with torch.no_grad():
         found = _best(lazy, dim, twice, values=False)
-    return found if found is NotImplemented else found[1] if keepdim else found[1].squeeze(dim)
+    return None if found is None else found[1] if keepdim else found[1].squeeze(dim)
 
 
 @follows("argmax")
-def _argmax(lazy: Lazy, dim: int | None = None, keepdim: bool = False) -> Tensor:
+def _argmax(lazy: Lazy, dim: int | None = None, keepdim: bool = False) -> Tensor | None:
     return _entries(lazy, dim, keepdim, torch.argmax)
 
 
 @follows("argmin")
-def _argmin(lazy: Lazy, dim: int | None = None, keepdim: bool = False) -> Tensor:
+def _argmin(lazy: Lazy, dim: int | None = None, keepdim: bool = False) -> Tensor | None:
     return _entries(lazy, dim, keepdim, torch.argmin)
 
 
 @follows("topk")
 def _topk(lazy: Lazy, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
     if not is_over_words(lazy, dim) or not 1 <= k <= lazy.shape[dim]:
-        return NotImplemented
+        return None
     found = _best(lazy, dim, lambda rows: rows.topk(k, largest=largest, sorted=sorted))
-    return found if found is NotImplemented else torch.return_types.topk(found)
+    return None if found is None else torch.return_types.topk(found)
 
 
 @follows("max")
@@ -214,9 +223,9 @@ def _min(lazy: Lazy, dim: Any = None, keepdim: bool = False) -> Any:
     return _extreme(lazy, dim, keepdim, torch.min, torch.return_types.min)
 
 
-def _extreme(lazy: Lazy, dim: Any, keepdim: bool, function: Callable, returned: Callable) -> Any:
+def _extreme(lazy: Lazy, dim: Any, keepdim: bool, function: Callable[..., Any], returned: Callable[..., Any]) -> Any:
     found = _best(lazy, lazy._vocab_dim if dim is None else dim, lambda rows: function(rows, -1, keepdim=True))
-    if found is NotImplemented:
+    if found is None:
         return found
     if dim is None:
         return function(found[0])
@@ -224,15 +233,15 @@ def _extreme(lazy: Lazy, dim: Any, keepdim: bool, function: Callable, returned: 
 
 
 @follows("amax")
-def _amax(lazy: Lazy, dim: Any = (), keepdim: bool = False) -> Tensor:
+def _amax(lazy: Lazy, dim: Any = (), keepdim: bool = False) -> Tensor | None:
     found = _extreme(lazy, _only(dim), True, torch.max, tuple)
-    return found if found is NotImplemented else found[0] if keepdim else found[0].squeeze(_only(dim))
+    return None if found is None else found[0] if keepdim else found[0].squeeze(_only(dim))
 
 
 @follows("amin")
-def _amin(lazy: Lazy, dim: Any = (), keepdim: bool = False) -> Tensor:
+def _amin(lazy: Lazy, dim: Any = (), keepdim: bool = False) -> Tensor | None:
     found = _extreme(lazy, _only(dim), True, torch.min, tuple)
-    return found if found is NotImplemented else found[0] if keepdim else found[0].squeeze(_only(dim))
+    return None if found is None else found[0] if keepdim else found[0].squeeze(_only(dim))
 
 
 def _only(dim: Any) -> Any:
@@ -241,16 +250,16 @@ def _only(dim: Any) -> Any:
 
 
 @follows("logsumexp", torch, Tensor, torch.special)
-def _logsumexp(lazy: Lazy, dim: Any, keepdim: bool = False) -> Tensor:
+def _logsumexp(lazy: Lazy, dim: Any, keepdim: bool = False) -> Tensor | None:
     dim = _only(dim)
     if not is_over_words(lazy, dim):
-        return NotImplemented
+        return None
     if isinstance(lazy, LazyLogits) and _can_read(lazy):
         (found,) = of_whole(lazy, "log-sum-exp with the bits of the logits", _log_sum_exp_of_rows, of_values=True)
     else:
         form = of_softmax(lazy)
         if form is None or should_be_computed(lazy):
-            return NotImplemented
+            return None
         shift = same_for_all_words(lazy, lazy._terms.shift())
         found = log_sum_exp(lazy, form)
         found = found + shift if isinstance(shift, Tensor) or shift else found
@@ -258,7 +267,7 @@ def _logsumexp(lazy: Lazy, dim: Any, keepdim: bool = False) -> Tensor:
     return remember_log_sum_exp(found, lazy) if isinstance(lazy, LazyLogits) else found
 
 
-def _log_sum_exp_of_rows(lazy: LazyLogits) -> tuple[Tensor]:
+def _log_sum_exp_of_rows(lazy: Lazy) -> tuple[Tensor]:
     """The log-sum-exp of the very logits that other handlers read, with 1 in place of V."""
     differentiable = functools.partial(values.logsumexp, options=lazy.head.options)
     found, _ = _of_rows(lazy, values.logsumexp_and_best, differentiable)

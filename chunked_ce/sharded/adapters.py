@@ -10,18 +10,17 @@ from torch import nn
 from chunked_ce.lazy.classes import TokenAdapter, joined, without
 from chunked_ce.lazy.head import LazyHead
 from chunked_ce.lazy.logits import LazyLogits
+from chunked_ce.lazy.peft_layers import AdapterLayer
 from chunked_ce.sharded.low_rank import LowRankHead, formed
 from chunked_ce.tracing import not_compiled
 
 __all__ = ["follow_adapter", "unfollow_adapter"]
 
 
-class OtherAdapter:
+class OtherAdapter(AdapterLayer):
     """Goes before PEFT's other layers around an `LMHead`; some multiply by its weight themselves."""
 
     base_layer: LazyHead
-    merged: bool
-    disable_adapters: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         calls = _training_calls(self.base_layer)

@@ -36,7 +36,8 @@ class ShardedEmbedding(nn.Embedding):
         check_not_averaged(self)
         check_units(self)
         found = lookup(sharding.local(self.weight), input, sharding.vocab, self.padding_idx)
-        return found.to(compute_dtype(self) or found.dtype)
+        values: Tensor = found.to(compute_dtype(self) or found.dtype)
+        return values
 
     def _fill_padding_idx_with_zero(self) -> None:
         """Part of ``reset_parameters``: the row of ``padding_idx`` is on one rank."""

@@ -15,9 +15,10 @@ __all__ = ["gathered", "whole_of"]
 _before = threading.local()  # whole tensors by the id of the rows that they were gathered from
 
 
-def whole_of(rows: Tensor, sharding: RowSharding, what: str) -> Tensor:
-    """The rows of all ranks, which all of them ask for together unless they are inside of `gathered`."""
-    known = getattr(_before, "whole", {})
+def whole_of(rows: Tensor, sharding: RowSharding, what: str) -> Tensor | None:
+    """The rows of all ranks, which all of them ask for together unless they are inside of `gathered`; None on a rank
+    that does not keep them there."""
+    known: dict[int, Tensor | None] = getattr(_before, "whole", {})
     return known[id(rows)] if id(rows) in known else sharding.whole(rows, what)
 
 
@@ -29,7 +30,7 @@ def gathered(
 
     Every rank enters it; inside, state dicts need no other rank.
     """
-    outer = getattr(_before, "whole", {})
+    outer: dict[int, Tensor | None] = getattr(_before, "whole", {})
     whole = dict(outer)
     for module in model.modules():
         for name, parameter, sharding in rows_in(module):

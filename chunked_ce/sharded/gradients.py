@@ -7,9 +7,10 @@ so it is a tensor whose norm is reduced over the ranks, each rank's rows counted
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
 import torch.distributed as dist
@@ -51,8 +52,9 @@ class _Reclassify(NamedTuple):
     sharding: RowSharding
 
     def __call__(self, parameter: Tensor) -> None:
-        if not isinstance(parameter.grad, RowGradient):
-            parameter.grad = RowGradient.of(parameter.grad, self.sharding)
+        gradient = parameter.grad
+        if gradient is not None and not isinstance(gradient, RowGradient):
+            parameter.grad = RowGradient.of(gradient, self.sharding)
 
 
 class RowGradient(Tensor):
@@ -67,7 +69,13 @@ class RowGradient(Tensor):
         return found
 
     @classmethod
-    def __torch_function__(cls, function: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        cls,
+        function: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
             special = _SPECIAL.get(function)
@@ -78,12 +86,13 @@ class RowGradient(Tensor):
                 return cls.of(found, args[0]._sharding)
             return found
 
-    def __deepcopy__(self, memo: dict) -> RowGradient:
-        if id(self) not in memo:
-            memo[id(self)] = self.of(self.clone(), self._sharding)
-        return memo[id(self)]
+    def __deepcopy__(self, memo: dict[int, Any]) -> RowGradient:
+        copied: RowGradient | None = memo.get(id(self))
+        if copied is None:
+            copied = memo[id(self)] = self.of(self.clone(), self._sharding)
+        return copied
 
-    def __reduce_ex__(self, protocol: int) -> Any:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         return self.as_subclass(Tensor).__reduce_ex__(protocol)
 
 
@@ -91,7 +100,7 @@ class RowGradient(Tensor):
 _KEPT = {
     *(getattr(Tensor, name) for name in ("detach", "to", "float", "double", "half", "bfloat16", "cpu", "mul", "div")),
     *(getattr(Tensor, name) for name in ("__mul__", "__rmul__", "__truediv__")),
-    *(torch.detach, torch.mul, torch.div, Tensor.data.__get__),
+    *(torch.detach, torch.mul, torch.div, inspect.getattr_static(Tensor, "data").__get__),
 }
 
 
@@ -143,9 +152,19 @@ def _order(order: Any) -> float:
     return 2.0 if order in (None, "fro") else float(order)
 
 
-def _vector_norm(x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, dtype=None, out=None) -> Tensor:
+def _vector_norm(
+    x: Tensor,
+    ord: Any = 2,
+    dim: Any = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    norm: Tensor
     if not isinstance(x, RowGradient) or dim is not None or keepdim:  # of each row, perhaps
-        return torch.linalg.vector_norm(x, ord, dim, keepdim, dtype=dtype, out=out)
+        norm = torch.linalg.vector_norm(x, ord, dim, keepdim, dtype=dtype, out=out)
+        return norm
     norm = torch.linalg.vector_norm(_with_rows(x, _order(ord)), ord, dtype=dtype)
     norm = _norms([x], _order(ord), [norm])[0]
     return norm if out is None else out.copy_(norm)
@@ -153,17 +172,33 @@ def _vector_norm(x: Tensor, ord: Any = 2, dim: Any = None, keepdim: bool = False
 
 def _foreach_norm(tensors: list[Tensor], ord: Any = 2, dtype: torch.dtype | None = None) -> list[Tensor]:
     keywords = {} if dtype is None else {"dtype": dtype}
-    norms = torch._foreach_norm([_with_rows(one, _order(ord)) for one in tensors], ord, **keywords)
+    norms = torch._foreach_norm([_with_rows(one, _order(ord)) for one in tensors], ord, **keywords)  # pyright: ignore[reportPrivateImportUsage]
     return _norms(list(tensors), _order(ord), list(norms))
 
 
-def _norm(x: Tensor, p: Any = "fro", dim: Any = None, keepdim: bool = False, dtype=None, out=None) -> Tensor:
+def _norm(
+    x: Tensor,
+    p: Any = "fro",
+    dim: Any = None,
+    keepdim: bool = False,
+    dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
     return _vector_norm(x, _order(p), dim, keepdim, dtype=dtype, out=out)
 
 
-def _linalg_norm(x: Tensor, ord: Any = None, dim: Any = None, keepdim: bool = False, *, out=None, dtype=None) -> Tensor:
+def _linalg_norm(
+    x: Tensor,
+    ord: Any = None,
+    dim: Any = None,
+    keepdim: bool = False,
+    *,
+    out: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     if ord is not None and x.dim() != 1:  # the norm of a matrix
-        return torch.linalg.norm(x, ord, dim, keepdim, out=out, dtype=dtype)
+        norm: Tensor = torch.linalg.norm(x, ord, dim, keepdim, out=out, dtype=dtype)
+        return norm
     return _vector_norm(x, _order(ord), dim, keepdim, dtype=dtype, out=out)
 
 
@@ -172,18 +207,18 @@ def _linalg_norm(x: Tensor, ord: Any = None, dim: Any = None, keepdim: bool = Fa
 
 def _unscale(gradients: list[Tensor], found_inf: Tensor, inverse_scale: Tensor) -> None:
     """Every rank skips the step if one of them has to."""
-    torch._amp_foreach_non_finite_check_and_unscale_(gradients, found_inf, inverse_scale)
+    torch._amp_foreach_non_finite_check_and_unscale_(gradients, found_inf, inverse_scale)  # pyright: ignore[reportPrivateImportUsage]
     for group in {one._sharding.vocab.group for one in gradients if isinstance(one, RowGradient)}:
         work = dist.all_reduce(found_inf, dist.ReduceOp.MAX, group=group, async_op=True)
         Pending(found_inf, work, "chunked_ce: whether gradients are finite").wait()
 
 
-_SPECIAL: dict[Callable, Callable] = {
+_SPECIAL: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.linalg.vector_norm: _vector_norm,
     torch.linalg.norm: _linalg_norm,
-    torch._foreach_norm: _foreach_norm,
+    torch._foreach_norm: _foreach_norm,  # pyright: ignore[reportPrivateImportUsage]
     torch.norm: _norm,
     torch.functional.norm: _norm,
     Tensor.norm: _norm,
-    torch._amp_foreach_non_finite_check_and_unscale_: _unscale,
+    torch._amp_foreach_non_finite_check_and_unscale_: _unscale,  # pyright: ignore[reportPrivateImportUsage]
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,12 +33,13 @@ def lookup(rows: Tensor, ids: Tensor, vocab: VocabShard, padding_idx: int | None
         IndexError: an id is outside [0, vocab.total); on the CPU on every rank, else as a device-side assertion.
     """
     flat = ids.reshape(-1).long()
-    return _Lookup.apply(rows, flat, vocab, padding_idx).view(*ids.shape, rows.shape[-1])
+    found: Tensor = _Lookup.apply(rows, flat, vocab, padding_idx)  # type: ignore[no-untyped-call]
+    return found.view(*ids.shape, rows.shape[-1])
 
 
 class _Lookup(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows: Tensor, ids: Tensor, vocab: VocabShard, padding_idx: int | None) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, ids: Tensor, vocab: VocabShard, padding_idx: int | None) -> Tensor:
         collectives = Collectives(vocab.group.group_name)
         everyones = _gathered_ids(ids, vocab, collectives)  # (R, n)
         found = rows.new_empty(everyones.shape[1], rows.shape[-1])
@@ -56,7 +58,7 @@ class _Lookup(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         everyones, rows = ctx.saved_tensors
         start, size = ctx.vocab.start, ctx.collectives.size
         accumulate = torch.promote_types(rows.dtype, torch.float32)
@@ -78,7 +80,7 @@ def _gathered_ids(ids: Tensor, vocab: VocabShard, collectives: Collectives) -> T
     fits = (ids >= 0) & (ids < vocab.total)
     error = None
     if ids.device.type != "cpu":
-        torch._assert_async(fits.all(), "an id of an embedding is outside [0, V)")
+        torch._assert_async(fits.all(), "an id of an embedding is outside [0, V)")  # pyright: ignore[reportPrivateImportUsage]
     elif not fits.all():
         worst = ids[~fits][0].item()
         error = IndexError(f"input of the embedding must be in [0, {vocab.total}), held {worst}")

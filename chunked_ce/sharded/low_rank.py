@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from chunked_ce.lazy.head import LazyHead, is_whole
+from chunked_ce.lazy.peft_layers import LoraLayer
 from chunked_ce.parallel.dtensors import is_dtensor
 from chunked_ce.parallel.vocab import VocabShard
 from chunked_ce.rows.logits import Logits
@@ -20,7 +21,7 @@ __all__ = ["LowRankHead", "formed"]
 _NORM_ELEMENTS = 2**22  # elements of the head's rows whose norms are taken at a time
 
 
-class LowRankHead:
+class LowRankHead(LoraLayer):
     """Goes before PEFT's LoRA layer around an `LMHead`; PEFT's own code would form the logits.
 
     Adapters of a sharded head are whole on every rank, and engines average their gradients as those of any other
@@ -70,7 +71,10 @@ class LowRankHead:
             return _by_a_call(factor)
         parts = [factor.weight] if factor.bias is None else [factor.weight, factor.bias.unsqueeze(1)]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-        return whole.clone() if vocab is None else _OwnRows.apply(whole, vocab)
+        if vocab is None:
+            return whole.clone()
+        rows: Tensor = _OwnRows.apply(whole, vocab)  # type: ignore[no-untyped-call]
+        return rows
 
     def _is_dora(self, names: list[str]) -> bool:
         """Whether there is one adapter, a DoRA whose parameters are all at hand."""
@@ -78,9 +82,11 @@ class LowRankHead:
         if len(names) > 1 or not (variant is kind or isinstance(variant, kind)):
             return False
         factors = (self.lora_B[names[0]], self.lora_A[names[0]], self.lora_magnitude_vector[names[0]])
-        weights = [dict.get(one._parameters, "weight") for one in factors] + [self.base_layer.own_parameters()[0]]
-        plain = not any(weight is None or hasattr(weight, "ds_id") or is_dtensor(weight) for weight in weights)
-        return plain and is_whole(weights[-1]) and self.lora_B[names[0]].bias is None
+        whole = self.base_layer.own_parameters()[0]
+        weights = [whole, *(dict.get(one._parameters, "weight") for one in factors)]
+        if any(weight is None or hasattr(weight, "ds_id") or is_dtensor(weight) for weight in weights):
+            return False
+        return whole is not None and is_whole(whole) and self.lora_B[names[0]].bias is None
 
     def _dora(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
         """What DoRA adds to the product ``x W^T``, as factors (..., D + r) and (V, D + r).
@@ -140,13 +146,15 @@ def _norms(weight: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:
     return torch.cat([(rows.to(dtype) + scaling * (some.to(dtype) @ down)).norm(dim=1) for rows, some in pairs])
 
 
-def _by_a_call(factor: torch.nn.Linear) -> Tensor:
+def _by_a_call(factor: Any) -> Tensor:
     """The weight (V, r) of a layer, beside its bias, as its call gives it: engines gather its parameters for that."""
     size = factor.in_features
     parameter = next(factor.parameters())
     unit = torch.eye(size, dtype=parameter.dtype, device=parameter.device)
+    found: Tensor
     if factor.bias is None:
-        return factor(unit).T
+        found = factor(unit)
+        return found.T
     found = factor(torch.cat([unit, unit.new_zeros(1, size)]))  # (r + 1, V)
     return torch.cat([found[:-1] - found[-1:], found[-1:]]).T
 
@@ -155,12 +163,12 @@ class _OwnRows(torch.autograd.Function):
     """This rank's rows of a weight (V, r) whose gradient an engine averages over the ranks later."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, vocab: VocabShard) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, vocab: VocabShard) -> Tensor:
         ctx.vocab, ctx.shape = vocab, weight.shape
         return weight[vocab.start : vocab.stop].clone()
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         whole = grad.new_zeros(ctx.shape)
         whole[ctx.vocab.start : ctx.vocab.stop] = grad * ctx.vocab.size  # the rows' gradient is divided by it already
         return whole, None

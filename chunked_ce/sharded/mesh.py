@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from types import FrameType
 from typing import Any
 
 import torch
@@ -47,7 +48,8 @@ class MeshSharding(RowSharding):
 
     @property
     def ranks(self) -> list[int]:
-        return self.mesh.mesh.flatten().tolist()
+        ranks: list[int] = self.mesh.mesh.flatten().tolist()
+        return ranks
 
     def parameter(self, rows: Tensor, requires_grad: bool) -> nn.Parameter:
         return nn.Parameter(self._distributed(rows), requires_grad)
@@ -59,11 +61,12 @@ class MeshSharding(RowSharding):
         return given if is_dtensor(given) else self._distributed(self.mine(given))
 
     def refresh(self, parameter: Tensor) -> None:
-        dtype, local = parameter.dtype, parameter._local_tensor
+        distributed: Any = parameter
+        dtype, local = parameter.dtype, distributed._local_tensor
         if local.dtype != dtype:  # ``parameter.data = parameter.data.to(dtype)`` changes only what is around a DTensor
-            meta = parameter._spec.tensor_meta._replace(dtype=dtype)
-            parameter._spec = dataclasses.replace(parameter._spec, tensor_meta=meta)
-            parameter._local_tensor = local.to(dtype)
+            meta = distributed._spec.tensor_meta._replace(dtype=dtype)
+            distributed._spec = dataclasses.replace(distributed._spec, tensor_meta=meta)
+            distributed._local_tensor = local.to(dtype)
 
     def is_saved_whole(self, parameter: Tensor) -> bool:
         return not parameter.is_meta and _is_broadcast_by_accelerate()
@@ -89,9 +92,9 @@ def _is_broadcast_by_accelerate() -> bool:
 
     It takes the local part of a DTensor in it for the whole, and puts the model on the meta device afterwards.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "fsdp2_prepare_model":
-            return frame.f_locals["fsdp2_plugin"].cpu_ram_efficient_loading
+            return bool(frame.f_locals["fsdp2_plugin"].cpu_ram_efficient_loading)
         frame = frame.f_back
     return False

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from chunked_ce.parallel.checksum import checksum
@@ -42,6 +42,7 @@ class Holder(NamedTuple):
     path: str  # of the module
     module: nn.Module
     name: str
+    whole: nn.Parameter
 
     def __str__(self) -> str:
         return f"{self.path}.{self.name}" if self.path else self.name
@@ -49,9 +50,10 @@ class Holder(NamedTuple):
 
 def together(groups: list[dist.ProcessGroup], find: Callable[[], _Result]) -> _Result:
     """What ``find`` returns, unless it raises on some rank: then on every one, also of ranks that share no group."""
-    result = error = None
+    results: list[_Result] = []
+    error: Exception | None = None
     try:
-        result = find()
+        results.append(find())
     except Exception as raised:
         error = raised
     said = None if error is None else str(error)
@@ -62,7 +64,7 @@ def together(groups: list[dist.ProcessGroup], find: Callable[[], _Result]) -> _R
         raise error
     if said is not None:
         raise ValueError(said)
-    return result
+    return results[0]
 
 
 def _of_rank(rank: int, error: str) -> str:
@@ -80,13 +82,12 @@ def shard_parameters(model: nn.Module, head: nn.Linear, sharding: RowSharding) -
     _take_alike(head, sharding, len(holders))
     replacements: dict[int, nn.Parameter] = {}
     for holder in holders:
-        whole = holder.module._parameters[holder.name]
+        whole = holder.whole
         if id(whole) not in replacements:
             replacements[id(whole)] = sharding.parameter(sharding.mine(whole), whole.requires_grad)
             retire(whole)
     for holder in holders:
-        whole = holder.module._parameters[holder.name]
-        holder.module._parameters[holder.name] = replacements[id(whole)]
+        holder.module._parameters[holder.name] = replacements[id(holder.whole)]
         record(holder.module, holder.name, sharding)
         state.attach(holder.module)
         if isinstance(holder.module, nn.Embedding):
@@ -168,10 +169,10 @@ nn.modules.module.register_module_module_registration_hook(_refuse_replacement)
 def _holders(model: nn.Module, head: nn.Linear) -> list[Holder]:
     wanted = {id(parameter) for parameter in map(head._parameters.get, ("weight", "bias")) if parameter is not None}
     return [
-        Holder(path, module, name)
+        Holder(path, module, name, parameter)
         for path, module in model.named_modules()
         for name, parameter in module._parameters.items()
-        if id(parameter) in wanted
+        if parameter is not None and id(parameter) in wanted
     ]
 
 
@@ -224,5 +225,5 @@ def _take_alike(head: nn.Linear, sharding: RowSharding, places: int) -> None:
             sharding.take_from_first(parameter.data, "LMHead.shard's values of the first rank")
 
 
-def _parameters(head: nn.Linear) -> list[nn.Parameter]:
+def _parameters(head: nn.Linear) -> list[Tensor]:
     return [parameter for parameter in (head.weight, head.bias) if parameter is not None]

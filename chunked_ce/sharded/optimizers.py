@@ -28,7 +28,9 @@ _followed: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 def sharded_states(optimizer: Optimizer | None) -> Iterator[tuple[str, Tensor, RowSharding]]:
     """The tensors in an optimizer's state that hold a row for each row of a sharded parameter, with their names."""
-    for group in optimizer.param_groups if optimizer is not None else ():
+    if optimizer is None:
+        return
+    for group in optimizer.param_groups:
         for parameter in group["params"]:
             sharding = sharding_of(parameter)
             if sharding is not None:

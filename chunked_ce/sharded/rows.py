@@ -7,7 +7,7 @@ import dataclasses
 import threading
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.distributed as dist
@@ -57,7 +57,7 @@ class RowSharding:
         """The ranks over which gradients are averaged."""
         return list(self.vocab.ranks)
 
-    def __deepcopy__(self, _memo: dict) -> RowSharding:
+    def __deepcopy__(self, _memo: dict[int, Any]) -> RowSharding:
         return self  # it does not change
 
     def whole_shape(self, parameter: Tensor) -> torch.Size:
@@ -91,6 +91,10 @@ class RowSharding:
         total, size = self.vocab.total, -(-self.vocab.total // self.vocab.size)
         return min(rank * size, total), min((rank + 1) * size, total)
 
+    @overload
+    def whole(self, rows: Tensor, what: str, *, device: Any = None) -> Tensor: ...
+    @overload
+    def whole(self, rows: Tensor, what: str, *, device: Any = None, keep: bool) -> Tensor | None: ...
     def whole(self, rows: Tensor, what: str, *, device: Any = None, keep: bool = True) -> Tensor | None:
         """The rows (V, ...) of all ranks, each of which calls this with its own; None on those that do not ``keep``."""
         with _impatient(what):
@@ -104,8 +108,8 @@ class RowSharding:
             if start == self.vocab.start and start < stop:
                 part = rows.contiguous()
             else:  # in place, where that saves memory
-                in_place = whole is not None and whole.device == rows.device
-                part = whole[start:stop] if in_place else rows.new_empty(stop - start, *rows.shape[1:])
+                held = whole if whole is not None and whole.device == rows.device else None
+                part = rows.new_empty(stop - start, *rows.shape[1:]) if held is None else held[start:stop]
             self._broadcast(part, owner, what, self.vocab.group)
             if whole is not None:
                 whole[start:stop] = part
@@ -141,14 +145,16 @@ def _impatient(what: str) -> Iterator[None]:
 
 def shardings_of(module: nn.Module) -> dict[str, RowSharding]:
     """The parameters of a module that hold only this rank's rows, by name."""
-    return vars(module).get(_RECORD, {})
+    found: dict[str, RowSharding] = vars(module).get(_RECORD, {})
+    return found
 
 
 def rows_in(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, RowSharding]]:
     """The same with the parameters, without those that are kept out of the sight of a DeepSpeed engine."""
     for name, sharding in shardings_of(module).items():
-        if name in module._parameters:
-            yield name, module._parameters[name], sharding
+        parameter = module._parameters.get(name)
+        if parameter is not None:
+            yield name, parameter, sharding
 
 
 def record(module: nn.Module, name: str, sharding: RowSharding) -> None:

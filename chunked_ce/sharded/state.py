@@ -43,7 +43,7 @@ def whole_for(state: dict[str, Any], parameter: nn.Parameter, sharding: RowShard
     """The whole of a parameter, gathered once for a state dict that has it under several names."""
     known = vars(_latest).setdefault("whole", {})
     first, whole = known.get(id(parameter), (key, lambda: None))
-    found = whole()
+    found: Tensor | None = whole()
     if first == key or found is None or state.get(first) is not found:
         found = whole_of(parameter, sharding, f"the state dict's {key}")
         for other in [other for other, (_, dead) in known.items() if dead() is None]:
@@ -75,8 +75,9 @@ def _slice(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict
 def _assigned(given: Tensor, sharding: RowSharding) -> Tensor:
     """What a parameter becomes by a whole tensor: the same memory for all that are given the same tensor, so that
     ``load_state_dict(assign=True)`` ties them no less than torch does."""
+    rows: Tensor | None
     of, versions, rows = getattr(_latest, "assigned", (lambda: None, None, None))
-    if of() is not given or versions != (given._version, rows._version):
+    if rows is None or of() is not given or versions != (given._version, rows._version):
         rows = sharding.loaded(given)
         _latest.assigned = weakref.ref(given), (given._version, rows._version), rows
     return rows

@@ -220,3 +220,30 @@ def test_an_index_that_is_changed_later():
     at.zero_(), row.zero_(), mask.zero_()
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one.materialize(), other)
+
+
+# ---- what one handler makes of another's answer ----
+
+
+@pytest.mark.parametrize("words", [3, torch.tensor(3), torch.tensor([0, 3, 7])], ids=["number", "tensor", "each token"])
+def test_words_of_the_tokens_of_a_mask(words):
+    lazy, plain = lazy_and_plain(6)
+    index = (torch.tensor([True, False, True, False, False, True]), words)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = lazy[index]
+    torch.testing.assert_close(found, plain[index])
+
+
+def test_words_of_a_mask_of_other_tokens():
+    lazy, _ = lazy_and_plain(6)
+    with pytest.warns(UserWarning, match="__getitem__"), pytest.raises(IndexError, match="shape of the mask"):
+        lazy[torch.ones(5, dtype=torch.bool), 3]
+
+
+def test_class_probabilities_for_what_is_no_logits():
+    lazy, plain = lazy_and_plain(6)
+    target = torch.rand(6, VOCAB).softmax(-1)
+    with pytest.warns(UserWarning, match="does not follow cross_entropy"):
+        found = F.cross_entropy(lazy.softmax(-1), target)
+    torch.testing.assert_close(found, F.cross_entropy(plain.softmax(-1), target))
