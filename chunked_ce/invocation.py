@@ -35,6 +35,7 @@ from chunked_ce.parallel.dtensors import has_dtensor, local_arguments
 from chunked_ce.parallel.meeting import shared_errors
 from chunked_ce.parallel.vocab import VocabShard
 from chunked_ce.plan import Settings
+from chunked_ce.reductions import MEAN, marked
 from chunked_ce.rows.statistics import Logits, names_of, work_dtype
 from chunked_ce.teachers import check_teacher, facts_of_teacher, of_this_rank, product_dtype
 
@@ -158,7 +159,7 @@ def loss_of(
         coefficient = weights.coefficient(reduction, keywords["num_tokens"])
     in_forward = arguments.is_head and not options.in_backward
     loss, rows = dispatch.loss(call, coefficient, in_forward=in_forward, reduces=reduction != "none")
-    loss = arguments.shaped(loss) if reduction == "none" else loss
+    loss = arguments.shaped(loss) if reduction == "none" else marked(loss, MEAN) if reduction == "mean" else loss
     return (loss, dispatch.stats(call, weights, rows)) if return_stats else loss
 
 

@@ -34,6 +34,7 @@ from chunked_ce.arguments import (
     number,
 )
 from chunked_ce.known_tokens import remember
+from chunked_ce.reductions import MEAN, SCALED, marked, reduction_of
 from chunked_ce.tracing import check_values
 
 __all__ = ["TokenMean", "count_tokens", "sequence_weights"]
@@ -109,8 +110,11 @@ class TokenMean:
         mean = TokenMean.over(targets_of_the_window, group=data_group)
         for hidden, target in window:
             loss_sum = linear_cross_entropy(hidden, head, target, reduction="sum")    # S_rm
-            mean(loss_sum).backward()                                                 # S_rm * divisor / T
+            mean.for_backward(loss_sum).backward()                                    # S_rm * divisor / T
         mean.report(loss_sums)                                                        # sum_rm S_rm / T
+
+    Both take sums: the loss of ``reduction="sum"``. `for_backward` scales a sum for the engine, so that its result is
+    no value to log. ``mean(loss_sum)`` is `for_backward` in short.
 
     Args:
         num_tokens: T, the same on every rank: a number >= 0 or a 0-d tensor, for a denominator of your own.
@@ -125,7 +129,7 @@ class TokenMean:
         TypeError, ValueError: naming the argument, what it was and what is allowed.
 
     >>> mean = TokenMean.over([torch.tensor([3, 1, -100]), torch.tensor([2])])    # 2 and 1 counted tokens
-    >>> mean(torch.tensor(6.0)), mean(torch.tensor(3.0))
+    >>> mean.for_backward(torch.tensor(6.0)), mean.for_backward(torch.tensor(3.0))
     (tensor(2.), tensor(1.))
     >>> mean.report([torch.tensor(6.0), torch.tensor(3.0)])
     tensor(3.)
@@ -176,16 +180,33 @@ class TokenMean:
             check_values(num_tokens, _is_count, "weights must have a finite sum >= 0 over the targets that count")
         return cls(num_tokens, group=group, divisor=divisor)
 
-    def __call__(self, loss_sum: Tensor) -> Tensor:
+    def for_backward(self, loss_sum: Tensor) -> Tensor:
         """The loss to call backward on for one micro-batch: loss_sum * divisor / T, attached to loss_sum's graph.
 
         `loss_sum` is 0-d and floating. The result is float32 (float64 for float64). Where no token counts on
-        any rank it is 0, with zero gradients. For a value to log, use `report`.
+        any rank it is 0, with zero gradients. For a value to log, give the sums to `report`.
+
+        Raises:
+            TypeError: loss_sum is not a floating-point tensor.
+            ValueError: it is not 0-d; or it is known to be no sum, by its node in the autograd graph or by a mark that
+                the losses of this package leave: a mean, or a result of this method. A sum divided by hand, and most
+                losses of compiled code, are not recognised.
+
+        >>> loss = torch.nn.functional.cross_entropy(torch.zeros(2, 8, requires_grad=True), torch.tensor([3, 1]))
+        >>> TokenMean(2).for_backward(loss)
+        Traceback (most recent call last):
+            ...
+        ValueError: loss_sum must be the sum of the losses of tokens, was their mean, which TokenMean would divide ...
         """
         _check_floating("loss_sum", loss_sum, "a floating-point tensor")
         if loss_sum.dim() != 0:
             raise ValueError(f'loss_sum must be 0-d (reduction="sum"), had shape {tuple(loss_sum.shape)}')
-        return self._over_tokens(loss_sum.to(_loss_dtype(loss_sum)), self.divisor)
+        _check_is_sum("loss_sum", loss_sum)
+        return marked(self._over_tokens(loss_sum.to(_loss_dtype(loss_sum)), self.divisor), SCALED)
+
+    def __call__(self, loss_sum: Tensor) -> Tensor:
+        """`for_backward`."""
+        return self.for_backward(loss_sum)
 
     def report(self, loss_sums: Tensor | Iterable[Tensor]) -> Tensor:
         """The true global mean, sum_rm S_rm / T: 0-d, detached, equal on every rank; 0 where no token counts.
@@ -193,6 +214,8 @@ class TokenMean:
         One all-reduce: every rank of the group calls it. `loss_sums` holds this rank's sums, one tensor per
         micro-batch (or all in one tensor), none at all if it had no micro-batch. Float32, or float64 for
         float64 sums; an empty list counts as one of the default dtype.
+
+        Raises ``ValueError`` for what `for_backward` refuses, and for its results: they are scaled for the engine.
         """
         sums = [loss_sum.detach() for loss_sum in _check_loss_sums(loss_sums)]
         dtype = _loss_dtype(*sums)
@@ -272,7 +295,24 @@ def _check_loss_sums(loss_sums: Tensor | Iterable[Tensor]) -> list[Tensor]:
     loss_sums = _check_tensors("loss_sums", loss_sums)
     for loss_sum in loss_sums:
         _check_floating("loss_sums", loss_sum, "floating-point tensors")
+        _check_is_sum("loss_sums", loss_sum)
     return loss_sums
+
+
+def _check_is_sum(name: str, loss: Tensor) -> None:
+    """Raise if ``loss`` is known to be a mean, or to be scaled for a backward."""
+    reduction = reduction_of(loss)
+    if reduction == MEAN:
+        raise ValueError(
+            f"{name} must be the sum of the losses of tokens, was their mean, which TokenMean would divide again: pass "
+            'reduction="sum" to the loss. If this mean is a sum of one, as that of a single sequence where num_tokens '
+            "counts sequences, give its .sum()"
+        )
+    if reduction == SCALED:
+        raise ValueError(
+            f"{name} must be the sum of the losses of tokens, was the result of for_backward, which is scaled for the "
+            "engine: give report, and for_backward, the sum itself"
+        )
 
 
 def _check_floating(name: str, value: object, kind: str) -> None:
