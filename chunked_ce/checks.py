@@ -36,6 +36,7 @@ from chunked_ce.parallel.fsdp import is_flattened
 from chunked_ce.parallel.vocab import VocabShard
 from chunked_ce.rows.backend import why_not_triton
 from chunked_ce.rows.statistics import STATISTICS, work_dtype
+from chunked_ce.torch_options import what_to_write
 from chunked_ce.tracing import check_values, has_autocast
 
 __all__ = [
@@ -122,7 +123,7 @@ def check_tensors(
         raise ValueError(
             "vocab.tokens must be 'same' for logits that exist, was 'own': no rank holds its columns of others' logits"
         )
-    _check_no_probabilities(tensors["target"])
+    _check_no_probabilities(tensors["target"], input_name)
     target = check_tensor("target", tensors["target"], INDICES)
     if vocab is not None and vocab.input_grad == "sequence" and input_name != "logits":
         tokens = vocab.size * (input.numel() // max(1, input.shape[-1]))
@@ -166,12 +167,16 @@ def check_tensors(
     return input, target
 
 
-def _check_no_probabilities(target: object) -> None:
+def _check_no_probabilities(target: object, input_name: str) -> None:
     """Refuse class probabilities as targets, which `torch.nn.functional.cross_entropy` takes."""
     if isinstance(target, Tensor) and target.is_floating_point():
+        instead = "linear_divergence(input, linear_weight, Teacher(probabilities=target))"
+        if input_name == "logits":
+            instead = "logits_loss(Divergence(), logits, classes, teacher=Teacher(probabilities=target)), any classes,"
         raise TypeError(
-            f"target must be {INDICES.said}, was {target.dtype}: class probabilities are targets of linear_divergence, "
-            "with Teacher(probabilities=...), or Teacher(logits=...) for their logarithms"
+            f"target must be {INDICES.said}, was {target.dtype}: for class probabilities write {instead} or "
+            "Teacher(logits=...) of their logarithms. It has the gradients of their cross-entropy, and a value that is "
+            "less by their entropy"
         )
 
 
@@ -372,7 +377,9 @@ def check_options(options: ChunkOptions | None, reduction: str | None) -> ChunkO
     if options is None:
         return ChunkOptions()
     if not isinstance(options, ChunkOptions):
-        raise TypeError(f"options must be a ChunkOptions or None, was {described(options)}")
+        instead = what_to_write(options)
+        was = described(options) if instead is None else f"torch's {type(options).__name__}: {instead}"
+        raise TypeError(f"options must be a ChunkOptions or None, was {was}")
     if options.gradients == "forward" and reduction == "none":
         raise ValueError(
             "options.gradients='forward' needs one loss to differentiate, reduction 'mean' or 'sum', "

@@ -10,6 +10,7 @@ from typing_extensions import TypeVar
 
 from chunked_ce.options import ChunkOptions
 from chunked_ce.parallel.vocab import VocabShard
+from chunked_ce.torch_options import TorchOptions
 
 __all__ = [
     "CrossEntropyKeywords",
@@ -37,7 +38,6 @@ class _Logits(TypedDict, total=False):
     softcap: float | None
     logit_scale: float
     vocab: VocabShard | None
-    options: ChunkOptions | None
 
 
 class _CrossEntropy(TypedDict, total=False):
@@ -68,6 +68,7 @@ class _Weights(TypedDict, total=False):
 class LinearCrossEntropyKeywords(_Logits, _CrossEntropy, _Depths, total=False):
     """Of `chunked_ce.linear_cross_entropy`, but ``reduction`` and ``return_stats``."""
 
+    options: ChunkOptions | TorchOptions | None
     ignore_index: int | None
     token_weight: PerTokenNumbers | None
     num_tokens: float | Tensor | None
@@ -76,12 +77,14 @@ class LinearCrossEntropyKeywords(_Logits, _CrossEntropy, _Depths, total=False):
 class CrossEntropyKeywords(_Logits, _CrossEntropy, _Weights, total=False):
     """Of `chunked_ce.cross_entropy`, but ``return_stats``."""
 
+    options: ChunkOptions | None
     reduction: Reduction
 
 
 class DivergenceKeywords(_Logits, _Weights, total=False):
     """Of `chunked_ce.linear_divergence`, but ``return_stats``."""
 
+    options: ChunkOptions | None
     target: Tensor | None
     beta: float
     linear_bias: Tensor | None
@@ -92,11 +95,13 @@ class DivergenceKeywords(_Logits, _Weights, total=False):
 class LogprobKeywords(_Logits, _Depths, total=False):
     """Of `chunked_ce.linear_logprobs`, but ``return_entropy``."""
 
+    options: ChunkOptions | None
     ignore_index: int
 
 
 class LossModuleKeywords(_Logits, _CrossEntropy, total=False):
     """Of `chunked_ce.LinearCrossEntropyLoss`, but ``reduction`` and ``return_stats``."""
 
+    options: ChunkOptions | TorchOptions | None
     ignore_index: int | None
     temperature: float

@@ -15,6 +15,7 @@ from chunked_ce.functional.target_losses import linear_cross_entropy
 from chunked_ce.keywords import LossModuleKeywords, PerToken, PerTokenNumbers, Reduction
 from chunked_ce.options import ChunkOptions
 from chunked_ce.parallel.vocab import VocabShard
+from chunked_ce.torch_options import TorchOptions, chunk_options
 
 __all__ = ["LinearCrossEntropyLoss"]
 
@@ -85,7 +86,7 @@ class LinearCrossEntropyLoss(nn.Module, Generic[_OfTensor, _OfDepths]):
         logit_scale: float = 1.0,
         temperature: float = 1.0,
         vocab: VocabShard | None = None,
-        options: ChunkOptions | None = None,
+        options: ChunkOptions | TorchOptions | None = None,
         return_stats: bool = False,
     ) -> None:
         super().__init__()
@@ -99,6 +100,7 @@ class LinearCrossEntropyLoss(nn.Module, Generic[_OfTensor, _OfDepths]):
             "temperature": temperature,
         }
         check_keywords(**self._maths)
+        options = chunk_options(options)
         check_options(options, reduction)
         check_vocab(vocab)
         check_flag("return_stats", return_stats)

@@ -20,6 +20,7 @@ from chunked_ce.keywords import (
 from chunked_ce.objectives import CrossEntropy
 from chunked_ce.options import ChunkOptions
 from chunked_ce.parallel.vocab import VocabShard
+from chunked_ce.torch_options import TorchOptions, chunk_options
 
 __all__ = ["cross_entropy", "linear_cross_entropy"]
 
@@ -90,7 +91,7 @@ def linear_cross_entropy(
     linear_adapter: tuple[PerToken, Tensor] | None = None,
     num_tokens: float | Tensor | None = None,
     vocab: VocabShard | None = None,
-    options: ChunkOptions | None = None,
+    options: ChunkOptions | TorchOptions | None = None,
     return_stats: bool = False,
 ) -> PerToken | tuple[PerToken, LossStats]:
     """Cross-entropy of ``logit_scale * (input @ linear_weight.T + linear_bias)``, whose logits never exist as a whole.
@@ -135,7 +136,8 @@ def linear_cross_entropy(
         vocab: this rank's rows of a head sharded over ranks (`VocabShard`), which ``linear_weight`` and ``linear_bias``
             then hold; ``weight`` may hold the class weights of these rows or of the whole vocabulary. A DTensor sharded
             on dim 0 by tensor parallelism needs none.
-        options: how to compute (`ChunkOptions`); None chooses well.
+        options: how to compute (`ChunkOptions`); None chooses well. Torch's ``LinearCrossEntropyOptions`` are taken as
+            the `ChunkOptions` that mean the same, or refused by name.
         return_stats: return ``(loss, LossStats)``.
 
     Returns:
@@ -170,7 +172,9 @@ def linear_cross_entropy(
         "label_smoothing": label_smoothing,
         "z_loss": z_loss,
     }
-    call = Arguments.of("linear_cross_entropy", tensors, keywords, vocab, options, {"return_stats": return_stats})
+    call = Arguments.of(
+        "linear_cross_entropy", tensors, keywords, vocab, chunk_options(options), {"return_stats": return_stats}
+    )
     return loss_of(lambda: CrossEntropy(label_smoothing, z_loss), call)
 
 
