@@ -30,7 +30,9 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def markdown(document: Document) -> str:
-    """The results of ``chunked-ce bench --json``, or of a script, as a table: a row for each implementation, two columns for each case.
+    """The results of ``chunked-ce bench --json``, or of a script, as a table.
+
+    There is a row for each implementation, and two columns for each case.
 
     The first is the time as a multiple of the three products, the second the peak in MiB, which the scripts that
     measure time alone leave out. One that failed says why; the time of one that other work disturbed is marked busy.

@@ -3,60 +3,93 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from rich.console import Console
 from rich.table import Table
 
-from chunked_ce.cli import objective_checks, process_checks, report
-from chunked_ce.cli.console import simple_table, wide_console
+from chunked_ce.cli import files, objective_checks, process_checks, report
+from chunked_ce.cli.console import progress_bar, simple_table, wide_console
 from chunked_ce.cli.self_checks import Row, cases
 from chunked_ce.rows.backend import triton_runs
 
 __all__ = ["run"]
 
-_TIMEOUT = 90.0  # seconds for each part that runs in other processes
+_TIMEOUT = 180.0  # seconds for each part that runs in other processes
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+class Outcome(NamedTuple):
+    """What was found until now: lists and dictionaries that grow."""
+
+    rows: list[Row]
+    failed: dict[str, str]  # the error of each part that did not end
+    skipped: dict[str, str]  # the reason for each part
+
+    @property
+    def passed(self) -> bool:
+        return not self.failed and not any(row.wrong for row in self.rows)
+
+
 def run(arguments: argparse.Namespace) -> int:
-    """Print every case's worst error; 1 if any is too large or a part failed, else 0."""
+    """Print every case's worst error; 1 if any is too large or a part failed, 130 if it was interrupted, else 0."""
     errors = wide_console(stderr=True)
     available = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     devices = arguments.device or available
     missing = sorted(set(devices) - set(available))
     if missing:
         raise ValueError(f"--device must be among those there are, {', '.join(available)}, was {missing[0]!r}")
-    started, rows, failed, skipped = time.monotonic(), [], {}, {}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # threads would wait for each other longer than they work
+    if arguments.json and arguments.json != "-":
+        made = files.prepare(Path(arguments.json), "--json")
+        if made is not None:
+            errors.print(f"made the folder {made}", style="dim", soft_wrap=True)
+    started, complete = time.monotonic(), False
+    outcome = Outcome([], {}, {})
     try:
-        with errors.status("") as status:
-            for name, compute in parts(devices, arguments.no_processes, skipped):
-                status.update(name)
-                try:
-                    rows += compute()
-                except Exception as error:
-                    failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-    finally:
-        torch.set_num_threads(threads)
+        _compare_all(list(parts(devices, arguments.no_processes, outcome.skipped)), outcome, errors)
+        complete = True
+    except KeyboardInterrupt:
+        errors.print("ended early: the parts until then are kept", soft_wrap=True)
     seconds = time.monotonic() - started
-    passed = not failed and not any(row.wrong for row in rows)
     if arguments.json:
         document = {
             "conditions": report.conditions(devices[0]),
-            "passed": passed,
+            "complete": complete,
+            "passed": complete and outcome.passed,
             "seconds": round(seconds, 1),
-            "failed": failed,
-            "skipped": skipped,
-            "results": [row._asdict() | {"wrong": row.wrong} for row in rows],
+            "failed": outcome.failed,
+            "skipped": outcome.skipped,
+            "results": [_as_json(row) for row in outcome.rows],
         }
-        report.dump(document, arguments.json)
+        files.dump(document, arguments.json)
     if arguments.json != "-":
-        _print(rows, failed, skipped, devices[0], seconds)
-    return 0 if passed else 1
+        _print(outcome, devices[0], seconds, complete=complete)
+        if arguments.json:
+            errors.print(f"wrote {arguments.json}", soft_wrap=True)
+    return 130 if not complete else 0 if outcome.passed else 1
+
+
+def _compare_all(planned: list[tuple[str, Callable[[], list[Row]]]], outcome: Outcome, errors: Console) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # threads would wait for each other longer than they work
+    try:
+        with progress_bar(errors) as progress:
+            bar = progress.add_task("", total=len(planned))
+            for done, (name, compute) in enumerate(planned):
+                progress.update(bar, description=name, completed=done)
+                try:
+                    outcome.rows.extend(compute())
+                except Exception as error:
+                    outcome.failed[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            progress.update(bar, description="done", completed=len(planned))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def parts(devices: list[str], alone: bool, skipped: dict[str, str]) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
@@ -65,7 +98,7 @@ def parts(devices: list[str], alone: bool, skipped: dict[str, str]) -> Iterator[
         for dtype in _DTYPES:
             for backend in ["torch", "triton"] if triton_runs(torch.device(device), dtype) else ["torch"]:
                 name = f"{device}, {str(dtype).removeprefix('torch.')}, {backend} kernels"
-                yield name, lambda at=(device, dtype, backend): [*cases(*at), *objective_checks.cases(*at)]
+                yield name, functools.partial(_on_device, device, dtype, backend)
     reason = "left out by --no-processes" if alone else None
     interpreter = "Triton's kernels in its interpreter"
     if torch.cuda.is_available():
@@ -84,17 +117,29 @@ def parts(devices: list[str], alone: bool, skipped: dict[str, str]) -> Iterator[
         yield "DeepSpeed on two gloo processes", lambda: process_checks.deepspeed_rows(_TIMEOUT)
 
 
-def _print(rows: list[Row], failed: dict[str, str], skipped: dict[str, str], device: str, seconds: float) -> None:
+def _as_json(row: Row) -> dict[str, object]:
+    """Errors are shares of the exact value's own size."""
+    errors = {"relative_error": row.error, "plain_relative_error": row.plain, "allowed_relative_error": row.allowed}
+    return {"case": row.case, "where": row.where, "quantity": row.quantity, **errors, "wrong": row.wrong}
+
+
+def _on_device(device: str, dtype: torch.dtype, backend: str) -> list[Row]:
+    return [*cases(device, dtype, backend), *objective_checks.cases(device, dtype, backend)]
+
+
+def _print(outcome: Outcome, device: str, seconds: float, *, complete: bool) -> None:
     console = wide_console()
+    rows, failed = outcome.rows, outcome.failed
     console.print(report.conditions_text(report.conditions(device)), style="dim", soft_wrap=True)
     console.print(_table(rows))
-    for name, reason in skipped.items():
+    for name, reason in outcome.skipped.items():
         console.print(f"skipped {name}: {reason}", style="dim", soft_wrap=True)
     for name, reason in failed.items():
         console.print(f"failed {name}: {reason}", style="red", soft_wrap=True)
     wrong = sum(row.wrong for row in rows)
     verdict = f"WRONG: {wrong} errors are too large, {len(failed)} parts failed" if wrong or failed else "right"
-    console.print(f"{len(rows)} comparisons in {seconds:.0f} s: {verdict}")
+    early = "" if complete else ", ended early"
+    console.print(f"{len(rows)} comparisons in {seconds:.0f} s{early}: {verdict}")
 
 
 def _table(rows: list[Row]) -> Table:

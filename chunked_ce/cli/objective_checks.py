@@ -7,17 +7,26 @@ says what is allowed.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from chunked_ce import ChunkOptions, Teacher, VocabShard, linear_cross_entropy, linear_loss, linear_statistics
+from chunked_ce import (
+    ChunkOptions,
+    Teacher,
+    VocabShard,
+    linear_cross_entropy,
+    linear_logprobs,
+    linear_loss,
+    linear_statistics,
+)
 from chunked_ce.cli.self_checks import CHUNK, CheckInputs, Row, compare, place
 from chunked_ce.cli.synthetic_inputs import IGNORED
 from chunked_ce.objectives import Divergence, PolicyGradient, TopKDivergence
+from chunked_ce.preference import dpo
 
 __all__ = ["CASES", "cases", "sharded_cases"]
 
@@ -26,7 +35,8 @@ _RANK = 8  # of the adapter
 _IDS = 5  # of a top-k teacher
 _OUTPUTS = ("logprob", "entropy", "lse", "log_sum_sq_probs", "mean_logit")
 
-Loss = Callable[[CheckInputs, dict[str, object]], Tensor]
+Keywords = dict[str, Any]
+Loss = Callable[[CheckInputs, Keywords], Tensor]
 Formula = Callable[[CheckInputs], Tensor]
 
 
@@ -36,6 +46,13 @@ class Case(NamedTuple):
     loss: Loss
     formula: Formula
     ways: tuple[str, ...] = ("forward", "backward")
+    constants: Callable[[CheckInputs], Keywords] = lambda whole: {}
+    """Keywords that come from the whole head, whichever rows of it a rank has: ids, and what a teacher says of them."""
+
+    def with_constants(self, whole: CheckInputs, keywords: Keywords) -> Callable[[CheckInputs], Tensor]:
+        """The loss as a function of its leaves alone."""
+        given = dict(keywords) | self.constants(whole)
+        return lambda own: self.loss(own, given)
 
 
 def cases(device: str, dtype: torch.dtype, backend: str = "auto") -> Iterator[Row]:
@@ -47,14 +64,17 @@ def cases(device: str, dtype: torch.dtype, backend: str = "auto") -> Iterator[Ro
             yield from _rows(name, f"{where}, {way}", inputs, case, {"options": options})
 
 
-def sharded_cases(inputs: CheckInputs, where: str, options: ChunkOptions, vocab: VocabShard) -> Iterator[Row]:
-    """The cases whose constants are rows of the head, on this rank's ones."""
-    for name, case in CASES.items():
-        if name != _TOP_K and options.gradients in case.ways:
+def sharded_cases(
+    inputs: CheckInputs, where: str, options: ChunkOptions, vocab: VocabShard, names: Sequence[str]
+) -> Iterator[Row]:
+    """The cases of these names, on this rank's rows of the head."""
+    for name in names:
+        case = CASES[name]
+        if options.gradients in case.ways:
             yield from _rows(name, where, inputs, case, {"options": options, "vocab": vocab})
 
 
-def _rows(name: str, where: str, inputs: CheckInputs, case: Case, keywords: dict[str, object]) -> Iterator[Row]:
+def _rows(name: str, where: str, inputs: CheckInputs, case: Case, keywords: Keywords) -> Iterator[Row]:
     vocab = keywords.get("vocab")
     rows = slice(None) if vocab is None else slice(vocab.start, vocab.stop)
 
@@ -64,7 +84,8 @@ def _rows(name: str, where: str, inputs: CheckInputs, case: Case, keywords: dict
         value.backward()
         return value.detach(), own.hidden.grad, own.head.grad[rows]
 
-    values = run(lambda own: case.loss(own._replace(head=own.head[rows]), keywords), inputs)
+    loss = case.with_constants(inputs, keywords)
+    values = run(lambda own: loss(own._replace(head=own.head[rows])), inputs)
     # The formula's own sum may be right by chance: one rounding of the dtype is allowed, and gradients say more.
     rounding = {"loss": torch.finfo(inputs.hidden.dtype).eps}
     formula = functools.partial(run, case.formula)
@@ -101,8 +122,8 @@ def _with_temperatures(own: CheckInputs) -> Tensor:
     return -_chosen(own, z.log_softmax(-1)).sum()
 
 
-def _policy(own: CheckInputs, kl: float, entropy: float) -> Tensor:
-    """A clipped surrogate whose old log-probabilities are `_old`, with a KL term and an entropy bonus."""
+def _policy(own: CheckInputs, kind: str, kl: float, entropy: float) -> Tensor:
+    """A surrogate whose old log-probabilities are `_old`, with a KL term and an entropy bonus."""
     logprobs = _logits(own).log_softmax(-1)
     lp, advantage, old = (
         _chosen(own, logprobs),
@@ -110,7 +131,10 @@ def _policy(own: CheckInputs, kl: float, entropy: float) -> Tensor:
         _counted(own, _old(own)).to(logprobs.dtype),
     )
     ratio = (lp - old).exp()
-    loss = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+    if kind == "clip":
+        loss = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+    else:
+        loss = -(ratio.detach().clamp(max=1.2) if kind == "cispo" else 1.0) * advantage * lp
     loss = loss + kl * (torch.exp(old - lp) - (old - lp) - 1)
     return (loss + entropy * (logprobs.exp() * logprobs).sum(-1)).sum()
 
@@ -141,12 +165,97 @@ def _top(own: CheckInputs) -> tuple[Tensor, Tensor]:
     return ids, logprobs
 
 
-def _top_k(own: CheckInputs) -> Tensor:
-    ids, logprobs = (_counted(own, part) for part in _top(own))
+def _top_k(own: CheckInputs, tail: str) -> Tensor:
+    ids, p = (_counted(own, part) for part in _top(own))
     q = _logits(own).log_softmax(-1).gather(-1, ids)
-    logprobs = logprobs.to(q.dtype)
-    rest_p, rest_q = (torch.log1p(-part.exp().sum(-1)) for part in (logprobs, q))
-    return ((logprobs.exp() * (logprobs - q)).sum(-1) + rest_p.exp() * (rest_p - rest_q)).sum()
+    p = p.to(q.dtype)
+    if tail == "renormalize":
+        p, q = p.log_softmax(-1), q.log_softmax(-1)
+    losses = (p.exp() * (p - q)).sum(-1)
+    if tail == "bucket":
+        rest_p, rest_q = (torch.log1p(-part.exp().sum(-1)) for part in (p, q))
+        losses = losses + rest_p.exp() * (rest_p - rest_q)
+    return losses.sum()
+
+
+def _teacher_logits(own: CheckInputs) -> Tensor:
+    """(N, V), in the student's dtype."""
+    return F.linear(*_teacher(own))
+
+
+def _words(own: CheckInputs) -> Tensor:
+    """(V,) the teacher's entry that each of the student's stands for."""
+    return (3 * torch.arange(len(own.head), device=own.head.device) + 1) % _entries_of_teacher(own)
+
+
+def _entries_of_teacher(own: CheckInputs) -> int:
+    return len(own.head) + 100
+
+
+def _draft_teacher(own: CheckInputs) -> Tensor:
+    """(N, V + 100) logits of a teacher with more words than the student."""
+    return torch.cat((_teacher_logits(own), own.hidden.detach()[:, :100]), 1)
+
+
+def _draft_divergence(own: CheckInputs) -> Tensor:
+    p = _counted(own, _wide(_draft_teacher(own)))[:, _words(own)].log_softmax(-1)
+    return (p.exp() * (p - _logits(own).log_softmax(-1))).sum()
+
+
+def _ids(own: CheckInputs) -> Tensor:
+    """(N, K) the target and some others."""
+    steps = torch.arange(_IDS, device=own.target.device)
+    ids = (own.target.unsqueeze(-1) + 7 * steps) % len(own.head)
+    return ids.masked_fill((own.target == IGNORED).unsqueeze(-1), IGNORED)
+
+
+def _logprobs_of_ids(own: CheckInputs) -> Tensor:
+    chosen = _logits(own).log_softmax(-1).gather(-1, _counted(own, _ids(own)))
+    return (chosen * _counted(own, own.upstream).unsqueeze(-1)).sum()
+
+
+def _of_ids(own: CheckInputs, keywords: Keywords) -> Tensor:
+    found = linear_statistics(own.hidden, own.head, **keywords).logprob
+    assert found is not None  # it is an output by default
+    return (found * (own.upstream * (own.target != IGNORED)).unsqueeze(-1)).sum()
+
+
+def _logprobs_on_support(own: CheckInputs) -> Tensor:
+    """Of the targets, where only `_ids` can be sampled."""
+    members = _logits(own).gather(-1, _counted(own, _ids(own)))
+    return (members.log_softmax(-1)[:, 0] * _counted(own, own.upstream)).sum()
+
+
+def _of_support(own: CheckInputs, keywords: Keywords) -> Tensor:
+    found = linear_statistics(own.hidden, own.head, own.target, **keywords).logprob
+    assert found is not None  # it is an output by default
+    return (found * own.upstream).sum()
+
+
+def _halves(own: CheckInputs, logprobs: Tensor) -> tuple[Tensor, Tensor]:
+    """The log-probabilities of two sequences, the chosen and the rejected one, each as a batch of one."""
+    middle = len(logprobs) // 2
+    return logprobs[:middle].sum().unsqueeze(0), logprobs[middle:].sum().unsqueeze(0)
+
+
+def _reference(own: CheckInputs, policy: Tensor) -> Tensor:
+    """Of the sequence by a reference: near the policy, so that the loss is not at an end of its sigmoid."""
+    return policy.detach().double().round(decimals=-1).to(policy.dtype)
+
+
+def _preference(own: CheckInputs) -> Tensor:
+    logprobs = torch.zeros_like(own.target, dtype=torch.float64 if own.hidden.dtype == torch.float64 else torch.float32)
+    chosen = _chosen(own, _logits(own).log_softmax(-1))
+    logprobs = logprobs.masked_scatter(own.target != IGNORED, chosen)
+    policy = _halves(own, logprobs)
+    margin = (policy[0] - _reference(own, policy[0])) - (policy[1] - _reference(own, policy[1]))
+    return -F.logsigmoid(0.1 * margin).sum()
+
+
+def _of_preference(own: CheckInputs, keywords: Keywords) -> Tensor:
+    logprobs = linear_logprobs(own.hidden, own.head, own.target, **keywords)
+    policy = _halves(own, logprobs)
+    return dpo(*policy, *(_reference(own, part) for part in policy), beta=0.1)
 
 
 def _adapter(own: CheckInputs) -> tuple[Tensor, Tensor]:
@@ -172,52 +281,75 @@ def _weighed(parts: tuple[Tensor, ...], upstream: Tensor) -> Tensor:
     return sum((part * upstream.roll(turn)).sum() for turn, part in enumerate(parts))
 
 
-def _of_statistics(own: CheckInputs, keywords: dict[str, object]) -> Tensor:
+def _of_statistics(own: CheckInputs, keywords: Keywords) -> Tensor:
     found = linear_statistics(own.hidden, own.head, own.target, outputs=_OUTPUTS, **keywords)
     parts = tuple(_counted(own, getattr(found, name)) for name in _OUTPUTS)
     return _weighed(parts, _counted(own, own.upstream))
 
 
-def _objective(objective: object, per_token: Callable[[CheckInputs], dict[str, object]]) -> Loss:
-    def loss(own: CheckInputs, keywords: dict[str, object]) -> Tensor:
+def _objective(objective: object, per_token: Callable[[CheckInputs], Keywords]) -> Loss:
+    def loss(own: CheckInputs, keywords: Keywords) -> Tensor:
         given = {"reduction": "sum"} | keywords | per_token(own)
         return linear_loss(objective, own.hidden, own.head, own.target, **given)
 
     return loss
 
 
-def _cross_entropy(of_inputs: Callable[[CheckInputs], dict[str, object]]) -> Loss:
-    def loss(own: CheckInputs, keywords: dict[str, object]) -> Tensor:
+def _cross_entropy(of_inputs: Callable[[CheckInputs], Keywords]) -> Loss:
+    def loss(own: CheckInputs, keywords: Keywords) -> Tensor:
         given = {"reduction": "sum"} | keywords | of_inputs(own)
         return linear_cross_entropy(own.hidden, own.head, own.target, **given)
 
     return loss
 
 
-def _divergence_case(beta: float) -> Case:
-    loss = _objective(Divergence(beta), lambda own: {"teacher": Teacher(*_teacher(own))})
-    return Case(loss, functools.partial(_divergence, beta=beta))
+def _divergence_case(beta: float, logits: bool = False) -> Case:
+    def teacher(own: CheckInputs) -> Keywords:
+        return {"teacher": Teacher(logits=_teacher_logits(own)) if logits else Teacher(*_teacher(own))}
+
+    return Case(_objective(Divergence(beta), teacher), functools.partial(_divergence, beta=beta))
 
 
-_TOP_K = "top-k divergence"  # whose ids are of the whole vocabulary
+def _policy_case(kind: str, kl: float, entropy: float) -> Case:
+    def tensors(own: CheckInputs) -> Keywords:
+        return {"advantage": own.upstream, "old_logprob": _old(own), "ref_logprob": _old(own)}
+
+    loss = _objective(PolicyGradient(kind, kl=kl, entropy=entropy), tensors)
+    return Case(loss, functools.partial(_policy, kind=kind, kl=kl, entropy=entropy))
+
+
+def _top_k_case(tail: str) -> Case:
+    def constants(whole: CheckInputs) -> Keywords:
+        return dict(zip(("teacher_ids", "teacher_logprobs"), _top(whole), strict=True))
+
+    loss = _objective(TopKDivergence(tail), lambda own: {})
+    return Case(loss, functools.partial(_top_k, tail=tail), constants=constants)
+
+
 CASES = {
     "temperatures": Case(_cross_entropy(lambda own: {"temperature": _temperatures(own)}), _with_temperatures),
-    "policy gradient": Case(
-        _objective(
-            PolicyGradient(kl=0.1, entropy=0.01),
-            lambda own: {"advantage": own.upstream, "old_logprob": _old(own), "ref_logprob": _old(own)},
-        ),
-        functools.partial(_policy, kl=0.1, entropy=0.01),
-    ),
+    "policy gradient": _policy_case("clip", 0.1, 0.01),
+    "policy gradient, CISPO": _policy_case("cispo", 0.0, 0.01),
+    "policy gradient, REINFORCE": _policy_case("reinforce", 0.1, 0.0),
     "KL divergence": _divergence_case(0.0),
     "reverse KL divergence": _divergence_case(1.0),
     "Jensen-Shannon divergence": _divergence_case(0.3),
-    _TOP_K: Case(
-        _objective(
-            TopKDivergence(), lambda own: dict(zip(("teacher_ids", "teacher_logprobs"), _top(own), strict=True))
-        ),
-        _top_k,
+    "KL divergence from logits that exist": _divergence_case(0.0, logits=True),
+    "KL divergence over a draft vocabulary": Case(
+        _objective(Divergence(), lambda own: {}),
+        _draft_divergence,
+        constants=lambda whole: {"teacher": Teacher(logits=_draft_teacher(whole), words=_words(whole))},
     ),
+    "top-k divergence": _top_k_case("bucket"),
+    "top-k divergence, rest dropped": _top_k_case("drop"),
+    "top-k divergence, renormalized": _top_k_case("renormalize"),
     "low-rank adapter": Case(_cross_entropy(lambda own: {"linear_adapter": _adapter(own)}), _adapted),
     "statistics per token": Case(_of_statistics, _statistics, ("backward",)),
+    "log-probabilities of several ids": Case(
+        _of_ids, _logprobs_of_ids, ("backward",), lambda whole: {"target": _ids(whole)}
+    ),
+    "log-probabilities on a support": Case(
+        _of_support, _logprobs_on_support, ("backward",), lambda whole: {"support": _ids(whole)}
+    ),
+    "preference of one answer over another": Case(_of_preference, _preference, ("backward",)),
 }

@@ -23,6 +23,11 @@ from chunked_ce.cli.self_checks import CHUNK, OPTIONS, VOCAB, CheckInputs, Row, 
 __all__ = ["deepspeed_rows", "interpreted_rows", "sharded_rows"]
 
 RANKS = 2
+# In bf16 those alone that send something besides what all send: many CPUs take tens of times longer for its products.
+_OBJECTIVES = {
+    torch.float32: tuple(objective_checks.CASES),
+    torch.bfloat16: ("KL divergence", "top-k divergence", "statistics per token"),
+}
 
 
 def interpreted_rows(timeout: float) -> list[Row]:
@@ -56,7 +61,10 @@ def _sharded(rank: int) -> Iterator[Row]:
             options = ChunkOptions(chunk_size=CHUNK, gradients=gradients)
             yield from _vocab_parallel(inputs, f"{where}, {gradients}", options)
             shard = VocabShard.split(VOCAB)
-            yield from objective_checks.sharded_cases(inputs, f"{where}, sharded, {gradients}", options, shard)
+            names = _OBJECTIVES[dtype]
+            yield from objective_checks.sharded_cases(inputs, f"{where}, sharded, {gradients}", options, shard, names)
+            yield from _with_own_tokens(rank, inputs, f"{where}, {gradients}", options)
+        yield from _parts_of_gradients(rank, inputs, where)
         yield from _token_mean(rank, inputs, where)
 
 
@@ -79,6 +87,52 @@ def _vocab_parallel(inputs: CheckInputs, where: str, options: ChunkOptions) -> I
     yield from compare("sharded vocabulary", where, inputs, ("loss", "dX", "dW", "db"), values, formula)
 
 
+def _with_own_tokens(rank: int, inputs: CheckInputs, where: str, options: ChunkOptions) -> Iterator[Row]:
+    """Each rank has its rows of the head and its own tokens, as `LMHead.shard` makes of a model."""
+    vocab = VocabShard.split(VOCAB, tokens="own")
+    rows, mine = slice(vocab.start, vocab.stop), _own_slice(rank, inputs)
+    own = inputs._replace(head=inputs.head[rows]).leaves()
+    hidden = own.hidden[mine]
+    loss = linear_cross_entropy(hidden, own.head, own.target[mine], reduction="sum", vocab=vocab, options=options)
+    loss.backward()
+
+    def formula(whole: CheckInputs) -> tuple[Tensor, ...]:
+        """The gradient of the rows is summed over all tokens, and divided by the ranks as engines do."""
+        leaves = whole.leaves()
+        losses = plain(leaves.hidden, leaves.head, leaves.target, reduction="none")
+        losses.sum().backward()
+        return losses[mine].sum().detach(), leaves.hidden.grad[mine], leaves.head.grad[rows] / RANKS
+
+    values = loss.detach(), own.hidden.grad[mine], own.head.grad
+    # One number can be right by chance, as in `objective_checks`.
+    rounding = {"loss": torch.finfo(inputs.hidden.dtype).eps}
+    yield from compare(
+        "sharded head, own tokens", where, inputs, ("loss", "dX", "dW"), values, formula, rounding=rounding
+    )
+
+
+def _parts_of_gradients(rank: int, inputs: CheckInputs, where: str) -> Iterator[Row]:
+    """A gradient of the hidden states that ranks sum themselves, and one of this rank's share of the tokens alone."""
+    share = len(inputs.target) // RANKS
+    mine = slice(rank * share, (rank + 1) * share)
+    even = inputs._replace(hidden=inputs.hidden[: RANKS * share], target=inputs.target[: RANKS * share])
+    for kind in ("partial", "sequence"):
+        vocab = VocabShard.split(VOCAB, input_grad=kind)
+        own = even._replace(head=even.head[vocab.start : vocab.stop]).leaves()
+        hidden = own.hidden if kind == "partial" else own.hidden[mine].detach().requires_grad_()
+        linear_cross_entropy(hidden, own.head, own.target, reduction="sum", vocab=vocab).backward()
+        gradient = hidden.grad.float()
+        if kind == "partial":
+            dist.all_reduce(gradient)
+
+        def formula(whole: CheckInputs, tokens: slice = mine if kind == "sequence" else slice(None)) -> tuple[Tensor]:
+            leaves = whole.leaves()
+            plain(leaves.hidden, leaves.head, leaves.target, reduction="sum").backward()
+            return (leaves.hidden.grad[tokens],)
+
+        yield from compare(f"sharded vocabulary, {kind} gradient", where, even, ("dX",), (gradient,), formula)
+
+
 def _token_mean(rank: int, inputs: CheckInputs, where: str) -> Iterator[Row]:
     """Ranks hold different numbers of tokens, and gradients are averaged over ranks as engines do."""
     hidden, target = _own_tokens(rank, inputs)
@@ -93,9 +147,13 @@ def _token_mean(rank: int, inputs: CheckInputs, where: str) -> Iterator[Row]:
 
 def _own_tokens(rank: int, inputs: CheckInputs) -> tuple[Tensor, Tensor]:
     """Hidden states and targets of a third of the tokens on rank 0, of the others on rank 1."""
-    cut = len(inputs.target) // 3
-    own = slice(0, cut) if rank == 0 else slice(cut, None)
+    own = _own_slice(rank, inputs)
     return inputs.hidden[own], inputs.target[own]
+
+
+def _own_slice(rank: int, inputs: CheckInputs) -> slice:
+    cut = len(inputs.target) // 3
+    return slice(0, cut) if rank == 0 else slice(cut, None)
 
 
 def _head_rows(case: str, where: str, inputs: CheckInputs, loss: Tensor, gradient: Tensor) -> Iterator[Row]:
@@ -180,12 +238,14 @@ def _run(function: Callable[[int], Iterator[Row]], processes: int, timeout: floa
             process.start()
         deadline = time.monotonic() + timeout
         failed = False
-        while any(process.is_alive() for process in started) and time.monotonic() < deadline and not failed:
-            failed = any(process.exitcode not in (None, 0) for process in started)
-            time.sleep(0.02)
-        for process in started:
-            process.kill()
-            process.join()
+        try:
+            while any(process.is_alive() for process in started) and time.monotonic() < deadline and not failed:
+                failed = any(process.exitcode not in (None, 0) for process in started)
+                time.sleep(0.02)
+        finally:  # after Ctrl-C as well
+            for process in started:
+                process.kill()
+                process.join()
         files = [Path(folder, f"{rank}.pt") for rank in range(processes)]
         if not all(path.exists() for path in files):
             raise RuntimeError(_failure(folder, timeout, late=time.monotonic() >= deadline))
