@@ -15,12 +15,6 @@ TABLES = {
 }
 
 
-@pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("page", [page for page in PAGES if pages.blocks(page, "python")], ids=lambda page: page.name)
-def test_snippets_run(page):
-    pages.run(page)
-
-
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_recorded_parameters_are_those_of_the_installed_package(name):
     try:
