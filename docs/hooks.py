@@ -22,6 +22,8 @@ DOCS = ROOT / "docs"
 TOP = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 LANGUAGES = {".py": "python", ".json": "json", ".ipynb": "json", ".yml": "yaml", ".toml": "toml", ".cfg": "ini"}
 LINK = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)\s]*)?\))")
+NAMED = re.compile(r"\[(\w+\.md)\]\(([^)\s#:]*\1)(#[^)\s]*)?\)")  # a link to a page by the name of its file
+TITLE = re.compile(r"^# (.+)$", re.MULTILINE)
 PICTURE = re.compile(r'<img [^>]*src="[^"]*pictures/(\w+\.svg)"[^>]*>')
 STYLE = re.compile(r"<style>.*?</style>\n?", re.DOTALL)
 FENCE = re.compile(r"^( *)(```+|~~~+).*?^\1\2 *$", re.DOTALL | re.MULTILINE)
@@ -38,7 +40,7 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turn links to files of the repository into links to their pages."""
+    """Turn links to files of the repository into links to their pages, and names of files into titles."""
     if page.is_homepage:
         page.meta["hide"] = ["navigation"]  # it lists nothing but the page, whose table is wide
     origin = _origin(page.file.src_uri)
@@ -51,7 +53,11 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
             return match[0]
         return match[1] + posixpath.relpath(uri, posixpath.dirname(page.file.src_uri) or ".") + match[3]
 
-    return _outside_fences(markdown, lambda text: LINK.sub(link, text))
+    def named(match: re.Match[str]) -> str:
+        title = TITLE.search((origin.parent / match[2]).read_text("utf-8"))
+        return f"[{title[1]}]({match[2]}{match[3] or ''})" if title else match[0]
+
+    return _outside_fences(markdown, lambda text: LINK.sub(link, NAMED.sub(named, text)))
 
 
 def on_page_content(html: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
