@@ -1,6 +1,6 @@
-"""Writes the figures of the README: its one number, and its table of implementations.
+"""Writes the figures of README and docs: the README's one number and its comparison, and every table of results.
 
-python docs/comparison.py    # rewrites README.md between its markers
+python docs/comparison.py    # rewrites README.md and docs/**/*.md between their markers
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.report import markdown
 from chunked_ce.cli.documents import read_document
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,6 +21,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 SWEEP = "vocabulary.json"  # time and peak, by the size of the vocabulary
 RATIOS = "ratios.json"  # time beside the implementations that torch and DeepSpeed have
 PACKAGES = "ratios_packages.json"  # time beside those of packages, at a shape of its own
+TABLE = re.compile(r"<!-- (benchmarks/results/\S+\.json) -->\n.*?<!-- end -->", re.DOTALL)
 OURS, FULL = "chunked_ce", "full logits"
 DTYPES = ("fp32", "bf16")
 
@@ -200,5 +202,23 @@ def _wrapped(text: str) -> str:
     return "\n".join([*lines, line])
 
 
-if __name__ == "__main__":
+def with_tables(text: str) -> str:
+    """``text`` with its tables of results as they should be, each between a marker with its file and an end."""
+
+    def table_of(match: re.Match[str]) -> str:
+        return f"<!-- {match[1]} -->\n{markdown(read_document(ROOT / match[1])).strip()}\n<!-- end -->"
+
+    return TABLE.sub(table_of, text)
+
+
+def main() -> None:
     README.write_text(written(README.read_text("utf-8")), "utf-8")
+    for page in (README, *sorted((ROOT / "docs").rglob("*.md"))):
+        text = page.read_text("utf-8")
+        if (changed := with_tables(text)) != text:
+            page.write_text(changed, "utf-8")
+            print(page.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()
