@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from chunked_ce.engine.scratch import release
+
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -20,6 +22,7 @@ class PeakMemory:
     def __init__(self):
         self.cuda = torch.cuda.is_available()
         gc.collect()
+        release()  # the logits' memory that chunked_ce keeps between calls on a CPU: the next call counts it anew
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
@@ -35,6 +38,12 @@ class PeakMemory:
     def bytes(self) -> int:
         peak = torch.cuda.max_memory_allocated() if self.cuda else resident("VmHWM")
         return max(0, peak - self.before)
+
+    def held(self) -> int:
+        """The bytes in use now, above those at the creation; without what is only kept for the next call."""
+        release()
+        now = torch.cuda.memory_allocated() if self.cuda else resident("VmRSS")
+        return max(0, now - self.before)
 
 
 def resident(field: str) -> int:
