@@ -1,5 +1,6 @@
 """Real text as token ids, and batches that depend only on the seed and the step."""
 
+import os
 import sysconfig
 import zlib
 from pathlib import Path
@@ -20,6 +21,8 @@ def load_tokens(paths: list[Path] | None = None) -> np.ndarray:
     Raises `OSError` for a file that cannot be read, `ValueError` for one that is not UTF-8 text.
     """
     texts = python_texts() if paths is None else [read(path) for path in paths]
+    if os.environ.get("RANK", "0") == "0":
+        print(f"Tokenizing {sum(map(len, texts)) / 1e6:.1f} million characters of text", flush=True)
     tokenizer = Tekkenizer.from_file(TEKKEN)
     ids = [np.array(tokenizer.encode(text, bos=True, eos=True), dtype=np.int32) for text in texts]
     return np.concatenate(ids)

@@ -26,8 +26,7 @@ METADATA = {
 }
 INTRODUCTION = """\
 <!-- python -m tests.examples.notebook writes this page -->
-The notebook is
-[{name}]({link}).
+The notebook is `{path}`.
 It needs no GPU and takes about half a minute on 2 cores. Beside Jupyter it needs
 `pip install '.[examples,transformers]'`.
 """
@@ -72,8 +71,7 @@ def save(notebook: nbformat.NotebookNode) -> None:
 def page(notebook: nbformat.NotebookNode) -> tuple[str, dict[str, bytes]]:
     """The page as Markdown, and its pictures by their names."""
     title, *rest = notebook.cells
-    link = Path("..") / NOTEBOOK.relative_to(ROOT)
-    introduction = INTRODUCTION.format(name=NOTEBOOK.name, link=link.as_posix())
+    introduction = INTRODUCTION.format(path=NOTEBOOK.relative_to(ROOT).as_posix())
     parts, pictures = [title.source, introduction.strip()], {}
     for cell in rest:
         if cell.cell_type == "markdown":
