@@ -17,7 +17,7 @@ demo: install
 	$(BIN)/python examples/demo.py
 
 distill: install
-	$(BIN)/torchrun --nproc-per-node 2 examples/distill.py
+	$(BIN)/python examples/distill.py
 
 policy: install
 	$(BIN)/python examples/policy.py
