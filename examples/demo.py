@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
-from common.command_line import Parser
+from common.command_line import Parser, refused_input
 from common.comparison import EXAMPLES, WARM_UP, Pair, Run, circumstances, default_precision, ds_config, plot
 from common.launch import run_ranks
 from common.model import LOSSES, ModelConfig
@@ -27,6 +27,7 @@ OUT = RUNS / "demo"
 def train(loss: str, ranks: int, steps: int, out: Path) -> Run:
     """Trains in new processes."""
     print(f"\nTraining with --loss {loss}", flush=True)
+    (out / loss).mkdir()
     options = ["--deepspeed-config", out / "ds_config.json", "--out", out / loss, "--loss", loss, "--steps", steps]
     status = run_ranks(EXAMPLES / "train_deepspeed.py", options, ranks)
     if status:
@@ -55,8 +56,9 @@ def main() -> None:
     config, ranks = ds_config(arguments.precision, arguments.micro_batch), torch.cuda.device_count() or 2
     results = Results(arguments.out)
     folder = results.unfinished
-    with results.kept_at_interrupt():
+    with refused_input():
         results.start()
+    with results.kept_at_interrupt():
         (folder / "ds_config.json").write_text(json.dumps(config, indent=2))
         pair = Pair(*(train(loss, ranks, arguments.steps, folder) for loss in LOSSES))
         plot({"Loss": pair}, folder / "demo.png")

@@ -81,10 +81,11 @@ class Distillation:
         started, k, steps = time.perf_counter(), self.arguments.top_k, self.arguments.steps
         shape = {"micro_batches": 1, "batch": self.arguments.micro_batch}
         shape |= {"rank": dist.get_rank(), "ranks": dist.get_world_size()}
+        if dist.get_rank() == 0:
+            print(f"\nthe teacher's {k} likeliest words for {steps} steps:", end=" ", flush=True)
         words = LikeliestWords(self.answers, teacher, k, steps=steps, **shape)
         if dist.get_rank() == 0:
-            seconds = time.perf_counter() - started
-            print(f"\nthe teacher's {k} likeliest words for {steps} steps: {seconds:.1f} s", flush=True)
+            print(f"{time.perf_counter() - started:.1f} s", flush=True)
         return words
 
     def report(self, ranks: int) -> str:
