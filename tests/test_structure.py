@@ -86,7 +86,7 @@ def num_parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 def is_kernel(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    return any(ast.unparse(decorator).startswith("triton.jit") for decorator in function.decorator_list)
+    return any(ast.unparse(decorator).startswith(("jit", "triton.jit")) for decorator in function.decorator_list)
 
 
 def test_no_two_modules_import_each_other():
