@@ -29,7 +29,7 @@ from chunked_ce.lazy.evaluation import purpose_of_call
 from chunked_ce.lazy.head import LazyHead, Settings
 from chunked_ce.lazy.layout import Layout
 from chunked_ce.lazy.logits import LazyLogits
-from chunked_ce.lazy.obstacles import obstacle_of_call
+from chunked_ce.lazy.obstacles import Obstacle, obstacle_of_call
 from chunked_ce.lazy.output_embeddings import AUTOTP, check_model, output_embeddings
 from chunked_ce.lazy.source import Call
 from chunked_ce.parallel.dtensors import is_dtensor
@@ -309,14 +309,15 @@ class LMHead(LazyHead):
     def _count_call(self) -> None:
         self.record.new_call(self.training, self.terms if torch.is_grad_enabled() else "")
 
-    def _compute_at_once(self, obstacle: str) -> None:
+    def _compute_at_once(self, obstacle: Obstacle) -> None:
         """Count a call that computes its logits at once, and warn where that matters."""
-        self.record.new_call(self.training).plain[obstacle] += 1
+        self.record.new_call(self.training).plain[obstacle.why] += 1
+        because = f"because {obstacle.why}. {obstacle.remedy}"
         if self.layout is not None or is_dtensor(self.own_parameters()[0]):
-            self.record.tell("sharded", f"an LMHead that is sharded over ranks computes its logits, because {obstacle}")
+            self.record.tell("sharded", f"an LMHead that is sharded over ranks computes its logits, {because}")
         elif self.terms and torch.is_grad_enabled():
             self.record.tell(
-                "terms", f"{self.terms} of the head have no effect: it computes its logits at once, because {obstacle}"
+                "terms", f"{self.terms} of the head have no effect: it computes its logits at once, {because}"
             )
 
 

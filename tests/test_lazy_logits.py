@@ -374,7 +374,10 @@ def test_the_warning_names_the_operation_and_points_at_it(function, named):
     problem = Problem(lazy=True)
     with pytest.warns(UserWarning, match=rf"does not follow {named}: the logits \(2, 6, 40\)") as caught:
         function(problem.logits())
-    assert caught[0].filename == __file__
+    assert caught[0].filename == __file__ and "Call materialize() on them first" in str(caught[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        function(problem.logits().materialize())
 
 
 # ---- any sequence of operations ----

@@ -275,14 +275,25 @@ def test_terms_that_no_loss_has(said, how):
     found = [str(one.message) for one in said if "LazyLogits does not follow" not in str(one.message)]
     (message,) = found
     assert message.startswith("z_loss=0.25 and label_smoothing=0.1 of the head had no effect in this step")
+    assert "add the terms to it yourself" in message
 
 
-def test_terms_of_a_head_that_computes_logits_at_once(said):
-    model = LMHead.wrap(Tied(), z_loss=0.25)
-    model.out.register_forward_hook(a_hook)
+REMEDIES = {
+    "a hook on the head, a_hook": "Remove the hook",
+    "its forward has been replaced": "Give it back its own forward",
+    "its weight is parametrized or pruned": "remove_parametrizations(head, 'weight')",
+}
+
+
+@pytest.mark.parametrize("why", REMEDIES)
+def test_terms_of_a_head_that_computes_logits_at_once(said, why):
+    model = LMHead.wrap(Tied(tied=False), z_loss=0.25)
+    OBSTACLES[why](model.out)
     train(model, steps=2)
     (warning,) = said
-    assert str(warning.message).startswith("z_loss=0.25 of the head have no effect: it computes its logits at once")
+    message = str(warning.message)
+    assert message.startswith("z_loss=0.25 of the head have no effect: it computes its logits at once")
+    assert why in message and REMEDIES[why] in message
     assert warning.filename == sys.modules[Tied.__module__].__file__
 
 

@@ -116,7 +116,8 @@ class Record:
             self.tell(
                 "terms",
                 f"{terms} of the head had no effect in this step: they are added to F.cross_entropy and F.nll_loss of "
-                f"lazy logits, and its loss came of {by}",
+                f"lazy logits with indices as targets, and its loss came of {by}. Take the loss by one of the two, or "
+                "add the terms to it yourself and leave them out of the head",
             )
 
 

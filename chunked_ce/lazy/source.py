@@ -217,7 +217,11 @@ class Call:
 
     def warn(self, operation: str, shape: torch.Size) -> None:
         terms = self.head.terms
-        only = f" {terms} of the head apply to F.cross_entropy of these logits only." if terms else ""
+        only = (
+            f" {terms} of the head apply to F.cross_entropy of these logits only: add them to another loss yourself."
+            if terms
+            else ""
+        )
         if vars(self.head).get("_is_replica"):
             self.head.record.tell(
                 "replica",
@@ -226,7 +230,9 @@ class Call:
             )
             return
         warnings.warn(
-            f"LazyLogits does not follow {operation}: the logits {tuple(shape)} were computed.{only}",
+            f"LazyLogits does not follow {operation}: the logits {tuple(shape)} were computed. Call materialize() on "
+            "them first if they are meant. To save them, take losses by F.cross_entropy, and what else is needed by "
+            f"operations that are followed, such as log_softmax, gather, logsumexp, sum and topk.{only}",
             UserWarning,
             stacklevel=user_stacklevel(),
         )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from chunked_ce.lazy.head import LazyHead, is_whole
+from chunked_ce.lazy.obstacles import Obstacle
 from chunked_ce.lazy.peft_layers import LoraLayer
 from chunked_ce.parallel.dtensors import is_dtensor
 from chunked_ce.parallel.vocab import VocabShard
@@ -18,6 +19,10 @@ from chunked_ce.rows.logits import Logits
 
 __all__ = ["LowRankHead", "formed"]
 
+_OTHER_KINDS = (
+    "Adapt the head by plain LoRA, or by DoRA as its only adapter, without a bias and with parameters that no engine "
+    "keeps elsewhere; or leave it out of target_modules"
+)
 _NORM_ELEMENTS = 2**22  # elements of the head's rows whose norms are taken at a time
 
 
@@ -45,11 +50,9 @@ class LowRankHead(LoraLayer):
         if not self.base_layer.can_add_low_rank(x):
             return formed(self.base_layer, super().forward, x)
         if others and not self._is_dora(names):
-            with _computing_at_once(
-                self.base_layer,
-                f"adapter {others[0]!r} on it is no plain LoRA ({_name_of(self.lora_variant[others[0]])}). Of others, "
-                "DoRA is followed if it is the only adapter, has no bias, and no engine keeps its parameters elsewhere",
-            ):
+            kind = _name_of(self.lora_variant[others[0]])
+            obstacle = Obstacle(f"adapter {others[0]!r} on it is no plain LoRA ({kind})", _OTHER_KINDS)
+            with _computing_at_once(self.base_layer, obstacle):
                 return formed(self.base_layer, super().forward, x)
         pairs = [self._dora(names[0], x)] if others else [self._lora(name, x) for name in names]
         hidden, weights = zip(*pairs, strict=True)
@@ -122,14 +125,14 @@ def formed(head: LazyHead, forward: Callable[..., Any], *args: Any, **kwargs: An
 
 
 @contextlib.contextmanager
-def _computing_at_once(head: LazyHead, why: str) -> Iterator[None]:
+def _computing_at_once(head: LazyHead, obstacle: Obstacle) -> Iterator[None]:
     """Let calls of the head compute ordinary logits, with one warning that says why."""
-    head.record.tell("adapter", f"an LMHead computes its logits at once, because {why}")
-    vars(head)["_obstacle"] = why
+    head.record.tell("adapter", f"an LMHead computes its logits at once, because {obstacle.why}. {obstacle.remedy}")
+    obstacle.put_on(head)
     try:
         yield
     finally:
-        del vars(head)["_obstacle"]
+        Obstacle.take_off(head)
 
 
 def _name_of(variant: Any) -> str:
