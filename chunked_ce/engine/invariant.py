@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from chunked_ce.engine import plan_log
 from chunked_ce.engine.call import Call
 from chunked_ce.engine.counted_tokens import columns_of
 from chunked_ce.engine.products import project
@@ -33,6 +34,8 @@ def statistics(call: Call) -> RowStatistics:
     source = (DepthsSource if call.num_depths > 1 else HeadSource)(call)
     plan = Plan.fixed(len(source.weight), settings)
     source.cut(plan)
+    if plan_log.LOGS_PLANS:
+        plan_log.log_values(call, source)
     tiles, names = _Tiles(source, plan), specification.names
     parts: dict[int, Tensor] = {}  # (M, columns) of each group, by its first token
     entries = not_none(plan.entries)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from chunked_ce.engine import plan_log
 from chunked_ce.engine.call import Call
 from chunked_ce.engine.teacher import teacher_logits
 from chunked_ce.narrowing import not_none
@@ -26,6 +27,8 @@ def loss(call: Call) -> Tensor:
 
 def statistics(call: Call) -> RowStatistics:
     """The statistics of every row, (N,) each and 0 where ignored."""
+    if plan_log.LOGS_PLANS:
+        plan_log.log_plain(call)
     specification = call.specification
     counted = call.target != call.ignore_index
     products = _head_products(call, counted) if call.is_head else call.tensors[0].where(counted.unsqueeze(-1), 0)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from chunked_ce import devices
-from chunked_ce.engine import invariant
+from chunked_ce.engine import invariant, plan_log
 from chunked_ce.engine.call import Call
 from chunked_ce.engine.device_filter import DeviceFilter, HeadTerms, filter_kernels
 from chunked_ce.engine.exponential_products import ExponentialProducts, exponential_kernels
@@ -59,6 +59,8 @@ def statistics(call: Call) -> RowStatistics:
     whole = zero_statistics(len(call.target), names, dtype, device, call.num_ids)
     first, second = passes_of(names)
     source = _source(call, sums_head=call.sums_head if second else None)
+    if plan_log.LOGS_PLANS:
+        plan_log.log_values(call, source)
     ranks, row_kernels = ranks_of(source), specification.row_kernels(device)
 
     def start(chunk: Chunk) -> Any:
@@ -82,6 +84,8 @@ def loss_and_gradients(call: Call) -> LossAndGradients:
     specification, objective = call.specification, not_none(call.specification.objective)
     source = _source(call).with_gradients()
     assert isinstance(source, HeadSource)
+    if plan_log.LOGS_PLANS:
+        plan_log.log_gradients(call, source, "forward")
     ranks, row_kernels = ranks_of(source), specification.row_kernels(call.target.device)
     totals = ForwardTotals(source, source.plan.head_sum)
     filter = _filter(source, objective.statistics)
@@ -144,6 +148,8 @@ def gradients(
     specification = call.specification
     filtered = can_filter(specification, slopes.named())
     source = _source(call, sums_head=specification.needs("weight") if filtered else None).with_gradients()
+    if plan_log.LOGS_PLANS:
+        plan_log.log_gradients(call, source, "backward")
     tokens, row_kernels = source.tokens, specification.row_kernels(call.target.device)
     scale = specification.logits.scale
     known = known.map(lambda values: tokens.select(source.in_chunk_order(values)))
