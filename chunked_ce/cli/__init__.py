@@ -42,8 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _status(arguments: Sequence[str] | None) -> int | str | None:
+    name = "chunked-ce"
     try:
         parsed = parser().parse_args(arguments)
+        name = f"chunked-ce {parsed.command}"
         _require(needed_packages(parsed))
         if parsed.command != "plan":
             load_library()
@@ -52,7 +54,7 @@ def _status(arguments: Sequence[str] | None) -> int | str | None:
     except SystemExit as ending:  # of the parser, after a help text or an error
         return ending.code
     except ValueError as error:  # arguments that contradict each other: one line, as for a wrong one
-        print(f"chunked-ce {parsed.command}: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 2
     return status
 
@@ -69,8 +71,8 @@ def _discard_unread() -> None:
 def load_library() -> None:
     """Import the library behind `chunked_ce`, which the console script has left out so far."""
     script = sys.modules.get("chunked_ce_command")
-    if getattr(script, "is_light", False):
-        script.is_light = False
+    if script is not None and getattr(script, "is_light", False):
+        vars(script)["is_light"] = False
         importlib.reload(sys.modules["chunked_ce"])
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from chunked_ce.cli.synthetic_inputs import IGNORED, LossInputs
 
-__all__ = ["Reference", "errors_of", "reference", "relative_error"]
+__all__ = ["Reference", "errors_of", "gradient_of", "reference", "relative_error"]
 
 _TOKENS, _ENTRIES = 64, 512  # whose gradients are compared
 _BLOCK_TOKENS, _BLOCK_ENTRIES = 2048, 8192
@@ -69,7 +69,13 @@ def errors_of(exact: Reference, loss: Tensor, hidden_grad: Tensor, weight_grad: 
 def relative_error(value: Tensor, exact: Tensor) -> float:
     """The distance in root mean square, as a share of the exact value's own."""
     exact = exact.double()
-    return ((value.double() - exact).norm() / exact.norm().clamp(min=1e-300)).item()
+    return float((value.double() - exact).norm() / exact.norm().clamp(min=1e-300))
+
+
+def gradient_of(leaf: Tensor) -> Tensor:
+    """The gradient that a backward pass has left."""
+    assert leaf.grad is not None, "no backward pass has reached this tensor"
+    return leaf.grad
 
 
 def _log_sum_exp(x: Tensor, weight: Tensor) -> Tensor:

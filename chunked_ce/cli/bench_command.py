@@ -6,6 +6,7 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -67,6 +68,7 @@ def cases_of(arguments: argparse.Namespace) -> list[Task]:
     """One task per dtype and value of the sweep, each for the products as yet."""
     tokens, hidden, vocab = _shape(arguments)
     name, values = arguments.sweep or ("tokens", [tokens])
+    sizes: list[dict[str, Any]] = [{name: value} for value in values]
     if arguments.sweep and arguments.tensors:
         raise ValueError("--sweep needs tensors that it can make, --tensors gives one shape: use one of them")
     return [
@@ -82,9 +84,9 @@ def cases_of(arguments: argparse.Namespace) -> list[Task]:
             tensors=arguments.tensors and str(arguments.tensors),
             rounds=arguments.rounds,
             memory_limit=arguments.memory_limit,
-        )._replace(**{name: value})
+        )._replace(**size)
         for dtype in arguments.dtype or (("fp32", "bf16") if DEVICE == "cpu" else ("bf16",))
-        for value in values
+        for size in sizes
     ]
 
 

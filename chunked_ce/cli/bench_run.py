@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -42,13 +42,13 @@ def measure_all(request: Request, document: Document, errors: Console, out: Cons
         save()
         for case in request.cases:
             rows: list[Result] = []
-            note: dict[str, object] = {}
+            note: dict[str, Any] = {}
             try:
                 progress.update(bar, description=f"{case.title}: inputs")
                 ready = _prepared(request, case, Path(folder))
                 if isinstance(ready, Prepared):
                     softmax = {f"{name}_nats": value for name, value in ready.softmax.items()}
-                    note = {"case": case.title, "kind": request.kind} | softmax
+                    note = {"case": case.title, "kind": request.kind, **softmax}
                     document["data"].append(note)
                 for name in request.implementations:
                     done = len(document["results"]) * steps
@@ -78,7 +78,7 @@ def _measured(case: Task, ready: Prepared | str, name: str, timeout: float, tick
         return measure(worker, ready.task._replace(implementation=name), timeout, tick)
 
 
-def _table(rows: Sequence[Result], title: str, note: dict[str, object]) -> Table:
+def _table(rows: Sequence[Result], title: str, note: dict[str, Any]) -> Table:
     softmax = f"loss {note['loss_nats']}, entropy {note['entropy_nats']} nats" if note else ""
     table = simple_table(title, COLUMNS, left=(COLUMNS[0], ""), caption=softmax)
     for column in table.columns[:-1]:  # only the reason of a failure may wrap

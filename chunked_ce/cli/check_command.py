@@ -16,12 +16,13 @@ from rich.table import Table
 
 from chunked_ce.cli import files, objective_checks, process_checks, report
 from chunked_ce.cli.console import progress_bar, simple_table, wide_console
-from chunked_ce.cli.self_checks import Row, cases
+from chunked_ce.cli.self_checks import Kernels, Row, cases
 from chunked_ce.rows.backend import triton_runs
 
 __all__ = ["run"]
 
 _TIMEOUT = 180.0  # seconds for each part that runs in other processes
+_TRITON: list[Kernels] = ["triton"]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -96,7 +97,8 @@ def parts(devices: list[str], alone: bool, skipped: dict[str, str]) -> Iterator[
     """The parts of the check by name; those that are left out are put into ``skipped``, with the reason."""
     for device in devices:
         for dtype in _DTYPES:
-            for backend in ["torch", "triton"] if triton_runs(torch.device(device), dtype) else ["torch"]:
+            backends: list[Kernels] = ["torch", *_TRITON * triton_runs(torch.device(device), dtype)]
+            for backend in backends:
                 name = f"{device}, {str(dtype).removeprefix('torch.')}, {backend} kernels"
                 yield name, functools.partial(_on_device, device, dtype, backend)
     reason = "left out by --no-processes" if alone else None
@@ -123,7 +125,7 @@ def _as_json(row: Row) -> dict[str, object]:
     return {"case": row.case, "where": row.where, "quantity": row.quantity, **errors, "wrong": row.wrong}
 
 
-def _on_device(device: str, dtype: torch.dtype, backend: str) -> list[Row]:
+def _on_device(device: str, dtype: torch.dtype, backend: Kernels) -> list[Row]:
     return [*cases(device, dtype, backend), *objective_checks.cases(device, dtype, backend)]
 
 

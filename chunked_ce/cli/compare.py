@@ -142,7 +142,8 @@ def _slower(old: Result, new: Result) -> bool:
         return False
     few = min(old.get("rounds", 1), new.get("rounds", 1)) < _FEW
     grown = bool(new["ratio"] > old["ratio"] * (MORE_TIME_OF_FEW if few else MORE_TIME))
-    return grown and bool(new.get("ratio_least", new["ratio"]) > old.get("ratio_most", old["ratio"]))
+    least, most = (row[name if name in row else "ratio"] for row, name in ((new, "ratio_least"), (old, "ratio_most")))
+    return grown and bool(least > most)
 
 
 def _larger(old: Result, new: Result) -> bool:
@@ -152,10 +153,8 @@ def _larger(old: Result, new: Result) -> bool:
 
 
 def _less_exact(old: Result, new: Result) -> bool:
-    return any(
-        old.get(name) is not None and new.get(name) is not None and new[name] > old[name] * MORE_ERROR
-        for name in _GRADIENT_ERRORS
-    )
+    errors: list[tuple[float | None, float | None]] = [(old.get(name), new.get(name)) for name in _GRADIENT_ERRORS]
+    return any(after > before * MORE_ERROR for before, after in errors if before is not None and after is not None)
 
 
 def conditions_that_differ(old: Document, new: Document) -> dict[str, tuple[object, object]]:

@@ -12,7 +12,7 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +62,7 @@ CCE_PRETRAINING = "cut-cross-entropy, pretraining"
 QUACK = "quack"
 CROSS_ENTROPY = "cross-entropy"
 
-CHUNKED: dict[str, dict[str, object]] = {  # those of this library, and their `ChunkOptions`
+CHUNKED: dict[str, dict[str, Any]] = {  # those of this library, and their `ChunkOptions`
     FORWARD: {},
     BACKWARD: {"gradients": "backward"},
     LEAST: {"gradients": "backward", "memory_budget": 4 * 2**20},
@@ -96,13 +96,14 @@ def products(hidden: Tensor, weight: Tensor, logits_times: int = 1) -> None:
     with torch.no_grad():
         hidden_grad, weight_grad = torch.empty_like(hidden), None
         for x, x_grad in zip(hidden.split(step), hidden_grad.split(step), strict=True):
-            for _ in range(logits_times):
+            logits = x @ weight.t()
+            for _ in range(1, logits_times):
                 logits = x @ weight.t()
             torch.mm(logits, weight, out=x_grad)
             weight_grad = logits.t() @ x if weight_grad is None else weight_grad.addmm_(logits.t(), x)
 
 
-def _ours(chunk: int | None, **options: object) -> Loss:
+def _ours(chunk: int | None, **options: Any) -> Loss:
     return functools.partial(linear_cross_entropy, options=ChunkOptions(chunk_size=chunk or "auto", **options))
 
 
@@ -170,7 +171,8 @@ def _others() -> Iterator[tuple[str, Implementation]]:
         yardstick = {3: PRODUCTS, 4: FOUR_PRODUCTS}[loss.products]
 
         def ours(chunk: int | None, loss: OtherLoss = loss) -> Loss:
-            return functools.partial(loss.ours, options=ChunkOptions(chunk_size=chunk or "auto"))
+            options = ChunkOptions(chunk_size=chunk or "auto")
+            return lambda hidden, weight, target: loss.ours(hidden, weight, target, options)
 
         def full(chunk: int | None, loss: OtherLoss = loss) -> Loss:
             return loss.full

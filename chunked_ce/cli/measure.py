@@ -29,12 +29,13 @@ class Prepared(NamedTuple):
 def prepared(worker: Worker, case: Task, data: str, folder: Path, *, errors: bool, timeout: float) -> Prepared | str:
     """The case with its files written to ``folder``, or why its inputs cannot be made."""
     place = tempfile.mkdtemp(dir=folder)
+    answer: Prepared | str = "its inputs were not made"
     for kind, content in worker.run(Preparation(case, data, place, errors), timeout):
         if kind == "prepared":
-            ready = Prepared(*content)
+            answer = Prepared(*content)
         elif kind == "failed":
-            return f"its inputs or their float64 reference: {content}"
-    return ready
+            answer = f"its inputs or their float64 reference: {content}"
+    return answer
 
 
 def measure(worker: Worker, task: Task, timeout: float, tick: Callable[[], None] = lambda: None) -> Result:

@@ -52,10 +52,10 @@ def peak_of(work: Callable[[], object], device: str) -> int:
 def total(device: str) -> int:
     """Bytes of memory of the device, or of this machine."""
     if device == "cuda":
-        return torch.cuda.get_device_properties(0).total_memory
+        return int(torch.cuda.get_device_properties(0).total_memory)
     import psutil
 
-    return psutil.virtual_memory().total
+    return int(psutil.virtual_memory().total)
 
 
 def available(device: str) -> int:
@@ -64,7 +64,7 @@ def available(device: str) -> int:
         return torch.cuda.mem_get_info()[0]
     import psutil
 
-    return psutil.virtual_memory().available
+    return int(psutil.virtual_memory().available)
 
 
 def limit_memory(size: int, device: str) -> None:

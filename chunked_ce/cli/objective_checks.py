@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +23,10 @@ from chunked_ce import (
     linear_loss,
     linear_statistics,
 )
-from chunked_ce.cli.self_checks import CHUNK, CheckInputs, Row, compare, place
+from chunked_ce.cli.accuracy import gradient_of
+from chunked_ce.cli.self_checks import CHUNK, WAYS, CheckInputs, Kernels, Row, Way, compare, place
 from chunked_ce.cli.synthetic_inputs import IGNORED
-from chunked_ce.objectives import Divergence, PolicyGradient, TopKDivergence
+from chunked_ce.objectives import Divergence, Objective, PolicyGradient, TopKDivergence
 from chunked_ce.preference import dpo
 
 __all__ = ["CASES", "cases", "sharded_cases"]
@@ -45,7 +46,7 @@ class Case(NamedTuple):
 
     loss: Loss
     formula: Formula
-    ways: tuple[str, ...] = ("forward", "backward")
+    ways: tuple[Way, ...] = WAYS
     constants: Callable[[CheckInputs], Keywords] = lambda whole: {}
     """Keywords that come from the whole head, whichever rows of it a rank has: ids, and what a teacher says of them."""
 
@@ -55,7 +56,7 @@ class Case(NamedTuple):
         return lambda own: self.loss(own, given)
 
 
-def cases(device: str, dtype: torch.dtype, backend: str = "auto") -> Iterator[Row]:
+def cases(device: str, dtype: torch.dtype, backend: Kernels = "auto") -> Iterator[Row]:
     """All rows of one device, dtype and choice of kernels."""
     inputs, where = CheckInputs.random(dtype, device), place(device, dtype, backend)
     for name, case in CASES.items():
@@ -78,11 +79,11 @@ def _rows(name: str, where: str, inputs: CheckInputs, case: Case, keywords: Keyw
     vocab = keywords.get("vocab")
     rows = slice(None) if vocab is None else slice(vocab.start, vocab.stop)
 
-    def run(loss: Callable[[CheckInputs], Tensor], given: CheckInputs) -> tuple[Tensor | None, ...]:
+    def run(loss: Callable[[CheckInputs], Tensor], given: CheckInputs) -> tuple[Tensor, ...]:
         own = given.leaves()
         value = loss(own)
         value.backward()
-        return value.detach(), own.hidden.grad, own.head.grad[rows]
+        return value.detach(), gradient_of(own.hidden), gradient_of(own.head)[rows]
 
     loss = case.with_constants(inputs, keywords)
     values = run(lambda own: loss(own._replace(head=own.head[rows])), inputs)
@@ -278,7 +279,7 @@ def _statistics(own: CheckInputs) -> Tensor:
 
 def _weighed(parts: tuple[Tensor, ...], upstream: Tensor) -> Tensor:
     """The statistics of tokens times an upstream gradient of each."""
-    return sum((part * upstream.roll(turn)).sum() for turn, part in enumerate(parts))
+    return torch.stack([(part * upstream.roll(turn)).sum() for turn, part in enumerate(parts)]).sum()
 
 
 def _of_statistics(own: CheckInputs, keywords: Keywords) -> Tensor:
@@ -287,18 +288,20 @@ def _of_statistics(own: CheckInputs, keywords: Keywords) -> Tensor:
     return _weighed(parts, _counted(own, own.upstream))
 
 
-def _objective(objective: object, per_token: Callable[[CheckInputs], Keywords]) -> Loss:
+def _objective(objective: Objective, per_token: Callable[[CheckInputs], Keywords]) -> Loss:
     def loss(own: CheckInputs, keywords: Keywords) -> Tensor:
-        given = {"reduction": "sum"} | keywords | per_token(own)
-        return linear_loss(objective, own.hidden, own.head, own.target, **given)
+        given: Keywords = {"reduction": "sum"} | keywords | per_token(own)
+        value: Tensor = linear_loss(objective, own.hidden, own.head, own.target, **given)
+        return value
 
     return loss
 
 
 def _cross_entropy(of_inputs: Callable[[CheckInputs], Keywords]) -> Loss:
     def loss(own: CheckInputs, keywords: Keywords) -> Tensor:
-        given = {"reduction": "sum"} | keywords | of_inputs(own)
-        return linear_cross_entropy(own.hidden, own.head, own.target, **given)
+        given: Keywords = {"reduction": "sum"} | keywords | of_inputs(own)
+        value: Tensor = linear_cross_entropy(own.hidden, own.head, own.target, **given)
+        return value
 
     return loss
 
@@ -310,7 +313,7 @@ def _divergence_case(beta: float, logits: bool = False) -> Case:
     return Case(_objective(Divergence(beta), teacher), functools.partial(_divergence, beta=beta))
 
 
-def _policy_case(kind: str, kl: float, entropy: float) -> Case:
+def _policy_case(kind: Literal["clip", "cispo", "reinforce"], kl: float, entropy: float) -> Case:
     def tensors(own: CheckInputs) -> Keywords:
         return {"advantage": own.upstream, "old_logprob": _old(own), "ref_logprob": _old(own)}
 
@@ -318,7 +321,7 @@ def _policy_case(kind: str, kl: float, entropy: float) -> Case:
     return Case(loss, functools.partial(_policy, kind=kind, kl=kl, entropy=entropy))
 
 
-def _top_k_case(tail: str) -> Case:
+def _top_k_case(tail: Literal["bucket", "drop", "renormalize"]) -> Case:
     def constants(whole: CheckInputs) -> Keywords:
         return dict(zip(("teacher_ids", "teacher_logprobs"), _top(whole), strict=True))
 

@@ -46,8 +46,9 @@ def _advantage(target: Tensor) -> Tensor:
 
 def _policy(hidden: Tensor, weight: Tensor, target: Tensor, options: ChunkOptions) -> Tensor:
     advantage = _advantage(target)
-    tensors = {"advantage": advantage, "old_logprob": torch.full_like(advantage, _OLD)}
-    return linear_loss(PolicyGradient(), hidden, weight, target, options=options, **tensors)
+    old = torch.full_like(advantage, _OLD)
+    objective = PolicyGradient()
+    return linear_loss(objective, hidden, weight, target, options=options, advantage=advantage, old_logprob=old)
 
 
 def _full_policy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
@@ -105,8 +106,9 @@ def _top(target: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
 
 def _top_k(hidden: Tensor, weight: Tensor, target: Tensor, options: ChunkOptions) -> Tensor:
     ids, logprobs = _top(target, len(weight))
-    tensors = {"teacher_ids": ids, "teacher_logprobs": logprobs}
-    return linear_loss(TopKDivergence(), hidden, weight, target, options=options, **tensors)
+    return linear_loss(
+        TopKDivergence(), hidden, weight, target, options=options, teacher_ids=ids, teacher_logprobs=logprobs
+    )
 
 
 def _full_top_k(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:

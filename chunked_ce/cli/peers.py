@@ -9,6 +9,7 @@ import functools
 import importlib
 import os
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ _CUTE_TOKENS, _CUTE_ENTRIES = 128, 256  # Liger's SM90 kernels take multiples of
 def deepspeed(chunk: int | None) -> Loss:
     from deepspeed.sequence.linear_cross_entropy import vocab_parallel_linear_cross_entropy
 
-    return vocab_parallel_linear_cross_entropy
+    return cast(Loss, vocab_parallel_linear_cross_entropy)
 
 
 def liger(chunk: int | None) -> Loss:
@@ -58,7 +59,7 @@ def liger_cute(chunk: int | None) -> Loss:
     def loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         if len(target) % _CUTE_TOKENS or len(weight) % _CUTE_ENTRIES:
             raise ValueError(f"it takes multiples of {_CUTE_TOKENS} tokens and {_CUTE_ENTRIES} vocabulary entries only")
-        return liger_fused_linear_cross_entropy_sm90(hidden, weight, target)
+        return cast(Tensor, liger_fused_linear_cross_entropy_sm90(hidden, weight, target))
 
     return loss
 
@@ -68,7 +69,8 @@ def liger_scaled(chunk: int | None) -> Loss:
     from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as function
 
     def loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return function.apply(hidden, weight, target).sum() / (target != IGNORED).sum()
+        losses: Tensor = function.apply(hidden, weight, target)
+        return losses.sum() / (target != IGNORED).sum()
 
     return loss
 
@@ -78,7 +80,8 @@ def trl(chunk: int | None) -> Loss:
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
     def logprobs(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-        return ChunkedLogProbFunction.apply(hidden, weight, None, target, 1.0, _TRL_ENTRIES, None, 1.0, ())[0]
+        results = ChunkedLogProbFunction.apply(hidden, weight, None, target, 1.0, _TRL_ENTRIES, None, 1.0, ())
+        return cast(Tensor, results[0])
 
     def loss(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
         counted = target != IGNORED

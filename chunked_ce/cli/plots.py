@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -43,14 +43,20 @@ _MEMORY, _TIME = "peak_mib", "seconds"
 _TITLES = {_MEMORY: "peak memory above the inputs, MiB", _TIME: "forward and backward, seconds"}
 _FAR = {True: 2.5, False: 1.5}  # times the largest value: a limit beyond it is named, not drawn; of lines, of bars
 _FONTS = {"font.size": 9.5, "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK}
-_RC = _FONTS | {"axes.edgecolor": INK, "grid.color": _RULE, "axes.titlecolor": INK, "svg.fonttype": "none"}
+_RC: dict[Any, Any] = _FONTS | {
+    "axes.edgecolor": INK,
+    "grid.color": _RULE,
+    "axes.titlecolor": INK,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "chunked-ce",
+}
 
 
 class Style(NamedTuple):
     """How an implementation is drawn, in pictures and legends alike."""
 
     color: str
-    line: str = "-"
+    line: Literal["-", "--", ":", ""] = "-"
     marker: str = "o"
 
 
@@ -146,7 +152,7 @@ def figure(document: Document) -> Figure:
 def svg_panels(document: Document) -> Iterator[tuple[Panel, str]]:
     """Each panel as SVG to stand within HTML, whose colors are the variables ``--c0``, ``--c1`` ... of `COLORS`."""
     for place, panel in enumerate(panels(document)):
-        with matplotlib.rc_context(_RC | {"svg.hashsalt": "chunked-ce"}):
+        with matplotlib.rc_context(_RC):
             bars = 0 if swept_of(document) else len(styles(document))
             drawn = Figure(figsize=(4.9, 3.4 + max(0, bars - 8) * 0.3), layout="constrained", facecolor="none")
             at = drawn.subplots()
@@ -242,7 +248,7 @@ def _lines(at: Axes, document: Document, panel: Panel, swept: str, limit: float 
         at.plot(sizes, drawn, style.line, color=style.color, marker=style.marker, markersize=4.5, label=label)
         busy = [(x, y) for x, y in zip(sizes, drawn, strict=True) if rows.get(x, {}).get(BUSY)]
         if busy and style.marker and panel.measured == _TIME:  # hollow: other work disturbed it
-            hollow = {"markerfacecolor": "white", "markeredgecolor": style.color}
+            hollow: dict[str, Any] = {"markerfacecolor": "white", "markeredgecolor": style.color}
             at.plot(*zip(*busy, strict=True), linestyle="", marker=style.marker, markersize=4.5, **hollow)
     _mark_gaps(at, document, panel)
     if limit:
@@ -271,7 +277,7 @@ def _mark_gaps(at: Axes, document: Document, panel: Panel) -> None:
         seen[gap] += 1
         height = 1 - 0.05 * seen[gap] if gap.out_of_memory else 0.05 * seen[gap]
         sign = OUT_OF_MEMORY if gap.out_of_memory else UNFINISHED
-        place = {"transform": at.get_xaxis_transform(), "linestyle": "", "markersize": 6}
+        place: dict[str, Any] = {"transform": at.get_xaxis_transform(), "linestyle": "", "markersize": 6}
         at.plot([gap.size], [height], marker=sign.marker, color=style.color, fillstyle="none", **place)
     above, below = (
         0.06 * max((count for gap, count in seen.items() if gap.out_of_memory == out), default=0)

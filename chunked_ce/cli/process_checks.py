@@ -18,6 +18,7 @@ from torch import Tensor
 
 from chunked_ce import ChunkOptions, TokenMean, VocabShard, linear_cross_entropy
 from chunked_ce.cli import objective_checks
+from chunked_ce.cli.accuracy import gradient_of
 from chunked_ce.cli.self_checks import CHUNK, OPTIONS, VOCAB, CheckInputs, Row, compare, plain, small_cases
 
 __all__ = ["deepspeed_rows", "interpreted_rows", "sharded_rows"]
@@ -77,7 +78,7 @@ def _vocab_parallel(inputs: CheckInputs, where: str, options: ChunkOptions) -> I
         own = given.leaves()
         value = loss(own.hidden, own.head, own.target, **own.keywords(OPTIONS["all together"]))
         value.backward()
-        return value.detach(), own.hidden.grad, own.head.grad, own.linear_bias.grad
+        return value.detach(), *map(gradient_of, (own.hidden, own.head, own.linear_bias))
 
     def formula(whole: CheckInputs) -> tuple[Tensor, ...]:
         loss, hidden_grad, head_grad, bias_grad = run(plain, whole)
@@ -101,9 +102,9 @@ def _with_own_tokens(rank: int, inputs: CheckInputs, where: str, options: ChunkO
         leaves = whole.leaves()
         losses = plain(leaves.hidden, leaves.head, leaves.target, reduction="none")
         losses.sum().backward()
-        return losses[mine].sum().detach(), leaves.hidden.grad[mine], leaves.head.grad[rows] / RANKS
+        return losses[mine].sum().detach(), gradient_of(leaves.hidden)[mine], gradient_of(leaves.head)[rows] / RANKS
 
-    values = loss.detach(), own.hidden.grad[mine], own.head.grad
+    values = loss.detach(), gradient_of(own.hidden)[mine], gradient_of(own.head)
     # One number can be right by chance, as in `objective_checks`.
     rounding = {"loss": torch.finfo(inputs.hidden.dtype).eps}
     yield from compare(
@@ -121,14 +122,14 @@ def _parts_of_gradients(rank: int, inputs: CheckInputs, where: str) -> Iterator[
         own = even._replace(head=even.head[vocab.start : vocab.stop]).leaves()
         hidden = own.hidden if kind == "partial" else own.hidden[mine].detach().requires_grad_()
         linear_cross_entropy(hidden, own.head, own.target, reduction="sum", vocab=vocab).backward()
-        gradient = hidden.grad.float()
+        gradient = gradient_of(hidden).float()
         if kind == "partial":
             dist.all_reduce(gradient)
 
         def formula(whole: CheckInputs, tokens: slice = mine if kind == "sequence" else slice(None)) -> tuple[Tensor]:
             leaves = whole.leaves()
             plain(leaves.hidden, leaves.head, leaves.target, reduction="sum").backward()
-            return (leaves.hidden.grad[tokens],)
+            return (gradient_of(leaves.hidden)[tokens],)
 
         yield from compare(f"sharded vocabulary, {kind} gradient", where, even, ("dX",), (gradient,), formula)
 
@@ -140,7 +141,7 @@ def _token_mean(rank: int, inputs: CheckInputs, where: str) -> Iterator[Row]:
     head = inputs.leaves().head
     loss_sum = linear_cross_entropy(hidden, head, target, reduction="sum")
     mean(loss_sum).backward()
-    gradient = head.grad.float()
+    gradient = gradient_of(head).float()
     dist.all_reduce(gradient)
     yield from _head_rows("token-weighted mean", where, inputs, mean.report([loss_sum.detach()]), gradient / RANKS)
 
@@ -161,7 +162,7 @@ def _head_rows(case: str, where: str, inputs: CheckInputs, loss: Tensor, gradien
         own = whole.leaves()
         value = plain(own.hidden, own.head, own.target)
         value.backward()
-        return value.detach(), own.head.grad
+        return value.detach(), gradient_of(own.head)
 
     yield from compare(case, where, inputs, ("loss", "dW"), (loss, gradient), formula)
 
@@ -192,9 +193,11 @@ def _deepspeed(rank: int) -> Iterator[Row]:
         mean = token_mean(engine, [target])
         loss_sum = engine(hidden, target)
         engine.backward(mean(loss_sum))
-        results = mean.report([loss_sum.detach()]), safe_get_full_grad(head.weight)
+        gradient = safe_get_full_grad(head.weight)
+        loss = mean.report([loss_sum.detach()])
+        assert gradient is not None
         where = f"2 gloo processes, float32, ZeRO {stage}"
-        yield from _head_rows("DeepSpeed's token-weighted mean", where, inputs, *results)
+        yield from _head_rows("DeepSpeed's token-weighted mean", where, inputs, loss, gradient)
 
 
 class _Loss(torch.nn.Module):

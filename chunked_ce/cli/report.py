@@ -8,6 +8,7 @@ import os
 import platform
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ PACKAGES = ("chunked_ce", "torch", "triton", *_PEERS, "numpy")
 _VENDORS = {"AuthenticAMD": "AMD", "GenuineIntel": "Intel"}
 
 
-def conditions(device: str = DEVICE) -> dict[str, object]:
+def conditions(device: str = DEVICE) -> dict[str, Any]:
     """Device, threads, versions and date, but nothing that names the machine."""
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -34,7 +35,7 @@ def conditions(device: str = DEVICE) -> dict[str, object]:
     }
 
 
-def conditions_text(measured: dict[str, object]) -> str:
+def conditions_text(measured: dict[str, Any]) -> str:
     """Two lines for people."""
     versions = ", ".join(f"{name} {version}" for name, version in measured["versions"].items())
     where, load = f"{measured['device']}, {measured['threads']} threads", f"load average {measured['load_average']}"

@@ -10,21 +10,24 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from chunked_ce import ChunkOptions, cross_entropy, linear_cross_entropy, linear_logprobs
-from chunked_ce.cli.accuracy import relative_error
+from chunked_ce.cli.accuracy import gradient_of, relative_error
 from chunked_ce.cli.synthetic_inputs import IGNORED, LossInputs
 
 __all__ = [
     "CHUNK",
     "OPTIONS",
+    "WAYS",
     "CheckInputs",
+    "Kernels",
     "Row",
+    "Way",
     "allowed",
     "cases",
     "compare",
@@ -33,6 +36,9 @@ __all__ = [
     "small_cases",
 ]
 
+Way = Literal["forward", "backward"]  # when gradients are computed
+Kernels = Literal["auto", "torch", "triton"]
+WAYS: tuple[Way, ...] = ("forward", "backward")
 TOKENS, HIDDEN, VOCAB, CHUNK = 110, 520, 701, 48  # odd sizes, several chunks, a last one that is smaller
 _LOW = (torch.bfloat16, torch.float16)
 _GRADIENTS = ("dX", "dW", "db", "gradient")
@@ -96,12 +102,12 @@ class CheckInputs(NamedTuple):
     def double(self) -> CheckInputs:
         return CheckInputs(*(t.double() if t.is_floating_point() else t for t in self))
 
-    def keywords(self, options: dict[str, object]) -> dict[str, object]:
+    def keywords(self, options: dict[str, Any]) -> dict[str, Any]:
         """Keywords of a call: in ``options`` True stands for the tensor of that name."""
         return {name: getattr(self, name) if value is True else value for name, value in options.items()}
 
 
-_TOGETHER = {
+_TOGETHER: dict[str, dict[str, Any]] = {
     "bias": {"linear_bias": True},
     "label smoothing": {"label_smoothing": 0.1},
     "z-loss": {"z_loss": 0.01},
@@ -110,7 +116,7 @@ _TOGETHER = {
     "class weights": {"weight": True},
     "token weights": {"token_weight": True},
 }
-OPTIONS: dict[str, dict[str, object]] = {  # by name of the case; see `CheckInputs.keywords`
+OPTIONS: dict[str, dict[str, Any]] = {  # by name of the case; see `CheckInputs.keywords`
     "nothing else": {},
     **_TOGETHER,
     "reduction sum": {"reduction": "sum"},
@@ -173,7 +179,7 @@ def compare(
     inputs: CheckInputs,
     names: tuple[str, ...],
     values: tuple[Tensor | None, ...],
-    formula: Callable[[CheckInputs], tuple[Tensor, ...]],
+    formula: Callable[[CheckInputs], tuple[Tensor | None, ...]],
     *,
     rounding: dict[str, float] | None = None,
     dtype: torch.dtype | None = None,
@@ -188,13 +194,13 @@ def compare(
     half_unit = torch.finfo(dtype).eps / 2 if dtype in _LOW else 0.0
     rounding = dict.fromkeys(_GRADIENTS, half_unit) | (rounding or {})
     for name, value, by_plain, exact in zip(names, values, formula(inputs), formula(inputs.double()), strict=True):
-        if value is not None:
+        if value is not None and by_plain is not None and exact is not None:
             error, plain_error = relative_error(value, exact), relative_error(by_plain, exact)
             bound = allowed(plain_error, rounding.get(name, 0.0), dtype, factor)
             yield Row(case, where, name, error, plain_error, bound)
 
 
-def cases(device: str, dtype: torch.dtype, backend: str = "auto") -> Iterator[Row]:
+def cases(device: str, dtype: torch.dtype, backend: Kernels = "auto") -> Iterator[Row]:
     """All rows of one device, dtype and choice of kernels."""
     inputs = CheckInputs.random(dtype, device)
     where = place(device, dtype, backend)
@@ -211,28 +217,28 @@ def cases(device: str, dtype: torch.dtype, backend: str = "auto") -> Iterator[Ro
         yield from _loss("gradient filter, a sharp softmax", where, sharp, {}, options, factor=1.5)
 
 
-def small_cases(device: str, dtype: torch.dtype, backend: str) -> Iterator[Row]:
+def small_cases(device: str, dtype: torch.dtype, backend: Kernels) -> Iterator[Row]:
     """Few and small cases, for kernels in the interpreter, which takes milliseconds for every row of logits."""
     inputs = CheckInputs.random(dtype, device, tokens=9, hidden_size=64, vocab_size=301)
     where = f"{place(device, dtype, backend)}, interpreted"
     yield from _losses(inputs, where, backend, 4, ("nothing else", "all together"))
 
 
-def place(device: str, dtype: torch.dtype, backend: str) -> str:
+def place(device: str, dtype: torch.dtype, backend: Kernels) -> str:
     """Where a case runs, as the table says it."""
     return f"{device}, {str(dtype).removeprefix('torch.')}" + ("" if backend == "auto" else f", {backend} kernels")
 
 
-def _losses(inputs: CheckInputs, where: str, backend: str, chunk: int, names: tuple[str, ...]) -> Iterator[Row]:
-    for name, gradients in itertools.product(names, ("forward", "backward")):
+def _losses(inputs: CheckInputs, where: str, backend: Kernels, chunk: int, names: tuple[str, ...]) -> Iterator[Row]:
+    for name, gradients in itertools.product(names, WAYS):
         if not (gradients == "forward" and OPTIONS[name].get("reduction") == "none"):
             options = ChunkOptions(chunk_size=chunk, gradients=gradients, backend=backend)
             yield from _loss(name, f"{where}, {gradients}", inputs, OPTIONS[name], options)
 
 
-def _frozen(inputs: CheckInputs, where: str, backend: str) -> Iterator[Row]:
+def _frozen(inputs: CheckInputs, where: str, backend: Kernels) -> Iterator[Row]:
     frozen = {"frozen head": {"train_head": False}, "frozen hidden states": {"train_input": False}}
-    for name, gradients in itertools.product(frozen, ("forward", "backward")):
+    for name, gradients in itertools.product(frozen, WAYS):
         options = ChunkOptions(chunk_size=CHUNK, gradients=gradients, backend=backend)
         yield from _loss(name, f"{where}, {gradients}", inputs, {}, options, **frozen[name])
 
@@ -241,7 +247,7 @@ def _loss(
     name: str,
     where: str,
     inputs: CheckInputs,
-    keywords: dict[str, object],
+    keywords: dict[str, Any],
     options: ChunkOptions,
     factor: float = 1.05,
     **trained: bool,
@@ -254,13 +260,14 @@ def _loss(
 
     values = run(functools.partial(linear_cross_entropy, options=options), inputs)
     # One number can be right by chance, so the errors of its tokens set the bound.
-    rounding = {"loss": 0.0 if values[0].dim() else _error_per_token(inputs, keywords)}
+    one_number = keywords.get("reduction") != "none"
+    rounding = {"loss": _error_per_token(inputs, keywords) if one_number else 0.0}
     formula = functools.partial(run, plain)
     names = ("loss", "dX", "dW", "db")
     yield from compare(name, where, inputs, names, values, formula, rounding=rounding, factor=factor)
 
 
-def _error_per_token(inputs: CheckInputs, keywords: dict[str, object]) -> float:
+def _error_per_token(inputs: CheckInputs, keywords: dict[str, Any]) -> float:
     """The plain implementation's error in the tokens' losses, as a share of them."""
     per_token = keywords | {"reduction": "none"}
 
@@ -282,7 +289,7 @@ def _logprobs(inputs: CheckInputs, where: str, options: ChunkOptions) -> Iterato
         chosen, entropy = logprobs(own.hidden, own.head, own.target)
         upstream = own.upstream.to(chosen.dtype)
         (chosen * upstream + entropy * upstream.flip(0)).sum().backward()
-        return chosen.detach(), entropy.detach(), own.hidden.grad, own.head.grad
+        return chosen.detach(), entropy.detach(), gradient_of(own.hidden), gradient_of(own.head)
 
     values = run(functools.partial(linear_logprobs, options=options, return_entropy=True), inputs)
     names = ("log-probability", "entropy", "dX", "dW")
@@ -294,7 +301,7 @@ def _logits(inputs: CheckInputs, where: str, options: ChunkOptions) -> Iterator[
         z = given.hidden.detach().requires_grad_()
         value = loss(z, given.target)
         value.backward()
-        return value.detach(), z.grad
+        return value.detach(), gradient_of(z)
 
     logits = inputs._replace(hidden=F.linear(inputs.hidden, inputs.head))  # instead of hidden states
     values = run(functools.partial(cross_entropy, options=options), logits)
@@ -312,7 +319,7 @@ def _stats(inputs: CheckInputs, where: str, options: ChunkOptions) -> Iterator[R
 
     _, stats = linear_cross_entropy(inputs.hidden, inputs.head, inputs.target, options=options, return_stats=True)
     names = ("loss_sum", "entropy_sum", "num_correct", "num_tokens")
-    rounding = dict.fromkeys(names[:2], _error_per_token(inputs, {}))
+    rounding: dict[str, float] = dict.fromkeys(names[:2], _error_per_token(inputs, {}))
     values = tuple(getattr(stats, name) for name in names)
     # Statistics are float32, whatever the inputs' dtype.
     yield from compare("statistics", where, inputs, names, values, by_formula, rounding=rounding, dtype=torch.float32)

@@ -70,7 +70,7 @@ class LossInputs(NamedTuple):
         context = _normal(generator, num_tokens, hidden_size - 1)
         own = _normal(generator, vocab_size, hidden_size - 1).mul_(reach[:, None])
         weight = torch.cat((frequency[:, None] / 10, own), 1).to(dtype)
-        least, most = 0.0, 30.0
+        least, most, scale = 0.0, 30.0, 15.0
 
         def hidden_of(scale: float, rows: slice = slice(None)) -> Tensor:
             x = context[rows] * (scale / math.sqrt(max(1, hidden_size - 1)))

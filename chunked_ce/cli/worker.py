@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 
 from chunked_ce.cli import machine_load, memory, synthetic_inputs
-from chunked_ce.cli.accuracy import Reference, errors_of, reference
+from chunked_ce.cli.accuracy import Reference, errors_of, gradient_of, reference
 from chunked_ce.cli.implementations import DTYPES, LOSSES, loss_of, train_step, yardstick_of
 from chunked_ce.cli.synthetic_inputs import LossInputs
 
@@ -161,11 +161,13 @@ def _prepared(preparation: Preparation) -> Iterator[Message]:
     task, folder = preparation.task, Path(preparation.folder)
     inputs = task.inputs(preparation.data)
     if preparation.data == "trained" and task.tensors is None:
-        task = task._replace(tensors=str(folder / "tensors.pt"))
-        torch.save({name: tensor.detach() for name, tensor in inputs._asdict().items()}, task.tensors)
+        place = str(folder / "tensors.pt")
+        task = task._replace(tensors=place)
+        torch.save({name: tensor.detach() for name, tensor in inputs._asdict().items()}, place)
     if preparation.errors:
-        task = task._replace(exact=str(folder / "exact.pt"))
-        torch.save(reference(inputs)._asdict(), task.exact)
+        place = str(folder / "exact.pt")
+        task = task._replace(exact=place)
+        torch.save(reference(inputs)._asdict(), place)
     yield "prepared", (task, synthetic_inputs.softmax_summary(inputs))
 
 
@@ -186,7 +188,7 @@ def _measured(task: Task) -> Iterator[Message]:
         train_step(implementation, inputs, chunk)
     memory.limit_memory(int(_AVAILABLE * memory.available(device)), device)  # the products may take more
     if task.exact is not None and implementation in LOSSES:
-        yield "errors", _errors(task, inputs)
+        yield "errors", _errors(task, task.exact, inputs)
     yield "control", machine_load.control_seconds(device)
     watch = machine_load.Watch()
     for turn in range(-1, task.rounds):
@@ -198,11 +200,11 @@ def _measured(task: Task) -> Iterator[Message]:
     yield "control", machine_load.control_seconds(device)
 
 
-def _errors(task: Task, inputs: LossInputs) -> dict[str, float]:
-    exact = Reference(**torch.load(task.exact, map_location=task.device, weights_only=True))
+def _errors(task: Task, file: str, inputs: LossInputs) -> dict[str, float]:
+    exact = Reference(**torch.load(file, map_location=task.device, weights_only=True))
     loss = loss_of(task.implementation, task.chunk)(*inputs).mean()
     loss.backward()
-    errors = errors_of(exact, loss.detach(), inputs.hidden.grad, inputs.weight.grad)
+    errors = errors_of(exact, loss.detach(), gradient_of(inputs.hidden), gradient_of(inputs.weight))
     inputs.hidden.grad = inputs.weight.grad = None
     return errors
 
