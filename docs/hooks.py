@@ -1,6 +1,6 @@
 """Hooks of mkdocs: pages made of files outside ``docs/``, and links to them.
 
-README is the home page. CONTRIBUTING and CHANGELOG are pages, and so is the text of every file of the repository that a
+README is the home page. The other texts at the top are pages, and so is the text of every file of the repository that a
 page links to. Links stay those that a reader of the repository follows.
 """
 
@@ -13,13 +13,17 @@ from typing import Any
 from urllib.parse import unquote
 
 from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-TOP = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+TOP = {
+    "README.md": "index.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
+}
 LANGUAGES = {".py": "python", ".json": "json", ".ipynb": "json", ".yml": "yaml", ".toml": "toml", ".cfg": "ini"}
 LINK = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)\s]*)?\))")
 NAMED = re.compile(r"\[(\w+\.md)\]\(([^)\s#:]*\1)(#[^)\s]*)?\)")  # a link to a page by the name of its file
@@ -70,15 +74,6 @@ def on_page_content(html: str, *, page: Page, config: MkDocsConfig, files: Files
     return PICTURE.sub(picture, html)
 
 
-def on_nav(nav: Any, *, config: MkDocsConfig, files: Files) -> Any:
-    """Refuse a page without a place in the navigation, unless it shows a file."""
-    listed = {page.file.src_uri for page in nav.pages}
-    missing = [f.src_uri for f in files.documentation_pages() if f.src_uri not in listed and not _is_source(f.src_uri)]
-    if missing:
-        raise PluginError(f"nav of mkdocs.yml must name every page; it lacks {', '.join(sorted(missing))}")
-    return nav
-
-
 def _linked(files: Files) -> set[Path]:
     """Files outside ``docs/`` to which pages link."""
     found = set()
@@ -116,10 +111,6 @@ def _top(path: Path) -> str:
 
 def _source_uri(path: Path) -> str:
     return f"sources/{_top(path)}.md"
-
-
-def _is_source(uri: str) -> bool:
-    return uri.startswith("sources/")
 
 
 def _source_page(path: Path) -> str:
