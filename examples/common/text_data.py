@@ -22,7 +22,7 @@ def load_tokens(paths: list[Path] | None = None) -> np.ndarray:
     """
     texts = python_texts() if paths is None else [read(path) for path in paths]
     if os.environ.get("RANK", "0") == "0":
-        print(f"Tokenizing {sum(map(len, texts)) / 1e6:.1f} million characters of text", flush=True)
+        print(f"Tokenizing {sum(map(len, texts)):,} characters of text", flush=True)
     tokenizer = Tekkenizer.from_file(TEKKEN)
     ids = [np.array(tokenizer.encode(text, bos=True, eos=True), dtype=np.int32) for text in texts]
     return np.concatenate(ids)
