@@ -38,26 +38,32 @@ COMMANDS = {
     "first_loss": {"linear_cross_entropy": "python examples/first_loss.py"},
     "custom_trainer": {"two ranks": f"{TORCHRUN} 2 examples/custom_trainer.py --steps 12"},
     "sharded_head": {f"{ranks} ranks": f"python examples/sharded_head.py --ranks {ranks}" for ranks in (2, 4)},
-    "demo": {"": "python examples/demo.py --precision fp32 --steps 8 --out {out}"},
+    "demo": {"": "python examples/demo.py --precision fp32 --steps 6 --out {out}"},
     "train_deepspeed": {
-        label: f"{TORCHRUN} 2 examples/train_deepspeed.py --steps 8 --out {{out}} --deepspeed-config {{fp32}}{option}"
+        label: f"{TORCHRUN} 2 examples/train_deepspeed.py --steps 6 --out {{out}} --deepspeed-config {{fp32}}{option}"
         for label, option in {"whole head": "", "--shard-head": " --shard-head"}.items()
     },
-    "distill": {"": "python examples/distill.py --precision fp32 --steps 6 --teacher-steps 8 --out {out}"},
-    "policy": {"": "python examples/policy.py --steps 4 --out {out}"},
+    "distill": {"": "python examples/distill.py --precision fp32 --steps 5 --teacher-steps 6 --out {out}"},
+    "policy": {"": "python examples/policy.py --steps 3 --out {out}"},
     "transformers_trainer": {
         "--plain": f"{TORCHRUN} 2 examples/transformers_trainer.py --steps 8 --plain",
         "LMHead.wrap": f"{TORCHRUN} 2 examples/transformers_trainer.py --steps 8",
     },
-    "trl_sft": {"--plain": "python examples/trl_sft.py --plain", "trl.install": "python examples/trl_sft.py"},
-    "trl_grpo": {"--plain": "python examples/trl_grpo.py --plain", "trl.install": "python examples/trl_grpo.py"},
+    "trl_sft": {
+        "--plain": "python examples/trl_sft.py --steps 6 --plain",
+        "trl.install": "python examples/trl_sft.py --steps 6",
+    },
+    "trl_grpo": {
+        "--plain": "python examples/trl_grpo.py --steps 4 --plain",
+        "trl.install": "python examples/trl_grpo.py --steps 4",
+    },
     "vocab_parallel": {
-        f"--tensor-parallel {ranks}": f"{TORCHRUN} 4 examples/vocab_parallel.py --steps 6 --tensor-parallel {ranks}"
+        f"--tensor-parallel {ranks}": f"{TORCHRUN} 4 examples/vocab_parallel.py --steps 4 --tensor-parallel {ranks}"
         for ranks in (1, 2, 4)
     },
     "pipeline": {
-        "head on the last stage": f"{TORCHRUN} 2 examples/pipeline.py --steps 6",
-        "--spread-head": f"{TORCHRUN} 2 examples/pipeline.py --steps 6 --spread-head",
+        "head on the last stage": f"{TORCHRUN} 2 examples/pipeline.py --steps 4",
+        "--spread-head": f"{TORCHRUN} 2 examples/pipeline.py --steps 4 --spread-head",
     },
 }
 OTHER_PICTURES = {"filtered_training": "filtered.png"}  # drawn by the command that docs/benchmarks.md shows
