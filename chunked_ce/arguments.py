@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from numbers import Integral, Rational, Real
-from typing import NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
-from chunked_ce.light import torch
+from chunked_ce.light import LIGHT, torch
+
+if TYPE_CHECKING or not LIGHT:
+    from torch import Tensor
+    from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]  # not in its stub
+else:
+    Tensor = UninitializedTensorMixin = torch.Tensor
 
 __all__ = [
     "ADAPTER",
@@ -91,11 +97,11 @@ def check_flag(name: str, value: object) -> None:
         raise TypeError(f"{name} must be True or False, was {described(value)}")
 
 
-def check_tensor(name: str, value: object, kind: Kind) -> torch.Tensor:
+def check_tensor(name: str, value: object, kind: Kind) -> Tensor:
     """``value``; raises unless it is a dense tensor of this kind."""
-    if not isinstance(value, torch.Tensor):
+    if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, was {type(value).__name__}")
-    if _is_uninitialized(value):
+    if isinstance(value, UninitializedTensorMixin):
         raise ValueError(f"{name} must be initialised, was an {type(value).__name__}: call its module once before")
     if value.is_nested or value.layout != torch.strided:
         layout = "nested" if value.is_nested else str(value.layout).removeprefix("torch.").lstrip("_")
@@ -105,19 +111,14 @@ def check_tensor(name: str, value: object, kind: Kind) -> torch.Tensor:
     return value
 
 
-def _is_uninitialized(value: torch.Tensor) -> bool:
-    """Whether ``value`` is a parameter of a lazy module that has not been called yet."""
-    return isinstance(value, torch.nn.parameter.UninitializedTensorMixin)  # type: ignore[attr-defined]  # not in its stub
-
-
-def is_dense(value: object) -> TypeGuard[torch.Tensor]:
+def is_dense(value: object) -> TypeGuard[Tensor]:
     """Whether ``value`` is a tensor whose shape can be read before it is checked."""
-    return isinstance(value, torch.Tensor) and not value.is_nested and value.layout == torch.strided
+    return isinstance(value, Tensor) and not value.is_nested and value.layout == torch.strided
 
 
 def described(value: object) -> str:
     """``value`` for an error: short, whatever it is."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         return _described_tensor(value)
     # An array; in compiled code, so is a numpy number.
     shape = getattr(value, "shape", None)
@@ -131,8 +132,8 @@ def described(value: object) -> str:
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
-def _described_tensor(value: torch.Tensor) -> str:
-    if _is_uninitialized(value):
+def _described_tensor(value: Tensor) -> str:
+    if isinstance(value, UninitializedTensorMixin):
         return f"an {type(value).__name__}"
     if value.is_nested:
         return f"a nested {value.dtype} tensor"

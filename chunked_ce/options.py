@@ -96,8 +96,8 @@ class ChunkOptions:
             if not is_one_of(getattr(self, name), allowed):
                 raise ValueError(f"{name} must be {_either(allowed)}, was {described(getattr(self, name))}")
         if not _is_dtype(self.accumulate_dtype, _ACCUMULATE_DTYPES):
-            allowed = ", ".join(map(str, _ACCUMULATE_DTYPES))
-            raise ValueError(f"accumulate_dtype must be one of {allowed}, was {described(self.accumulate_dtype)}")
+            dtypes = ", ".join(map(str, _ACCUMULATE_DTYPES))
+            raise ValueError(f"accumulate_dtype must be one of {dtypes}, was {described(self.accumulate_dtype)}")
         if self.logits_dtype is not None and not _is_dtype(self.logits_dtype, _LOGITS_DTYPES):
             raise ValueError(f"logits_dtype must be None or torch.float32, was {described(self.logits_dtype)}")
         if self.gradient_filter is not None and not is_one_of(self.gradient_filter, ("auto",)):

@@ -201,7 +201,7 @@ class Plan(NamedTuple):
             for n in (num_counted, num_tokens)
         )
         one_chunk = num_tokens <= wide and head_dtype == settings.compute_dtype != torch.float16
-        head_sum = head_dtype if one_chunk else settings.wide_dtype
+        head_sum = settings.compute_dtype if one_chunk else settings.wide_dtype
         most = _budget(vocab_size, hidden_size, settings, sums_head=head_dtype is not None)
         return cls(tokens, None, in_flight, most, head_sum, settings.compute_dtype)
 
@@ -260,7 +260,7 @@ def tokens_per_chunk(
     # An fp16 gradient is always summed wide: before it is divided by the token count it can overflow.
     if settings.memory_budget is None and head_dtype == compute_dtype != torch.float16:
         spared = vocab_size * hidden_size * accumulate_dtype.itemsize
-        spared = spared if head_dtype.itemsize < accumulate_dtype.itemsize else 0
+        spared = spared if compute_dtype.itemsize < accumulate_dtype.itemsize else 0
         if num_tokens * token_bytes <= most + spared:
             return max(1, num_tokens)
     unit = _TILE if is_accelerator(settings.device_type) else 1
@@ -343,19 +343,19 @@ def predict_memory(
     (82, 128)
     """
     options = options or ChunkOptions()
-    head_dtype = head_dtype or dtype
-    compute_dtype = compute_dtype or dtype
-    settings = Settings.of(options, compute_dtype, device_type)
+    weight_dtype = head_dtype or dtype
+    product_dtype = compute_dtype or dtype
+    settings = Settings.of(options, product_dtype, device_type)
     if teacher_hidden_size is not None:
         settings = settings._replace(teacher_dtype=teacher_dtype or dtype)
     logits_dtype = settings.logits_dtype
-    widens = logits_dtype != compute_dtype  # the logits: their gradients take memory of their own
+    widens = logits_dtype != product_dtype  # the logits: their gradients take memory of their own
     masked = options.ignored == "mask"
     counted = num_tokens if num_counted is None or masked else num_counted
-    copies_hidden = masked or counted < num_tokens or dtype != compute_dtype
+    copies_hidden = masked or counted < num_tokens or dtype != product_dtype
     sharded = ranks > 1
     vocab_size = math.ceil(vocab_size / ranks)
-    wide, work = settings.wide_dtype, work_dtype(compute_dtype)
+    wide, work = settings.wide_dtype, work_dtype(product_dtype)
     head_elements = vocab_size * (train_head * hidden_size + adapter_rank)  # that have gradients
     in_forward = not options.in_backward
     filtered = settings.gradient_filter is not None
@@ -367,12 +367,12 @@ def predict_memory(
         vocab_size,
         hidden_size,
         settings,
-        head_dtype=head_dtype if (in_forward or filtered) and train_head else None,
+        head_dtype=weight_dtype if (in_forward or filtered) and train_head else None,
         in_flight=2 if sharded else 1,
     )
     chunk = min(plan.tokens, counted)
     at_a_time = min(plan.in_flight, math.ceil(counted / max(1, chunk)))
-    blocks = Plan.by_vocabulary(counted, vocab_size, settings, head_dtype)
+    blocks = Plan.by_vocabulary(counted, vocab_size, settings, weight_dtype)
 
     on_cuda = device_type == "cuda" and options.backend != "torch"
     in_registers = on_cuda and triton_runs(torch.device(device_type), logits_dtype)
@@ -381,7 +381,7 @@ def predict_memory(
         tokens: int, entries: int, buffers: int = 1, keeps: bool = False, gradients: bool = True
     ) -> dict[str, int]:
         copies = not in_registers and (keeps or logits_dtype != work)
-        apart = gradients * widens * compute_dtype.itemsize
+        apart = gradients * widens * product_dtype.itemsize
         rows = min(tokens, rows_in_flight(entries, device_type)) * entries * work.itemsize
         sizes = {"logits": tokens * entries * (buffers * logits_dtype.itemsize + apart), "rows": copies * rows}
         if settings.teacher_dtype is not None:
@@ -392,23 +392,23 @@ def predict_memory(
 
     def product(total_rows: int, inner: int, wider: torch.dtype, adds: bool, apart: bool = False) -> int:
         step = product_rows(total_rows, device_type)
-        part, widened = step * hidden_size * compute_dtype.itemsize, step * hidden_size * wider.itemsize
-        if wider == compute_dtype:
+        part, widened = step * hidden_size * product_dtype.itemsize, step * hidden_size * wider.itemsize
+        if wider == product_dtype:
             return part if apart and rounds_within(device_type, wider) else 0
-        if adds_in_product(device_type, wider, compute_dtype):
+        if adds_in_product(device_type, wider, product_dtype):
             return 0
-        if compute_dtype == torch.float16:  # formed from wider factors
+        if product_dtype == torch.float16:  # formed from wider factors
             return widened + (step + hidden_size) * inner * wider.itemsize
         return part + adds * widened
 
     def widened(tokens: int, entries: int) -> int:
         """The factors of wider logits, where these are not formed straight from narrow ones."""
-        if not widens or adds_in_product(device_type, logits_dtype, compute_dtype):
+        if not widens or adds_in_product(device_type, logits_dtype, product_dtype):
             return 0
         return (tokens + widened_rows(entries)) * hidden_size * logits_dtype.itemsize
 
     def packed(tokens: int, entries: int) -> int:
-        sizes = {compute_dtype: min(entries, PROJECTED_ROWS)} | (
+        sizes = {product_dtype: min(entries, PROJECTED_ROWS)} | (
             {logits_dtype: widened_rows(entries)} if widens else {}
         )
         return max(
@@ -420,15 +420,15 @@ def predict_memory(
 
     def products_of(input_product: int, head_product: int, tokens: int) -> int:
         """The larger of the products for input and head, with the targets' terms where these are separate."""
-        terms = tokens * hidden_size * (compute_dtype.itemsize + 4) * rounds_products(device_type, compute_dtype)
+        terms = tokens * hidden_size * (product_dtype.itemsize + 4) * rounds_products(device_type, product_dtype)
         return max(train_input * (input_product + terms), train_head * (head_product or terms))
 
     common = {"statistics": num_tokens * (3 * work.itemsize + 16 + num_ids * (work.itemsize + 8))}
     if in_forward:
         tokens, entries = chunk, vocab_size
     else:
-        tokens, entries = counted, min(vocab_size, blocks.entries)
-    keeps = in_forward and (sharded or (widens and compute_dtype == torch.float16))  # logits that statistics have read
+        tokens, entries = counted, min(vocab_size, blocks.entries or vocab_size)
+    keeps = in_forward and (sharded or (widens and product_dtype == torch.float16))  # logits that statistics have read
     forward = rows_and_logits(tokens, entries, at_a_time if in_forward else 1, keeps, in_forward) | common
     forward["products"] = widened(tokens, entries)
     if device_type == "cpu":
@@ -436,16 +436,16 @@ def predict_memory(
         forward |= common
     if sharded:
         gathered = at_a_time * (ranks + 1) * chunk * 3 * work.itemsize
-        parts = compute_dtype.itemsize * (wide != compute_dtype) + wide.itemsize
+        parts = product_dtype.itemsize * (wide != product_dtype) + wide.itemsize
         forward["collectives"] = gathered + in_forward * train_input * chunk * hidden_size * parts
     copies = {}
-    if head_dtype != compute_dtype:
-        copies["head_copy"] = entries * hidden_size * compute_dtype.itemsize
+    if weight_dtype != product_dtype:
+        copies["head_copy"] = entries * hidden_size * product_dtype.itemsize
     if copies_hidden:
-        copies["hidden_copy"] = tokens * hidden_size * compute_dtype.itemsize
+        copies["hidden_copy"] = tokens * hidden_size * product_dtype.itemsize
     forward |= copies
     if settings.invariant:
-        forward = common | _fixed_terms(vocab_size, hidden_size, settings, head_dtype)
+        forward = common | _fixed_terms(vocab_size, hidden_size, settings, weight_dtype)
 
     chunks = math.ceil(counted / max(1, chunk))
     kept = math.ceil(kept_share * vocab_size)
@@ -455,11 +455,11 @@ def predict_memory(
         tails = train_head * 2 * chunks * vocab_size * GROUPS * work.itemsize
         if in_registers:  # room for more columns than are kept, and the place of each column in 4 bytes
             room = max(kept, math.ceil(ROOM_SHARE * vocab_size))
-            rows = kept * hidden_size * compute_dtype.itemsize
+            rows = kept * hidden_size * product_dtype.itemsize
             tails += train_head * 2 * chunks * vocab_size * 4
         else:
-            room, rows = kept, kept * hidden_size * max(compute_dtype.itemsize, train_head * total.itemsize)
-        return {"kept": chunk * room * compute_dtype.itemsize + rows, "tails": columns + tails}
+            room, rows = kept, kept * hidden_size * max(product_dtype.itemsize, train_head * total.itemsize)
+        return {"kept": chunk * room * product_dtype.itemsize + rows, "tails": columns + tails}
 
     def kept_rows(total: torch.dtype) -> int:
         """The kept rows of the head's gradient, which an accelerator keeps instead of a sum over chunks while they are
@@ -475,7 +475,7 @@ def predict_memory(
             "hidden_grad": hidden_elements * hidden_total.itemsize,
             "head_sum": head_elements * total_dtype.itemsize,
         }
-        converted = total_dtype != head_dtype
+        converted = total_dtype != weight_dtype
         if filtered and in_registers and train_head:
             sums["head_sum"], converted = kept_rows(total_dtype), True
         forward |= sums
@@ -484,46 +484,48 @@ def predict_memory(
         else:
             products = products_of(0, product(vocab_size, chunk, total_dtype, counted > chunk), chunk)
             forward["products"] = max(products, widened(chunk, vocab_size))
-        backward = sums | common | {"head_grad": converted * head_elements * head_dtype.itemsize}
+        backward = sums | common | {"head_grad": converted * head_elements * weight_dtype.itemsize}
         if hidden_total != dtype:
             backward |= gradients | {"hidden_sum": sums["hidden_grad"]}
         if not converted and keeps_scratch(forward["logits"], device_type):
             backward["logits"] = forward["logits"]
         return MemoryPrediction(forward, backward)
 
-    main_dtype = torch.promote_types(head_dtype, torch.float32)
-    into = main_dtype if options.accumulate_into == "main_grad" else head_dtype
+    main_dtype = torch.promote_types(weight_dtype, torch.float32)
+    into = main_dtype if options.accumulate_into == "main_grad" else weight_dtype
     if filtered:
         total_dtype = plan.head_sum
-        sums = train_head and not (added and torch.promote_types(into, total_dtype) == into)
-        total_dtype = total_dtype if sums else into
+        sums_apart = train_head and not (added and torch.promote_types(into, total_dtype) == into)
+        total_dtype = total_dtype if sums_apart else into
         backward = rows_and_logits(chunk, vocab_size, keeps=True) | common | gradients | filter_terms(total_dtype)
-        backward["head_sum"] = sums * head_elements * total_dtype.itemsize
-        converted = total_dtype != head_dtype
+        backward["head_sum"] = sums_apart * head_elements * total_dtype.itemsize
+        converted = total_dtype != weight_dtype
         if in_registers and train_head:
-            backward["head_sum"], sums, converted = kept_rows(plan.head_sum), True, True
-        backward["head_grad"] = (sums and not added and converted) * head_elements * head_dtype.itemsize
-        widens_sum = sums and added and device_type == "cpu"  # a copy of the existing sum, to add in a wider dtype
+            backward["head_sum"], sums_apart, converted = kept_rows(plan.head_sum), True, True
+        backward["head_grad"] = (sums_apart and not added and converted) * head_elements * weight_dtype.itemsize
+        widens_sum = (
+            sums_apart and added and device_type == "cpu"
+        )  # a copy of the existing sum, to add in a wider dtype
         backward["products"] = max(widens_sum * head_elements * total_dtype.itemsize, widened(chunk, vocab_size))
         backward |= copies
         return MemoryPrediction(forward, backward)
 
     returned = vocab_size * adapter_rank if added else head_elements
-    gradients["head_grad"] = returned * head_dtype.itemsize
+    gradients["head_grad"] = returned * weight_dtype.itemsize
     backward = rows_and_logits(counted, entries, keeps=widens) | gradients | common
     backward["hidden_sum"] = train_input * counted * hidden_size * blocks.hidden_sum.itemsize
     products = products_of(
         product(counted, entries, blocks.hidden_sum, entries < vocab_size),
-        product(entries, counted, into if added else head_dtype, added, apart=added),
+        product(entries, counted, into if added else weight_dtype, added, apart=added),
         math.ceil(counted * entries / vocab_size) * (entries < vocab_size),
     )
     backward["products"] = max(products, widened(counted, entries))
     if sharded:
         backward["collectives"] = train_input * num_tokens * hidden_size * wide.itemsize
     if copies_hidden:
-        backward["hidden_copy"] = counted * hidden_size * compute_dtype.itemsize
-    if head_dtype != compute_dtype:
-        backward["head_copy"] = entries * hidden_size * compute_dtype.itemsize
+        backward["hidden_copy"] = counted * hidden_size * product_dtype.itemsize
+    if weight_dtype != product_dtype:
+        backward["head_copy"] = entries * hidden_size * product_dtype.itemsize
     return MemoryPrediction(forward, backward)
 
 

@@ -12,6 +12,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from chunked_ce.cli.arguments import parser
 
@@ -70,9 +71,9 @@ def _discard_unread() -> None:
 
 def load_library() -> None:
     """Import the library behind `chunked_ce`, which the console script has left out so far."""
-    script = sys.modules.get("chunked_ce_command")
-    if script is not None and getattr(script, "is_light", False):
-        vars(script)["is_light"] = False
+    script: Any = sys.modules.get("chunked_ce_command")
+    if getattr(script, "is_light", False):
+        script.is_light = False
         importlib.reload(sys.modules["chunked_ce"])
 
 

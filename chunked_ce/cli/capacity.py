@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
 
 from chunked_ce.cli.memory_models import full_logits
 from chunked_ce.cli.planning.run import DTYPES
@@ -110,13 +111,14 @@ def cost_of(request: Request, way: str, tensor: int) -> RankCost:
     """The cost of one way on ``tensor`` ranks that share the vocabulary."""
     n, rows = request.local_tokens, math.ceil(request.vocab / tensor)
     dtype = DTYPES[request.dtype]
-    trained = {"train_input": request.train_input, "train_head": request.train_head}
+    trained: dict[str, Any] = {"train_input": request.train_input, "train_head": request.train_head}
     if way == FULL:
         with_teacher = request.teacher is not None
         prediction = full_logits(n, rows, request.hidden, dtype=dtype, with_teacher=with_teacher, **trained)
-        chunk, why = None, ""
+        chunk: int | None = None
+        why = ""
     else:
-        gradients = {"gradient_filter": "auto"} if way == FILTERED else {"gradients": way.split()[0]}
+        gradients: dict[str, Any] = {"gradient_filter": "auto"} if way == FILTERED else {"gradients": way.split()[0]}
         prediction = predict_memory(
             n,
             request.vocab,
@@ -198,7 +200,7 @@ def _held(request: Request, rows: int, dtype: torch.dtype) -> dict[str, int]:
 def _communication(request: Request, way: str, tensor: int, rows: int, dtype: torch.dtype) -> dict[str, int]:
     """Bytes that a rank puts into collectives: of one call of the loss, and of the engine in one optimizer step."""
     n, d = request.local_tokens, request.hidden
-    sent = {}
+    sent: dict[str, int] = {}
     if tensor > 1:
         sent["row statistics"] = n * 3 * 4
         if request.train_input:
@@ -213,11 +215,14 @@ def _communication(request: Request, way: str, tensor: int, rows: int, dtype: to
     return sent
 
 
-def largest(request: Request, way: str, tensor: int, name: str, room: Callable[[RankCost], int]) -> int:
+def largest(
+    request: Request, way: str, tensor: int, name: Literal["tokens", "vocab"], room: Callable[[RankCost], int]
+) -> int:
     """The largest ``tokens`` or ``vocab``, all else as asked, for which the peak keeps to ``room``; 0 for none."""
 
     def fits(value: int) -> bool:
-        cost = cost_of(dataclasses.replace(request, **{name: value}), way, tensor)
+        sized = replace(request, tokens=value) if name == "tokens" else replace(request, vocab=value)
+        cost = cost_of(sized, way, tensor)
         return cost.peak <= room(cost)
 
     if not fits(1):

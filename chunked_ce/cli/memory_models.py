@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from chunked_ce.light import torch
 from chunked_ce.options import ChunkOptions
 from chunked_ce.plan import MemoryPrediction, predict_memory
@@ -87,12 +89,13 @@ def predicted(
         return full_logits(num_tokens, vocab_size, hidden_size, dtype=dtype)
     if implementation not in CHUNKED:
         return None
+    options: dict[str, Any] = {"chunk_size": chunk or "auto"} | CHUNKED[implementation]
     return predict_memory(
         num_tokens,
         vocab_size,
         hidden_size,
         dtype=dtype,
         num_counted=num_tokens - round(ignored * num_tokens),
-        options=ChunkOptions(chunk_size=chunk or "auto", **CHUNKED[implementation]),
+        options=ChunkOptions(**options),
         device_type=device,
     )

@@ -66,11 +66,13 @@ def run(arguments: argparse.Namespace) -> int:
 def _verdict(arguments: argparse.Namespace, runs: Sequence[Run], room: Room) -> Verdict:
     """Of the first run that fits, else of the last."""
     path = None if arguments.loss == "auto" else arguments.loss
-    for one in runs:
-        found = verdict(one, room.size, path, loss_only=bool(arguments.budget))
+    verdicts = (verdict(one, room.size, path, loss_only=bool(arguments.budget)) for one in runs)
+    tried = []
+    for found in verdicts:
         if found.fits:
-            break
-    return found
+            return found
+        tried.append(found)
+    return tried[-1]
 
 
 def _print(found: Verdict, room: Room, plans: Sequence[_Plan]) -> None:
@@ -120,13 +122,18 @@ def _plans(arguments: argparse.Namespace, found: Verdict, room: Room) -> list[_P
 
 
 def _plan(request: Request, way: str, tensor: int, room: Callable[[RankCost], int]) -> _Plan:
-    tokens, vocab = (largest(request, way, tensor, name, room) for name in ("tokens", "vocab"))
+    tokens = largest(request, way, tensor, "tokens", room)
+    vocab = largest(request, way, tensor, "vocab", room)
     return _Plan(cost_of(request, way, tensor), tokens, vocab)
 
 
 def _document(plan: _Plan, request: Request) -> dict[str, object]:
     cost = plan.cost
-    totals = {"ranks": cost.tensor_parallel * request.replicas, "peak": cost.peak, "total": cost.total}
+    totals: dict[str, object] = {
+        "ranks": cost.tensor_parallel * request.replicas,
+        "peak": cost.peak,
+        "total": cost.total,
+    }
     return cost._asdict() | totals | {"largest_tokens": plan.largest_tokens, "largest_vocab": plan.largest_vocab}
 
 

@@ -1,4 +1,4 @@
-"""``chunked-ce plan``: the memory law, the operations and the traffic, for any number of ranks."""
+"""``chunked-ce plan --details``: the memory law, the operations and the traffic, for any number of ranks."""
 
 import json
 import math
@@ -14,15 +14,15 @@ from chunked_ce.plan import predict_memory
 N, D, V = 8192, 4096, 128256
 
 
-def planned(capsys, *arguments):
+def planned(capsys, *arguments, code=0):
     with pytest.raises(SystemExit) as ending:
-        main(["plan", *arguments])
-    assert ending.value.code == 0
+        main(["plan", "--memory", "800GiB", *arguments])
+    assert ending.value.code == code
     return capsys.readouterr().out
 
 
-def document(capsys, *arguments):
-    found = json.loads(planned(capsys, *arguments, "--json"))
+def document(capsys, *arguments, code=0):
+    found = json.loads(planned(capsys, *arguments, "--json", code=code))
     return found, {(plan["way"], plan["tensor_parallel"]): plan for plan in found["plans"]}
 
 
@@ -82,7 +82,10 @@ def test_the_largest_fits_and_one_more_does_not(way, name):
 
 
 def test_nothing_fits(capsys):
-    _, plans = document(capsys, "--model", "gpt2", "--tp", "1", "--budget", "1K")
+    with pytest.raises(SystemExit) as ending:
+        main(["plan", "--model", "gpt2", "--tp", "1", "--budget", "1K", "--json"])
+    assert ending.value.code == 1
+    plans = {(plan["way"], plan["tensor_parallel"]): plan for plan in json.loads(capsys.readouterr().out)["plans"]}
     assert all(plan["largest_tokens"] == plan["largest_vocab"] == 0 for plan in plans.values())
 
 
@@ -99,9 +102,8 @@ def test_a_transformers_config(tmp_path, capsys):
 
 
 def test_the_table(capsys):
-    out = planned(
-        capsys, "--model", "gemma-2-2b", "--tp", "1", "8", "--chunk", "256", "--memory", "24GB", "--dp", "512"
-    )
+    shape = ["--hidden", "2304", "--vocab", "256000"]  # a head alone, whose tensor-parallel sizes nothing limits
+    out = planned(capsys, *shape, "--tp", "1", "8", "--chunk", "256", "--memory", "24GB", "--dp", "512", "--details")
     for text in (
         "512 ranks",
         "4,096 ranks",

@@ -80,7 +80,7 @@ def _per_token(run: Run) -> _PerToken:
         norms += (width + shared / 2) * (4 + size) / tensor
     attention = 2 * width + shared  # queries, the output, keys and values
     matrices = 2 if model.gated else 1
-    mlp = matrices * model.intermediate
+    mlp = float(matrices * model.intermediate)
     experts = 0.0  # the input and the output of each expert that a token passes
     if model.experts:
         mixtures = 1 - model.dense_layers / model.layers

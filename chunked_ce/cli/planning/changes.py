@@ -90,8 +90,8 @@ def _change(run: Run, steps: Sequence[_Step], old: Path, path: Path, total: int,
 def _paths(run: Run, path: Path) -> list[tuple[int, Path]]:
     """Paths of the loss with their costs: the one it is on, then the exact ones."""
     known = paths_of(run)
-    costs = {"forward": 1, "backward": 2, "sharded": 4}
-    stays = [(0, path)] if path in known else []
+    costs: dict[Path, int] = {"forward": 1, "backward": 2, "sharded": 4}
+    stays: list[tuple[int, Path]] = [(0, path)] if path in known else []
     return stays + [(costs[one], one) for one in EXACT if one in known and one != path]
 
 

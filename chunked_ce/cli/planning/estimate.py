@@ -133,7 +133,9 @@ def _of_stage(run: Run, path: Path, stage: Stage) -> Estimate:
             "gathered": Term(gathered_layers, False),
         },
     }
-    kept = {name: {key: terms[key] for key in TERMS if terms.get(key, (0,))[0]} for name, terms in moments.items()}
+    kept: dict[Moment, dict[str, Term]] = {
+        name: {key: terms[key] for key in TERMS if terms.get(key, (0,))[0]} for name, terms in moments.items()
+    }
     return Estimate(path, stage, kept, loss, state)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Literal
 
 from chunked_ce.cli.memory_models import compiled_logits, full_logits
 from chunked_ce.cli.planning.run import DTYPES, Path, Run
@@ -31,19 +32,23 @@ def paths_of(run: Run) -> tuple[Path, ...]:
     Log-probabilities of tokens, which DPO sums, have gradients in the backward only. A filter has no effect on a
     teacher, on ids or on an adapter. A sharded head is for data-parallel ranks that train it.
     """
-    paths: list[Path] = ["full"]
+    of_loss = run.trainer != "dpo"
     special = run.teacher_width is not None or run.ids > 0 or run.adapter > 0
-    compiles = not special and run.tensor == 1 and run.trainer != "dpo"
-    paths += ["compiled"] if compiles else []
-    paths += ["backward"] if run.trainer == "dpo" else ["forward", "backward"]
-    paths += ["filtered"] if not special and run.trainer != "dpo" else []
     shards = run.replicas > 1 and run.tensor == 1 and run.pipeline == 1 and run.trains_head and not special
-    return tuple(paths + (["sharded"] if shards else []))
+    taken: dict[Path, bool] = {
+        "full": True,
+        "compiled": of_loss and not special and run.tensor == 1,
+        "forward": of_loss,
+        "backward": True,
+        "filtered": of_loss and not special,
+        "sharded": shards,
+    }
+    return tuple(path for path, is_taken in taken.items() if is_taken)
 
 
 def options_of(run: Run, path: Path) -> ChunkOptions:
     """The options of a chunked path."""
-    size = run.chunk or "auto"
+    size: int | Literal["auto"] = run.chunk or "auto"
     if path == "filtered":
         return ChunkOptions(chunk_size=size, gradient_filter="auto")
     backward = path == "backward" or run.trainer == "dpo"

@@ -75,10 +75,7 @@ def runs_of(arguments: argparse.Namespace) -> list[Run]:
         for name, value in (("lora", 0), ("checkpointing", "none")):
             if getattr(arguments, name) != value:
                 raise ValueError(f"--{name} needs a model with layers: give --model, --config or --layers")
-    return [
-        _run(arguments, model, trainer, tokens, batch, tensor)
-        for tensor in (arguments.tp or [1])  # as many runs as sizes
-    ]
+    return [_run(arguments, model, trainer, tokens, batch, tensor) for tensor in arguments.tp or [1]]
 
 
 def _run(

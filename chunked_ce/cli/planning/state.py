@@ -69,7 +69,7 @@ def _parts(run: Run, path: Path, local: Local) -> list[_Part]:
     tied = run.model.tied and not local.head and run.model.layers > 0
     head = Local(0, local.embedding, 0) if tied else Local(0, 0, local.head)
     body = local._replace(head=0, embedding=0 if tied else local.embedding)
-    sharded = (run.replicas,) * 3
+    sharded = (run.replicas, run.replicas, run.replicas)
     trained_body = run.trained_of(local) if run.lora else run.train_input * sum(body)
     trained_head = 0 if run.lora else run.train_head * sum(head)
     return [

@@ -134,15 +134,20 @@ def verdict(run: Run, memory: int, path: Path | None = None, *, loss_only: bool 
     paths = paths_of(run)
     if path is not None and path not in paths:
         raise ValueError(f"--loss must be one of auto, {', '.join(paths)} for this run, was {path}")
-    estimates = {one: estimate(run, one) for one in paths}
+    estimates: dict[Path, Estimate] = {one: estimate(run, one) for one in paths}
 
     def taken(found: Estimate) -> int:
         return found.loss if loss_only else found.total
 
-    exact = [one for one in EXACT if one in paths and one != "sharded"]  # which takes another model
-    chosen = path or next((one for one in exact if taken(estimates[one]) <= memory), None)
-    chosen = chosen or min(exact, key=lambda one: taken(estimates[one]))
-    largest = {one: largest_tokens(run, lambda run, one=one: taken(estimate(run, one)) <= memory) for one in paths}
+    exact: list[Path] = [one for one in EXACT if one in paths and one != "sharded"]  # which takes another model
+    fitting = [one for one in exact if taken(estimates[one]) <= memory]
+    by_default: Path = fitting[0] if fitting else min(exact, key=lambda one: taken(estimates[one]))
+    chosen = path or by_default
+
+    def most_of(one: Path) -> int:
+        return largest_tokens(run, lambda run: taken(estimate(run, one)) <= memory)
+
+    largest: dict[Path, int] = {one: most_of(one) for one in paths}
     fits = taken(estimates[chosen]) <= memory
     start = path or exact[0]
     changes = () if fits or loss_only else tuple(smallest_changes(run, start, memory, asked=path is not None))
