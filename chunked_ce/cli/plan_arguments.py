@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from chunked_ce.cli.argument_types import DTYPE_NAMES, Parser, add_json, add_shape, integer, memory_size, share, size
 from chunked_ce.cli.model_shapes import MODELS
 
@@ -81,5 +83,6 @@ def add_plan(to: Parser) -> None:
         "--adapter", type=integer(0), default=0, metavar="R", help="rank of a low-rank adapter on the head"
     )
 
+    to.add_argument("--html", type=Path, metavar="FILE", help="a calculator in one file: sliders that move the bars")
     to.add_argument("--details", action="store_true", help="the loss term by term, operations and traffic")
     add_json(to)

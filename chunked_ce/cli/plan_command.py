@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path as PathOfFile
 from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
+from chunked_ce.cli import files
 from chunked_ce.cli.capacity import ESTIMATED, HELD, TERMS, RankCost, Request, cost_of, largest
 from chunked_ce.cli.console import simple_table, wide_console
-from chunked_ce.cli.files import dump
 from chunked_ce.cli.planning.device import Room, room_of
 from chunked_ce.cli.planning.document import NOTE, document_of, facts, paths_table, verdict_lines
 from chunked_ce.cli.planning.requests import runs_of
@@ -38,6 +39,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.budget and arguments.memory:
         raise ValueError("--budget is memory for the loss alone, --memory that of the device: use one of them")
     runs = runs_of(arguments)
+    for option in ("json", "html"):
+        if getattr(arguments, option) not in (None, "-"):
+            files.prepare(PathOfFile(getattr(arguments, option)), f"--{option}")
     room = (
         Room(arguments.budget, "for the loss alone")
         if arguments.budget
@@ -57,9 +61,13 @@ def run(arguments: argparse.Namespace) -> int:
             "plans": [_document(plan, _request(found.run)) for plan in plans],
             "exact_and_estimated": ESTIMATED,
         }
-        dump(document, arguments.json)
+        files.dump(document, arguments.json)
     if arguments.json != "-":
         _print(found, room, plans if arguments.details else [])
+    if arguments.html:
+        from chunked_ce.cli.calculator import save_calculator
+
+        save_calculator(found.run, room.size, arguments.html, found.run.model.source)
     return 0 if found.fits else 1
 
 

@@ -118,14 +118,14 @@ def _checkpointing(run: Run) -> list[_Step]:
         return []
     selective = _Step(
         "checkpointing",
-        3,
+        5,
         "selective checkpointing",
         "--checkpointing selective",
         lambda run: dataclasses.replace(run, checkpointing="selective"),
     )
     full = _Step(
         "checkpointing",
-        4,
+        6,
         "full checkpointing",
         "--checkpointing full",
         lambda run: dataclasses.replace(run, checkpointing="full"),
@@ -138,7 +138,7 @@ def _engines(run: Run) -> list[_Step]:
 
     def step(engine: Engine) -> _Step:
         stage = int(engine[-1])
-        return _Step("engine", 5 + stage, f"ZeRO-{stage}", f"--zero {stage}", lambda run: _with_engine(run, engine))
+        return _Step("engine", 7 + stage, f"ZeRO-{stage}", f"--zero {stage}", lambda run: _with_engine(run, engine))
 
     stages: tuple[Engine, ...] = ("zero1", "zero2", "zero3")
     return [step(engine) for engine in stages if int(engine[-1]) > run.zero]

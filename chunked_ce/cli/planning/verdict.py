@@ -141,8 +141,9 @@ def verdict(run: Run, memory: int, path: Path | None = None, *, loss_only: bool 
 
     exact: list[Path] = [one for one in EXACT if one in paths and one != "sharded"]  # which takes another model
     fitting = [one for one in exact if taken(estimates[one]) <= memory]
-    by_default: Path = fitting[0] if fitting else min(exact, key=lambda one: taken(estimates[one]))
-    chosen = path or by_default
+    # A stable sort: of those that take as much, the fastest.
+    by_default = fitting or sorted(exact, key=lambda one: taken(estimates[one]))
+    chosen: Path = path or by_default[0]
 
     def most_of(one: Path) -> int:
         return largest_tokens(run, lambda run: taken(estimate(run, one)) <= memory)
