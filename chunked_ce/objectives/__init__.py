@@ -6,5 +6,15 @@ from chunked_ce.objectives.divergence import Divergence
 from chunked_ce.objectives.policy_gradient import PolicyGradient
 from chunked_ce.objectives.teacher import Teacher
 from chunked_ce.objectives.top_k import TopKDivergence
+from chunked_ce.rows.statistics import RowStatistics
 
-__all__ = ["CrossEntropy", "Divergence", "Objective", "PolicyGradient", "Teacher", "Tokens", "TopKDivergence"]
+__all__ = [
+    "CrossEntropy",
+    "Divergence",
+    "Objective",
+    "PolicyGradient",
+    "RowStatistics",
+    "Teacher",
+    "Tokens",
+    "TopKDivergence",
+]
