@@ -18,7 +18,12 @@ def test_the_filter_trains_as_exact_gradients_do(tmp_path):
     assert exact[-1] < exact[0] - 1
     assert filtered != exact, "nothing was filtered"
     assert filtered == pytest.approx(exact, rel=1e-2, abs=0)
-    assert "losses differ by at most" in printed
+    again = found["exact, other chunks"]["losses"]
+    assert again != exact and again == pytest.approx(exact, rel=1e-2, abs=0)
+    for name, losses in (("exact, other chunks", again), ("filtered", filtered)):
+        assert f"losses of {name} and exact differ by at most" in printed
+        largest = max(abs(one - other) for one, other in zip(losses, exact, strict=True))
+        assert found["differences"][name]["largest_difference"] == pytest.approx(largest)
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
 
     head = torch.load(tmp_path / "head.pt")
