@@ -19,7 +19,7 @@ TWO_PROCESSES = [FOLDER / f"{name}.md" for name in ("tensor_parallel", "pipeline
 
 
 def _expected(page: Path) -> list[str]:
-    text = page.read_text("utf-8").split("## What you should see")[1]
+    text = page.read_text("utf-8").split("## Expected output")[1]
     return re.search(r"```text\n(.*?)```", text, flags=re.DOTALL)[1].splitlines()
 
 
