@@ -160,10 +160,12 @@ PARTS = {"headline": headline, "comparison": table}
 def written(text: str) -> str:
     """``text`` with its generated parts as they should be."""
     for name, part in PARTS.items():
-        pattern = re.compile(rf"(<!-- {name}: docs/comparison.py -->\n).*?(<!-- end -->)", re.DOTALL)
-        text, times = pattern.subn(lambda match, part=part: match[1] + part() + "\n" + match[2], text)
-        if times != 1:
-            raise ValueError(f"README.md must have one place for {name}, has {times}")
+        start = f"<!-- {name}: docs/comparison.py -->\n"
+        if text.count(start) != 1:
+            raise ValueError(f"README.md must have one place for {name}, has {text.count(start)}")
+        before, _, rest = text.partition(start)
+        _, end, after = rest.partition("<!-- end -->")
+        text = f"{before}{start}{part()}\n{end}{after}"
     return text
 
 

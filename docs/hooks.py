@@ -130,7 +130,7 @@ def _outside_fences(text: str, change: Any) -> str:
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Leave out pages that no change has brought yet."""
-    config.nav = _present(config.nav)
+    config.nav = _present(config.nav or [])
     return config
 
 

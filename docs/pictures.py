@@ -6,6 +6,7 @@ python docs/pictures.py    # writes docs/pictures/*.svg
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -105,7 +106,7 @@ def gib(size: float) -> str:
     return f"{size / GIB:.1f} GiB"
 
 
-def bars(picture: Picture, at: Point, rows: list[tuple[str, float, str]], width: float) -> None:
+def bars(picture: Picture, at: Point, rows: Sequence[tuple[str, float, str]], width: float) -> None:
     """Horizontal bars with their values, the longest as wide as ``width``."""
     most = max(value for _, value, _ in rows)
     for index, (label, value, color) in enumerate(rows):
