@@ -33,29 +33,32 @@ COLOURS = ["#f0a35e", "#1f6feb", "#5aa469", "#8a63d2"]
 TORCHRUN = "torchrun --nproc-per-node"
 
 # The commands by the labels of their lines and bars; a figure's order of drawing is theirs. `{out}` is a new folder,
-# `{fp32}` a configuration of DeepSpeed without bf16, which CPUs without instructions for it take minutes for.
+# `{fp32}` the examples' configuration of DeepSpeed with one sequence per rank and without bf16, for which some CPUs have
+# no instructions.
 COMMANDS = {
     "first_loss": {"linear_cross_entropy": "python examples/first_loss.py"},
     "custom_trainer": {"two ranks": f"{TORCHRUN} 2 examples/custom_trainer.py --steps 12"},
     "sharded_head": {f"{ranks} ranks": f"python examples/sharded_head.py --ranks {ranks}" for ranks in (2, 4)},
-    "demo": {"": "python examples/demo.py --precision fp32 --steps 6 --out {out}"},
+    "demo": {"": "python examples/demo.py --precision fp32 --steps 6 --micro-batch 1 --out {out}"},
     "train_deepspeed": {
         label: f"{TORCHRUN} 2 examples/train_deepspeed.py --steps 6 --out {{out}} --deepspeed-config {{fp32}}{option}"
         for label, option in {"whole head": "", "--shard-head": " --shard-head"}.items()
     },
-    "distill": {"": "python examples/distill.py --precision fp32 --steps 5 --teacher-steps 6 --out {out}"},
-    "policy": {"": "python examples/policy.py --steps 3 --out {out}"},
+    "distill": {
+        "": "python examples/distill.py --precision fp32 --steps 5 --teacher-steps 4 --micro-batch 1 --out {out}"
+    },
+    "policy": {"": "python examples/policy.py --steps 3 --warm-up 20 --lines 4 --group 4 --out {out}"},
     "transformers_trainer": {
         "--plain": f"{TORCHRUN} 2 examples/transformers_trainer.py --steps 8 --plain",
         "LMHead.wrap": f"{TORCHRUN} 2 examples/transformers_trainer.py --steps 8",
     },
     "trl_sft": {
-        "--plain": "python examples/trl_sft.py --steps 6 --plain",
-        "trl.install": "python examples/trl_sft.py --steps 6",
+        "--plain": "python examples/trl_sft.py --steps 6 --batch 2 --plain",
+        "trl.install": "python examples/trl_sft.py --steps 6 --batch 2",
     },
     "trl_grpo": {
-        "--plain": "python examples/trl_grpo.py --steps 4 --plain",
-        "trl.install": "python examples/trl_grpo.py --steps 4",
+        "--plain": "python examples/trl_grpo.py --steps 4 --warm-up 20 --plain",
+        "trl.install": "python examples/trl_grpo.py --steps 4 --warm-up 20",
     },
     "vocab_parallel": {
         f"--tensor-parallel {ranks}": f"{TORCHRUN} 4 examples/vocab_parallel.py --steps 4 --tensor-parallel {ranks}"
@@ -92,7 +95,7 @@ def run(label: str, command: str, python: str) -> dict[str, dict]:
     launcher = {"python": [python], "torchrun": [python, "-m", "torch.distributed.run"]}[program]
     with tempfile.TemporaryDirectory() as folder:
         config = json.loads((EXAMPLES / "ds_config.json").read_text())
-        config["bf16"]["enabled"] = False
+        config["bf16"]["enabled"], config["train_micro_batch_size_per_gpu"] = False, 1
         fp32, out = Path(folder) / "fp32.json", Path(folder) / "out"
         fp32.write_text(json.dumps(config))
         filled = [argument.format(out=out, fp32=fp32) for argument in arguments]
