@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import sys
 import warnings
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
+from typing_extensions import Unpack
 
 from chunked_ce.checks import check_layer
 from chunked_ce.head_report import Report, report_of
@@ -26,7 +27,7 @@ from chunked_ce.lazy.colwise import (
     sharding_of,
 )
 from chunked_ce.lazy.evaluation import purpose_of_call
-from chunked_ce.lazy.head import LazyHead, Settings
+from chunked_ce.lazy.head import Keywords, KeywordsWithVocab, LazyHead, Settings
 from chunked_ce.lazy.layout import Layout
 from chunked_ce.lazy.logits import LazyLogits
 from chunked_ce.lazy.obstacles import Obstacle, obstacle_of_call
@@ -43,6 +44,10 @@ from chunked_ce.sharded.model import shard_parameters, together, unshard_paramet
 from chunked_ce.sharded.optimizers import follow_steps
 from chunked_ce.sharded.rows import shardings_of
 from chunked_ce.tracing import not_compiled, run_as_written
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["LMHead"]
 
@@ -89,9 +94,9 @@ class LMHead(LazyHead):
         vocab_size: int,
         bias: bool = False,
         *,
-        device: Any = None,
+        device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
-        **keywords: Any,
+        **keywords: Unpack[KeywordsWithVocab],
     ) -> None:
         in_features, vocab_size = check_layer(in_features, vocab_size, bias, device, dtype)
         settings = Settings(**keywords)
@@ -102,7 +107,7 @@ class LMHead(LazyHead):
     # ---- swapping it in ----
 
     @classmethod
-    def wrap(cls, model: Model, module: str | None = None, **keywords: Any) -> Model:
+    def wrap(cls, model: Model, module: str | None = None, **keywords: Unpack[KeywordsWithVocab]) -> Model:
         """Turn the output embedding of ``model`` into an `LMHead`, in place, and return the model.
 
         Only the module's class changes. It stays the same object, with its parameters, its hooks and its places in the
@@ -138,7 +143,13 @@ class LMHead(LazyHead):
         return model
 
     @classmethod
-    def shard(cls, model: Model, group_or_mesh: Any = None, module: str | None = None, **keywords: Any) -> Model:
+    def shard(
+        cls,
+        model: Model,
+        group_or_mesh: ProcessGroup | DeviceMesh | None = None,
+        module: str | None = None,
+        **keywords: Unpack[Keywords],
+    ) -> Model:
         """Spread the output embedding of ``model`` over ranks that hold different tokens, and return the model.
 
         Each rank keeps its rows of the head's weight and bias, and of the embeddings tied to it. The head becomes an
@@ -236,7 +247,7 @@ class LMHead(LazyHead):
         check_model(model)
         return report_of(model)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> Tensor | nn.Module:
         if name == "weight" and self.training and not torch.compiler.is_compiling():
             warn_of_bypass(self, sys._getframe(1))
         return super().__getattr__(name)
@@ -251,7 +262,7 @@ class LMHead(LazyHead):
 
     # ---- calls ----
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         if self.is_always_lazy:
             return self._lazy_call(None, *args, **kwargs)
         purpose = purpose_of_call(self, _only(args, kwargs))
@@ -259,16 +270,18 @@ class LMHead(LazyHead):
             return self._lazy_call(purpose, *args, **kwargs)
         if not torch.compiler.is_compiling():
             self.record.new_call(training=False).plain[_EVALUATION] += 1
-        return super().__call__(*args, **kwargs)
+        logits: Tensor = super().__call__(*args, **kwargs)
+        return logits
 
     @not_compiled
-    def _lazy_call(self, purpose: str | None, *args: Any, **kwargs: Any) -> Any:
+    def _lazy_call(self, purpose: str | None, *args: Any, **kwargs: Any) -> Tensor:
         self._prepare_rows()
         hidden = _only(args, kwargs)
         obstacle = obstacle_of_call(self, hidden)
         if obstacle is not None:
             self._compute_at_once(obstacle)
-            return super().__call__(*args, **kwargs)
+            logits: Tensor = super().__call__(*args, **kwargs)
+            return logits
         hidden = hidden if self.layout is None else self.layout.whole(hidden)
         hidden = hidden.to(compute_dtype(self) or hidden.dtype)
         self._count_call()
@@ -326,7 +339,7 @@ def _only(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if len(args) == 1 and not kwargs else kwargs.get("input") if len(kwargs) == 1 else None
 
 
-def _heads_to_shard(model: nn.Module, name: str | None, keywords: dict[str, Any]) -> dict[nn.Linear, Settings]:
+def _heads_to_shard(model: nn.Module, name: str | None, keywords: Keywords) -> dict[nn.Linear, Settings]:
     """The linear layers that make the logits, with the settings that they will have but for the ranks."""
     if "vocab" in keywords:
         raise TypeError("vocab is not a keyword of LMHead.shard, which makes it from group_or_mesh")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,24 @@ from chunked_ce.parallel.fsdp import is_fsdp_shard
 from chunked_ce.parallel.vocab import VocabShard
 from chunked_ce.rows.statistics import Logits
 
-__all__ = ["LazyHead", "Settings", "check_whole", "is_whole"]
+__all__ = ["Keywords", "KeywordsWithVocab", "LazyHead", "Settings", "check_whole", "is_whole"]
+
+
+class Keywords(TypedDict, total=False):
+    """The keywords of a head, for type checkers, but for its shard of the vocabulary."""
+
+    options: ChunkOptions | None
+    z_loss: float
+    label_smoothing: float
+    softcap: float | None
+    logit_scale: float
+    lazy: Literal["auto", "always"]
+
+
+class KeywordsWithVocab(Keywords, total=False):
+    """All of them."""
+
+    vocab: VocabShard | None
 
 
 class Settings:
