@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.report import markdown
+from chunked_ce.cli import main as command_line
 from chunked_ce.cli.arguments import parser
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +55,7 @@ def test_there_is_something_to_run():
     assert blocks(README, "python")
     assert len(COMMANDS) > 20
     assert TABLES
+    assert PLANS
 
 
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
@@ -77,6 +79,18 @@ def test_commands_exist(command):
         own = [a.split("=")[0] for a in arguments[arguments.index(script) + 1 :] if a.startswith("--")]
         options = text + "".join(path.read_text() for path in (ROOT / "examples" / "common").glob("*.py"))
         assert all(option[2:].replace("-", "_") in options.replace("-", "_") for option in own)
+
+
+PLANS = re.findall(r"```sh\nchunked-ce (plan [^\n]*)\n```\n\n```text\n(.*?)```", README.read_text("utf-8"), flags=re.DOTALL)
+
+
+@pytest.mark.parametrize(("arguments", "printed"), PLANS, ids=[arguments for arguments, _ in PLANS])
+def test_plans_say_so(arguments, printed, capsys):
+    """The README shows the first lines of what the command prints."""
+    pytest.importorskip("rich")
+    with pytest.raises(SystemExit):
+        command_line(shlex.split(arguments))
+    assert capsys.readouterr().out.startswith(printed)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
