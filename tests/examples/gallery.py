@@ -33,8 +33,8 @@ COLOURS = ["#f0a35e", "#1f6feb", "#5aa469", "#8a63d2"]
 TORCHRUN = "torchrun --nproc-per-node"
 
 # The commands by the labels of their lines and bars; a figure's order of drawing is theirs. `{out}` is a new folder,
-# `{fp32}` the examples' configuration of DeepSpeed with one sequence per rank and without bf16, for which some CPUs have
-# no instructions.
+# `{fp32}` the examples' configuration of DeepSpeed with one sequence per rank and without bf16: some CPUs have no
+# instructions for it.
 COMMANDS = {
     "first_loss": {"linear_cross_entropy": "python examples/first_loss.py"},
     "custom_trainer": {"two ranks": f"{TORCHRUN} 2 examples/custom_trainer.py --steps 12"},
