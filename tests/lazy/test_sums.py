@@ -52,11 +52,12 @@ COMPUTED = {
 
 
 def heads(bias, training=True):
-    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)  # ranks that are threads share torch's own
     made = [LMHead(width, VOCAB, bias=bias, dtype=torch.float64) for width in WIDTHS]
-    for head in made:
-        torch.nn.init.normal_(head.weight)
-    hidden = [torch.randn(*TOKENS, width, dtype=torch.float64, requires_grad=True) for width in WIDTHS]
+    for parameter in (parameter for head in made for parameter in head.parameters()):
+        torch.nn.init.normal_(parameter, generator=generator)
+    hidden = [torch.randn(*TOKENS, width, dtype=torch.float64, generator=generator) for width in WIDTHS]
+    hidden = [states.requires_grad_() for states in hidden]
     return [head.train(training) for head in made], hidden
 
 
