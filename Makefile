@@ -71,17 +71,29 @@ fuzz: install
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# Well over an hour on 2 cores; nothing else should run meanwhile. The plot and the page are of the sweep.
+# All that stands in benchmarks/results, and the pictures made of it: some hours on 2 cores, and nothing else should run
+# meanwhile. docs/benchmarks.md says which page shows what; `python docs/comparison.py` then writes the pages' tables.
 RESULTS := benchmarks/results
+SWEEP := --tokens 4096 --hidden 256 --sweep vocab=32768,65536,131072 --rounds 3 \
+	--only forward backward least full compiled deepspeed
+FILTERED := runs/filtered
 bench: install
-	$(BIN)/chunked-ce bench --data trained --json $(RESULTS)/bench.json
-	$(BIN)/chunked-ce bench --tokens 4096 --hidden 256 --sweep vocab=16384,32768,65536,131072 --rounds 3 \
-		--json $(RESULTS)/vocabulary.json --plot $(RESULTS)/vocabulary.png --html $(RESULTS)/vocabulary.html
+	$(BIN)/chunked-ce bench $(SWEEP) --dtype bf16 --json $(RESULTS)/vocabulary.json --plot docs/vocabulary.png
+	$(BIN)/chunked-ce bench $(SWEEP) --dtype fp32 --json $(RESULTS)/vocabulary_fp32.json
 	$(BIN)/python -m benchmarks.ratios --json $(RESULTS)/ratios.json
 	$(BIN)/python -m benchmarks.objectives --json $(RESULTS)/objectives.json
-	$(BIN)/python -m benchmarks.memory --json $(RESULTS)/memory.json
-	$(BIN)/python -m pytest benchmarks -o timeout=3600 --benchmark-columns=median,min,max,rounds \
-		--benchmark-json=$(RESULTS)/speed.json
+	$(BIN)/python -m benchmarks.memory --tokens 1024 2048 4096 8192 16384 --vocab 32768 65536 131072 262144 --full-up-to 0 \
+		--json $(RESULTS)/memory_law.json
+	$(BIN)/python -m benchmarks.vocab_parallel --json $(RESULTS)/vocab_parallel.json
+	$(BIN)/python -m benchmarks.sharded_head --tokens 512 --repeats 3 --json $(RESULTS)/sharded_head.json
+	$(BIN)/python examples/filtered_training.py --width 256 --depth 3 --steps 120 --learning-rate 4e-4 --out $(FILTERED)
+	cp $(FILTERED)/losses.json $(RESULTS)/filtered_training.json
+	cp $(FILTERED)/losses.png docs/filtered.png
+	$(BIN)/python examples/filtered_training.py --width 1024 --depth 2 --steps 300 --learning-rate 1.5e-4 --out $(FILTERED)-wide
+	$(BIN)/chunked-ce bench --tensors $(FILTERED)-wide/head.pt --dtype bf16 --only forward filtered full --rounds 3 --no-errors \
+		--json $(RESULTS)/filtered.json
+	if test -e $(PACKAGES)/.installed; then $(PACKAGES)/bin/python -m benchmarks.ratios --tokens 512 --ignored 0 \
+		--only forward full trl liger-scaled --repeats 5 --json $(RESULTS)/ratios_packages.json; fi
 
 # A wheel and an sdist in dist/, each tried in an environment of its own: the wheel with torch alone, the sdist with its
 # tests. REPOSITORY is the address of the repository, for the package's links.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def markdown(document: Document) -> str:
     """
     results = modern(document)["results"]
     if not any("ratio" in result for result in results):
-        return f"{conditions_text(document['conditions'])}\n\n{_plain_table(results)}\n"
+        return f"{_conditions(document)}\n\n{_plain_table(results)}\n"
     cases = list(dict.fromkeys(map(_case, results)))
     columns = ["time", "MiB"] if any(result.get("peak_mib") is not None for result in results) else ["time"]
     header = ["implementation", *(f"{case}: {what}" for case in cases for what in columns)]
@@ -47,7 +48,12 @@ def markdown(document: Document) -> str:
     for name in dict.fromkeys(result["implementation"] for result in results):
         by_case = {_case(result): result for result in results if result["implementation"] == name}
         lines.append([name, *(cell for case in cases for cell in _cells(by_case.get(case))[: len(columns)])])
-    return f"{conditions_text(document['conditions'])}\n\n{_lines(lines)}\n"
+    return f"{_conditions(document)}\n\n{_lines(lines)}\n"
+
+
+def _conditions(document: Document) -> str:
+    """In lines as wide as those of the pages."""
+    return "\n".join(textwrap.fill(line, 100) for line in conditions_text(document["conditions"]).splitlines())
 
 
 def _plain_table(results: Sequence[Result]) -> str:

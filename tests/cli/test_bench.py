@@ -4,7 +4,6 @@ import functools
 import json
 import os
 import re
-import shutil
 import signal
 
 import pytest
@@ -19,6 +18,7 @@ from chunked_ce.cli.page import page
 from chunked_ce.cli.synthetic_inputs import LossInputs
 from chunked_ce.cli.tables import cells
 from chunked_ce.cli.worker import Task, Worker
+from tests.browser import needs_browser, opened
 
 NOT_MEASURED = memory.why_not_measured("cpu")
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="its sizes are for a CPU")
@@ -255,22 +255,13 @@ def test_page_loads_nothing():
     assert set(re.findall(r"url\(#([^)]*)\)", text)) <= set(identifiers)
 
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-@pytest.mark.skipif(CHROMIUM is None and "CI" not in os.environ, reason="no chromium or google-chrome is installed")
+@needs_browser
 def test_page_in_a_browser(tmp_path):
     """On a phone and on a desk, in the light and in the dark: nothing is cut, all is legible, nothing is loaded."""
-    playwright = pytest.importorskip("playwright.sync_api")
     path = tmp_path / "bench.html"
     path.write_text(page(interrupted()), encoding="utf-8")
-    asked = []
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        tab = browser.new_page(viewport={"width": 390, "height": 800})
-        tab.on("request", lambda request: asked.append(request.url))
-        tab.goto(path.as_uri())
-        colors = {}
+    colors = {}
+    with opened(path.as_uri(), width=390) as (tab, asked):
         for scheme in ("light", "dark"):
             tab.emulate_media(color_scheme=scheme)
             for width in (390, 1200):
@@ -278,7 +269,6 @@ def test_page_in_a_browser(tmp_path):
                 assert tab.evaluate("document.documentElement.scrollWidth") == width
                 assert tab.evaluate("document.querySelector('.scroll').scrollWidth") >= width - 100
             colors[scheme] = tab.evaluate(COLORS_OF_THE_PAGE)
-        browser.close()
     assert asked == [path.as_uri()]
     for scheme, dark in (("light", False), ("dark", True)):
         back, *shown = (sum(map(int, re.findall(r"\d+", color)[:3])) for color in colors[scheme])
