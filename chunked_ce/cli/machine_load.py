@@ -119,14 +119,14 @@ def reasons(signs: Result) -> list[str]:
     """What says that other work disturbed a measurement, in a few words each.
 
     >>> reasons({"control_to_quickest": 1.05, "other_cpu_share": 0.38, "stolen_share": 0.01})
-    ['others took 38% of the cores']
+    ['others took 38%']
     """
     moved, taken, stolen = (
         signs.get(name) or 0.0 for name in ("control_to_quickest", "other_cpu_share", "stolen_share")
     )
     found = {
         f"control {moved:.2g}x": moved > _MOST_MOVED,
-        f"others took {taken:.0%} of the cores": taken > _MOST_TAKEN,
-        f"{stolen:.0%} stolen by the host": stolen > _MOST_TAKEN,
+        f"others took {taken:.0%}": taken > _MOST_TAKEN,
+        f"{stolen:.0%} stolen": stolen > _MOST_TAKEN,
     }
     return [reason for reason, holds in found.items() if holds]

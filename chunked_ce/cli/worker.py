@@ -189,15 +189,15 @@ def _measured(task: Task) -> Iterator[Message]:
     memory.limit_memory(int(_AVAILABLE * memory.available(device)), device)  # the products may take more
     if task.exact is not None and implementation in LOSSES:
         yield "errors", _errors(task, task.exact, inputs)
-    yield "control", machine_load.control_seconds(device)
     watch = machine_load.Watch()
+    yield "control", machine_load.control_seconds(device)
     for turn in range(-1, task.rounds):
         names = (yardstick, implementation) if turn % 2 else (implementation, yardstick)
         seconds = {name: _seconds(name, inputs, chunk) for name in names}
         if turn >= 0:
             yield "round", (seconds[implementation], seconds[yardstick])
-    yield "shares", watch.shares()
     yield "control", machine_load.control_seconds(device)
+    yield "shares", watch.shares()  # with the control tasks, since rounds may be too short to count anything
 
 
 def _errors(task: Task, file: str, inputs: LossInputs) -> dict[str, float]:

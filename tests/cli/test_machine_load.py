@@ -28,7 +28,7 @@ def test_a_short_time_says_nothing():
 def test_reasons():
     assert reasons({"control_to_quickest": 1.1, "other_cpu_share": 0.1, "stolen_share": None}) == []
     everything = {"control_to_quickest": 19.5, "other_cpu_share": 0.6, "stolen_share": 0.2}
-    assert reasons(everything) == ["control 20x", "others took 60% of the cores", "20% stolen by the host"]
+    assert reasons(everything) == ["control 20x", "others took 60%", "20% stolen"]
 
 
 def test_a_later_quickest_marks_earlier_rows():
@@ -45,7 +45,7 @@ def test_evenly_busy_from_start_to_end():
     """The control task never moved: what counts is the time that others took."""
     rows = [{"control_seconds": [0.04, 0.04], "other_cpu_share": 0.48}, {"status": "out of memory"}]
     mark_busy(rows)
-    assert rows[0]["busy"] == "others took 48% of the cores"
+    assert rows[0]["busy"] == "others took 48%"
     assert "busy" not in rows[1]
 
 
