@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -69,7 +69,7 @@ def check_call(
     options: ChunkOptions | None,
     flags: dict[str, bool],
     objective: Objective | None,
-    per_token: dict[str, Tensor],
+    per_token: Mapping[str, object],
     transformed: bool,  # by `torch.func`
 ) -> ChunkOptions:
     """Check all arguments of a call, by name; returns the options, the default ones for None."""
@@ -309,7 +309,7 @@ def _fields(objective: Objective) -> str:
     return ", ".join(f"{name}={getattr(objective, name)!r}" for name in names)
 
 
-def check_per_token(objective: Objective | None, per_token: dict[str, Tensor]) -> None:
+def check_per_token(objective: Objective | None, per_token: Mapping[str, object]) -> None:
     """Check that the per-token tensors that an objective needs are given, and no others."""
     if objective is None:  # of functions that take no tensors per token
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
@@ -27,6 +27,7 @@ from chunked_ce.engine.ignored_tokens import with_ignored
 from chunked_ce.engine.loss_stats import LossStats
 from chunked_ce.engine.specification import TEMPERATURE, Specification
 from chunked_ce.invariance import check_invariance
+from chunked_ce.keywords import PerToken
 from chunked_ce.narrowing import not_none
 from chunked_ce.objectives import Objective, Teacher
 from chunked_ce.options import ChunkOptions
@@ -137,7 +138,7 @@ class Arguments(NamedTuple):
 
 
 def loss_of(
-    objective_of: Callable[[], Objective], arguments: Arguments, per_token: dict[str, Tensor | None] | None = None
+    objective_of: Callable[[], Objective], arguments: Arguments, per_token: Mapping[str, PerToken | None] | None = None
 ) -> Tensor | list[Tensor] | tuple[Tensor | list[Tensor], LossStats]:
     loss: Tensor | list[Tensor]
     per_token = per_token or {}
@@ -153,8 +154,8 @@ def loss_of(
     with arguments.shared_errors():
         call = call_of(arguments, options, objective.without_tensors(), names_of(asked))
         weights = dispatch.TokenWeights.of(call, tensors["token_weight"])
-        given = {name: tensors[name] for name, tensor in per_token.items() if tensor is not None}
-        flat = {name: _of_tokens(objective, name, tensor) for name, tensor in given.items()}
+        joined = {name: tensors[name] for name, tensor in per_token.items() if tensor is not None}
+        flat = {name: _of_tokens(objective, name, tensor) for name, tensor in joined.items()}
         call = call.with_per_token(call.per_token | flat, ids=objective.ids)
         coefficient = weights.coefficient(reduction, keywords["num_tokens"])
     in_forward = arguments.is_head and not options.in_backward
@@ -172,7 +173,7 @@ def _of_tokens(objective: Objective, name: str, tensor: Tensor) -> Tensor:
 
 
 def agreed_on(
-    objective_of: Callable[[], _Objective], arguments: Arguments, per_token: dict[str, Any]
+    objective_of: Callable[[], _Objective], arguments: Arguments, per_token: Mapping[str, Any]
 ) -> tuple[ChunkOptions, _Objective]:
     """The checked options and objective of a call, on every rank that takes part in it."""
     tensors, keywords, vocab, options = arguments.tensors, arguments.keywords, arguments.vocab, arguments.options

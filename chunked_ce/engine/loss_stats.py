@@ -38,6 +38,18 @@ class LossStats(NamedTuple):
     lse_max: Tensor
     """The largest log-sum-exp, -inf if no token counts."""
 
+    # In the place of the further fields where there are none: types, and an error that says whose they are.
+
+    @property
+    def clipped(self) -> Tensor:
+        """Tokens whose ratio is clipped, of `chunked_ce.objectives.PolicyGradient`."""
+        raise AttributeError("clipped is a sum of PolicyGradient, and these are the statistics of another objective")
+
+    @property
+    def kl(self) -> Tensor:
+        """Sum of the divergences from the reference, of `chunked_ce.objectives.PolicyGradient` with ``kl > 0``."""
+        raise AttributeError("kl is a sum of PolicyGradient with kl > 0, and these are statistics without it")
+
 
 def named_stats(names: tuple[str, ...], values: Iterable[Tensor]) -> LossStats:
     """A `LossStats` whose fields after its own five are ``names``."""

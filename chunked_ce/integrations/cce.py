@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from chunked_ce import functional
-from chunked_ce.arguments import FLOATING, INDICES, check_flag, check_tensor, described, integer, is_integer
+from chunked_ce.arguments import FLOATING, INDICES, check_flag, check_tensor, described, integer, is_integer, is_one_of
 from chunked_ce.checks import check_keywords
+from chunked_ce.keywords import Reduction
+from chunked_ce.narrowing import not_none
 from chunked_ce.options import ChunkOptions
 from chunked_ce.parallel.groups import checked_group
 from chunked_ce.parallel.vocab import VocabShard
@@ -71,7 +73,7 @@ class VocabParallelOptions:
             most = torch.tensor(integer("stop", self.stop), device=device)
             dist.all_reduce(most, dist.ReduceOp.MAX, group)
             total = int(most)
-        input_grad = "complete" if self.reduce_e_grad else "partial"
+        input_grad: Literal["complete", "partial"] = "complete" if self.reduce_e_grad else "partial"
         return VocabShard(group, self.start, self.stop, total, input_grad=input_grad)
 
 
@@ -82,10 +84,10 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     ignore_index: int = -100,
     softcap: float | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     shift: bool | int = 0,
     return_lse: bool = False,
-    filter_eps: float | str | None = "auto",
+    filter_eps: float | Literal["auto", "high"] | None = "auto",
     accum_e_fp32: bool = False,
     accum_c_fp32: bool = False,
     filter_e_grad: bool = True,
@@ -146,7 +148,8 @@ def linear_cross_entropy(
         loss = functional.linear_cross_entropy(e, c, target, reduction=reduction, **keywords)
         return _without_last(loss, shift) if reduction == "none" else loss
     found = functional.linear_statistics(e, c, target, outputs=("logprob", "lse"), **keywords)
-    lse, loss = _without_last(found.lse, shift), -_without_last(found.logprob, shift)
+    lse, loss = (_without_last(not_none(values), shift) for values in (found.lse, found.logprob))
+    loss = -loss
     if reduction != "none":
         loss = loss.sum() if reduction == "sum" else loss.sum() / (target != ignore_index).sum().clamp(min=1)
     return loss, lse
@@ -164,9 +167,9 @@ class LinearCrossEntropy(nn.Module):
         self,
         ignore_index: int = -100,
         softcap: float | None = None,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         shift: bool | int = 0,
-        filter_eps: float | str | None = "auto",
+        filter_eps: float | Literal["auto", "high"] | None = "auto",
         accum_e_fp32: bool = False,
         accum_c_fp32: bool = False,
         filter_e_grad: bool = True,
@@ -200,13 +203,14 @@ def _name_of(impl: object) -> str:
     return name
 
 
-def _gradient_filter(impl: str, filter_eps: object, filter_e_grad: object, filter_c_grad: object) -> float | str | None:
+def _gradient_filter(
+    impl: str, filter_eps: Any, filter_e_grad: object, filter_c_grad: object
+) -> float | Literal["auto"] | None:
     """`ChunkOptions.gradient_filter` for the arguments that concern it."""
     check_flag("filter_e_grad", filter_e_grad)
     check_flag("filter_c_grad", filter_c_grad)
-    if isinstance(filter_eps, str) and filter_eps in ("auto", "high"):
-        chosen: float | str | None = "auto"
-    else:
+    chosen: float | Literal["auto"] | None = "auto"
+    if not is_one_of(filter_eps, ("auto", "high")):
         try:
             chosen = ChunkOptions(gradient_filter=filter_eps).gradient_filter
         except ValueError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import Tensor
@@ -32,7 +32,8 @@ def token_mean(
         for window in windows:                                   # gradient_accumulation_steps micro-batches
             mean = token_mean(engine, [target for _, target in window])
             for tokens, target in window:
-                engine.backward(mean(engine(tokens, target)))    # the model returns the sum of its losses
+                loss_sum = engine(tokens, target)                # the model returns the sum of its losses
+                engine.backward(mean.for_backward(loss_sum))
                 engine.step()
 
     The gradient is that of sum_rm S_rm / T (see `TokenMean`) under every ZeRO stage, with data, sequence and
@@ -61,8 +62,9 @@ def token_mean(
     _check_predivide(engine, group)
     steps = engine.gradient_accumulation_steps() if scale_wrt_gas else 1
     divisor = ranks_divided_by(engine, group) * steps
-    means = {"group": group, "divisor": divisor, "ignore_index": ignore_index, "weights": weights}
-    return TokenMean.over(targets_of_the_window, **means)
+    return TokenMean.over(
+        targets_of_the_window, group=group, divisor=divisor, ignore_index=ignore_index, weights=weights
+    )
 
 
 def _check_engine(engine: object) -> None:
@@ -72,7 +74,7 @@ def _check_engine(engine: object) -> None:
         raise TypeError(f"engine must be what deepspeed.initialize returned, was a {type(engine).__name__}")
 
 
-def _check_window(engine: DeepSpeedEngine, micro_batches: int) -> None:
+def _check_window(engine: Any, micro_batches: int) -> None:
     steps = engine.gradient_accumulation_steps()
     set_by_caller = engine._is_gradient_accumulation_boundary is not None
     if micro_batches != steps and engine.managed_gradient_accumulation() and not set_by_caller:
@@ -83,7 +85,7 @@ def _check_window(engine: DeepSpeedEngine, micro_batches: int) -> None:
         )
 
 
-def _check_sequence_ranks(engine: DeepSpeedEngine, group: dist.ProcessGroup) -> None:
+def _check_sequence_ranks(engine: Any, group: dist.ProcessGroup) -> None:
     """Sequence-parallel ranks hold different tokens: their gradients must be reduced too, and all alike."""
     if engine.sequence_parallel_size == 1:
         return
@@ -108,7 +110,7 @@ def _check_sequence_ranks(engine: DeepSpeedEngine, group: dist.ProcessGroup) -> 
             )
 
 
-def _check_predivide(engine: DeepSpeedEngine, group: dist.ProcessGroup) -> None:
+def _check_predivide(engine: Any, group: dist.ProcessGroup) -> None:
     """DeepSpeed takes a predivide factor equal to the number of ranks for the whole division, even if it is not."""
     factor, ranks = engine.gradient_predivide_factor(), dist.get_world_size(group)
     predivides = engine.gradient_average and engine.postscale_gradients() and not engine.zero_reduce_scatter()

@@ -79,7 +79,7 @@ def load(rows: list[Rows], folder: Path, *, with_optimizer: bool) -> None:
         one.clear()
 
 
-def _state(rows: Rows, pieces: list[dict], values: list[Any], folder: Path) -> Any:
+def _state(rows: Rows, pieces: list[dict[str, Any]], values: list[Any], folder: Path) -> Any:
     """An entry of the optimizer's state: of rows, or of a whole parameter, as a count of steps is."""
     present = [value for value in values if value is not None]
     per_row = any(
@@ -91,7 +91,7 @@ def _state(rows: Rows, pieces: list[dict], values: list[Any], folder: Path) -> A
     return present[0].clone() if isinstance(present[0], Tensor) else present[0]
 
 
-def _assembled(rows: Rows, pieces: Iterable[dict], values: Iterable[Tensor | None], folder: Path) -> Tensor:
+def _assembled(rows: Rows, pieces: Iterable[dict[str, Any]], values: Iterable[Tensor | None], folder: Path) -> Tensor:
     """This rank's rows (V_r, ...) of a tensor that ``pieces`` hold in parts."""
     start, stop, total = rows.vocab.start, rows.vocab.stop, rows.vocab.total
     parts, done = [], start

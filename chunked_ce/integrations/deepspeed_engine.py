@@ -12,7 +12,7 @@ import inspect
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,13 @@ from torch.optim import Optimizer
 
 from chunked_ce.integrations import deepspeed_checkpoint as checkpoint
 from chunked_ce.integrations.deepspeed_rows import EPSILON, STAND_IN, Rows, step_rows, sum_of_squares
+from chunked_ce.narrowing import not_none
 from chunked_ce.sharded.gathering import gathered
+
+if TYPE_CHECKING:
+    _Engine = Any
+else:
+    _Engine = object  # `joined` puts the engine's class behind
 
 __all__ = ["SeparateRows", "WithSeparateRows"]
 
@@ -72,11 +78,15 @@ class SeparateRows:
     def clip(self, engine_norm: Tensor | float | None, most: float) -> Tensor | float:
         """Include the rows in the norm, and return by how much all gradients are to be multiplied."""
         self._correction, self.norm = 1.0, engine_norm
-        if engine_norm is not None and self.trained:
+        if engine_norm is None:
+            return self._clip
+        norm = engine_norm
+        if self.trained:
             squares = sum_of_squares(self.trained, self._scale)
-            self.norm = (torch.as_tensor(engine_norm, device=squares.device).float() ** 2 + squares).sqrt()
-        if engine_norm is not None and most > 0:  # without a norm DeepSpeed refuses to clip
-            self._clip = _factor(self.norm, most)
+            norm = (torch.as_tensor(engine_norm, device=squares.device).float() ** 2 + squares).sqrt()
+        self.norm = norm
+        if most > 0:  # without a norm DeepSpeed refuses to clip
+            self._clip = _factor(norm, most)
         return self._clip
 
     def before_optimizer(self, engine: Any, optimizer: Optimizer) -> None:
@@ -102,14 +112,15 @@ def _factor(norm: Tensor | float, most: float) -> Tensor:
     return 1 / ((torch.as_tensor(norm, dtype=torch.float32) + EPSILON) / most).clamp(min=1.0)
 
 
-class WithSeparateRows:
+class WithSeparateRows(_Engine):
     """Goes before the class of a `deepspeed.DeepSpeedEngine`."""
 
     separate_rows: SeparateRows
 
     def step(self, *args: Any, **keywords: Any) -> None:
         if self.basic_optimizer is None:
-            return super().step(*args, **keywords)  # which says so
+            super().step(*args, **keywords)  # which says so
+            return
         rows, steps = self.separate_rows, self.global_steps
         with rows.engine_steps(self.basic_optimizer):
             super().step(*args, **keywords)
@@ -128,7 +139,7 @@ class WithSeparateRows:
         norm = clip_grad_norm_(parameters, math.inf, mpu=self.mpu) if parameters else 0.0
         factor = self.separate_rows.clip(norm, self.gradient_clipping())
         for parameter in parameters:
-            parameter.grad.mul_(factor)
+            not_none(parameter.grad).mul_(factor)
 
     def get_global_grad_norm(self) -> Tensor | float | None:
         return self.separate_rows.norm
@@ -150,18 +161,18 @@ class WithSeparateRows:
         # First, since DeepSpeed then writes which checkpoint is the latest complete one.
         checkpoint.save(self.separate_rows.all, Path(save_dir, tag))
         with self._gathered(keep=self.save_non_zero_checkpoint):
-            return super().save_checkpoint(save_dir, tag, *args, **keywords)
+            return bool(super().save_checkpoint(save_dir, tag, *args, **keywords))
 
     def save_16bit_model(self, *args: Any, **keywords: Any) -> bool:
         with self._gathered(keep=dist.get_rank() == 0):
-            return super().save_16bit_model(*args, **keywords)
+            return bool(super().save_16bit_model(*args, **keywords))
 
-    def _gathered(self, *, keep: bool) -> contextlib.AbstractContextManager:
+    def _gathered(self, *, keep: bool) -> contextlib.AbstractContextManager[None]:
         """While state dicts take the whole rows from the CPU of the ranks that ``keep`` them."""
         rows = [(one.name, one.parameter, one.sharding) for one in self.separate_rows.all if one.in_state_dicts]
         return gathered(self.module, rows, keep=keep)
 
-    def load_checkpoint(self, load_dir: str, *args: Any, **keywords: Any) -> tuple:
+    def load_checkpoint(self, load_dir: str, *args: Any, **keywords: Any) -> tuple[str | None, Any]:
         given = inspect.signature(super().load_checkpoint).bind(load_dir, *args, **keywords)
         given.apply_defaults()
         for one in self.separate_rows.all:
@@ -173,12 +184,13 @@ class WithSeparateRows:
         return path, client_state
 
     def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Tensor] | None:
-        state = super()._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters)
-        for name in [name for name in state or () if name.endswith(STAND_IN)]:
-            del state[name]
+        state: dict[str, Tensor] | None = super()._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters)
+        if state is not None:
+            for name in [name for name in state if name.endswith(STAND_IN)]:
+                del state[name]
         for one in self.separate_rows.all:
             if one.is_trained or not exclude_frozen_parameters:
                 whole = one.whole(keep=state is not None)
                 if state is not None:
-                    state.update({place.name: whole for place in one.places})
+                    state.update({place.name: not_none(whole) for place in one.places})
         return state

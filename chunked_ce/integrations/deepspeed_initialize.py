@@ -20,10 +20,10 @@ from chunked_ce.lazy.classes import joined
 
 __all__ = ["follow_deepspeed", "initialize", "install", "uninstall"]
 
-_replaced: Callable[..., tuple] | None = None  # deepspeed.initialize, while ours is in its place
+_replaced: Callable[..., tuple[Any, ...]] | None = None  # deepspeed.initialize, while ours is in its place
 
 
-def initialize(*args: Any, **keywords: Any) -> tuple:
+def initialize(*args: Any, **keywords: Any) -> tuple[Any, ...]:
     """`deepspeed.initialize` for a model whose head `LMHead.shard` has sharded; without such a head it is the same.
 
         import deepspeed
@@ -49,7 +49,7 @@ def initialize(*args: Any, **keywords: Any) -> tuple:
     call = inspect.signature(original).bind(*args, **keywords)
     model = call.arguments.get("model")
     rows = rows_of(model) if isinstance(model, nn.Module) else []
-    if not rows:
+    if model is None or not rows:
         return original(*args, **keywords)
     _check_model(model, rows)
     _leave_optimizer(rows, call.arguments)
@@ -119,7 +119,7 @@ def _leave_optimizer(rows: list[Rows], arguments: dict[str, Any]) -> None:
         arguments["model_parameters"] = group["params"]
 
 
-def _as_list(parameters: Any) -> list:
+def _as_list(parameters: Any) -> list[Any]:
     return [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
 
 

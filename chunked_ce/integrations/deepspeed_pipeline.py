@@ -6,9 +6,11 @@ passes, then the losses that all stages compute together, then all backward pass
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -41,8 +43,12 @@ def spread(engine: PipelineEngine, head: SpreadHead) -> None:
         TypeError, ValueError: naming the argument, what it was and what is allowed.
     """
     _check(engine, head)
-    step = _Step(engine, head)
-    engine.module.loss_fn = head.defer
+    _take_over(engine, _Step(engine, head))
+
+
+def _take_over(engine: Any, step: _Step) -> None:
+    """Put the schedules of `_Schedule` in the place of the engine's."""
+    engine.module.loss_fn = step.head.defer
     engine._INSTRUCTION_MAP = engine._INSTRUCTION_MAP | {_Instruction: lambda _engine, call: call()}
     engine._train_schedule = lambda: _Schedule(step, engine.micro_batches, trains=True)
     engine._inference_schedule = lambda micro_batches: _Schedule(step, micro_batches, trains=False)
@@ -55,7 +61,8 @@ class _Instruction:
         self.kwargs = {"call": call}
 
 
-class _Schedule(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Schedule:
     """All forward passes, the losses, all backward passes."""
 
     step: _Step
@@ -80,8 +87,12 @@ class _Schedule(NamedTuple):
         if not self.trains:
             return
         for at in buffers:
-            received = _Instruction(lambda at=at: step.choose(at)) if last else schedule.RecvGrad(at)
-            yield [received, schedule.BackwardPass(at), *([] if first else [schedule.SendGrad(at)])]
+            choice = _Instruction(functools.partial(step.choose, at))
+            yield [
+                choice if last else schedule.RecvGrad(at),
+                schedule.BackwardPass(at),
+                *([] if first else [schedule.SendGrad(at)]),
+            ]
         yield [_Instruction(step.finish)]
         yield [schedule.ReduceTiedGrads(), schedule.ReduceGrads(), schedule.OptimizerStep()]
 
@@ -89,7 +100,7 @@ class _Schedule(NamedTuple):
 class _Step:
     """What a step does beside the engine's own instructions."""
 
-    def __init__(self, engine: PipelineEngine, head: SpreadHead) -> None:
+    def __init__(self, engine: Any, head: SpreadHead) -> None:
         self.engine, self.head = engine, head
         self._deferred: list[DeferredLoss] = []
         self._embedded: list[Tensor] = []
@@ -121,7 +132,7 @@ class _Step:
         self._deferred, self._embedded = [], []
 
 
-def _check(engine: object, head: object) -> None:
+def _check(engine: Any, head: object) -> None:
     # Whoever has an engine has imported its module: no need to import it here.
     module = sys.modules.get("deepspeed.runtime.pipe.engine")
     if module is None or not isinstance(engine, module.PipelineEngine):
@@ -149,7 +160,7 @@ def _check(engine: object, head: object) -> None:
             raise ValueError(f"engine has {setting}, under which gradients of a spread head's rows would be lost")
 
 
-def _refused_settings(engine: PipelineEngine) -> dict[str, bool]:
+def _refused_settings(engine: Any) -> dict[str, bool]:
     """Settings that read gradients in hooks of the backward passes only, or that scale losses."""
     optimizer = engine.optimizer
     return {

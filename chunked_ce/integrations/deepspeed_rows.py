@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from chunked_ce.narrowing import not_none
 from chunked_ce.parallel.collectives import Pending
 from chunked_ce.parallel.vocab import VocabShard
 from chunked_ce.sharded.rows import RowSharding, rows_in
@@ -108,7 +109,7 @@ class Rows:
     # ---- gradients ----
 
     def _add_gradient(self, parameter: nn.Parameter) -> None:
-        gradient, parameter.grad = parameter.grad.detach(), None
+        gradient, parameter.grad = not_none(parameter.grad).detach(), None
         if self._gradient is None:
             self._gradient = torch.zeros_like(self.master)
         self._gradient += gradient.as_subclass(Tensor).to(self.master.device)
@@ -124,12 +125,16 @@ class Rows:
 
     # ---- values ----
 
-    def _add_to_state(self, attribute: str, module: nn.Module, state: dict, prefix: str, _metadata: dict) -> None:
+    def _add_to_state(
+        self, attribute: str, module: nn.Module, state: dict[str, Any], prefix: str, _metadata: object
+    ) -> None:
         if self.in_state_dicts:
             state[prefix + attribute] = whole_for(state, self.parameter, self.sharding, prefix + attribute)
 
     @torch.no_grad()
-    def _take_from_state(self, attribute: str, module: nn.Module, state: dict, prefix: str, *others: Any) -> None:
+    def _take_from_state(
+        self, attribute: str, module: nn.Module, state: dict[str, Any], prefix: str, *others: Any
+    ) -> None:
         given, errors = state.pop(prefix + attribute, None), others[-1]
         if given is None:
             return
@@ -155,12 +160,12 @@ class Rows:
             self.master.copy_(self.parameter.detach())
 
 
-def _without_stand_in(_module: nn.Module, state: dict, prefix: str, _metadata: dict) -> None:
+def _without_stand_in(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: object) -> None:
     state.pop(prefix + STAND_IN, None)
 
 
-def _with_stand_in(module: nn.Module, state: dict, prefix: str, *_others: Any) -> None:
-    state.setdefault(prefix + STAND_IN, module._parameters[STAND_IN].detach())
+def _with_stand_in(module: nn.Module, state: dict[str, Any], prefix: str, *_others: Any) -> None:
+    state.setdefault(prefix + STAND_IN, not_none(module._parameters[STAND_IN]).detach())
 
 
 def rows_of(model: nn.Module) -> list[Rows]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from chunked_ce import functional
 from chunked_ce.arguments import check_flag, described, integer
-from chunked_ce.checks import check_class_weight, check_z_loss
+from chunked_ce.checks import check_class_weight
 from chunked_ce.integrations.liger_distillation import (
     LigerFusedLinearJSD,
     LigerFusedLinearJSDLoss,
@@ -31,8 +31,10 @@ from chunked_ce.integrations.liger_preference import (
     LigerFusedLinearORPOLoss,
     LigerFusedLinearSimPOLoss,
 )
+from chunked_ce.narrowing import not_none
 from chunked_ce.objectives import CrossEntropy
 from chunked_ce.objectives.base import Tokens
+from chunked_ce.objectives.cross_entropy import check_z_loss
 from chunked_ce.rows.statistics import RowStatistics
 
 __all__ = [
@@ -147,18 +149,20 @@ def liger_fused_linear_cross_entropy(
     if integer("chunk_mem_const", chunk_mem_const) < 1:
         raise ValueError(f"chunk_mem_const must be >= 1, was {described(chunk_mem_const)}")
     check_flag("use_token_scaling", use_token_scaling)
-    tensors, keywords = (input, weight, target), {"linear_bias": bias, "ignore_index": ignore_index, "softcap": softcap}
+    tensors = input, weight, target
+    linear_loss: Callable[..., Any] = functional.linear_loss
+    keywords: dict[str, Any] = {"linear_bias": bias, "ignore_index": ignore_index, "softcap": softcap}
     keywords["options"] = chunk_options(accum_dtype)
     call = _Call(
-        lambda objective, **more: functional.linear_loss(objective, *tensors, **keywords, **more),
-        lambda: functional.linear_statistics(*tensors, outputs=("predicted",), **keywords).predicted,
+        lambda objective, **more: linear_loss(objective, *tensors, **keywords, **more),
+        lambda: not_none(functional.linear_statistics(*tensors, outputs=("predicted",), **keywords).predicted),
         target,
         ignore_index,
         reduction,
     )
     objective, call = call.with_terms(ce_weight, lse_square_scale, label_smoothing, use_token_scaling)
     found = call.result(objective, return_z_loss, return_token_accuracy, return_predicted_tokens)
-    if return_z_loss:
+    if not isinstance(found, Tensor) and found.z_loss is not None:
         found.z_loss = found.z_loss.to(input.dtype)
     return found
 
@@ -190,7 +194,7 @@ def liger_cross_entropy(
     for name, value in (("size_average", size_average), ("reduce", reduce)):
         if value is not None:
             raise ValueError(f"{name} must be None, was {described(value)}: reduction says it")
-    keywords = {"ignore_index": ignore_index, "softcap": softcap}
+    keywords: dict[str, Any] = {"ignore_index": ignore_index, "softcap": softcap}
     call = _Call(
         lambda objective, **more: functional.logits_loss(objective, input, target, **keywords, **more),
         lambda: input.argmax(-1).where(target != ignore_index, -1),
@@ -203,7 +207,7 @@ def liger_cross_entropy(
     if isinstance(found, Tensor):
         return found.to(input.dtype)
     found.loss = found.loss.to(input.dtype)
-    if return_z_loss:
+    if found.z_loss is not None:
         found.z_loss = found.z_loss.to(input.dtype)
     return found
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -119,8 +121,8 @@ class LigerFusedLinearJSDLoss(Options):
         student_bias: Tensor | None = None,  # (V,)
         teacher_bias: Tensor | None = None,  # (V,)
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        student, keywords = (student_input, student_weight), {"linear_bias": student_bias}
-        keywords["ignore_index"] = self.ignore_index
+        student = student_input, student_weight
+        keywords: dict[str, Any] = {"linear_bias": student_bias, "ignore_index": self.ignore_index}
         soft = functional.linear_divergence(
             *student,
             Teacher(teacher_input, teacher_weight, bias=teacher_bias),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -32,6 +32,10 @@ class Options(nn.Module):
         if integer("chunk_size", options.get("chunk_size", 1)) < 1:
             raise ValueError(f"chunk_size must be >= 1, was {described(options['chunk_size'])}")
         self._names = tuple(options)
+
+    if TYPE_CHECKING:  # attributes are the options, of their own types, not submodules and buffers
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self._names}

@@ -143,9 +143,10 @@ class LigerFusedLinearGRPOLoss(Options):
         elif reference is None:
             if ref_input is None or ref_weight is None:
                 raise ValueError("ref_per_token_logps, or ref_input and ref_weight, must be given with use_ref_model")
-            keywords = {"linear_bias": ref_bias, "temperature": self.temperature}
             with torch.no_grad():
-                reference = functional.linear_logprobs(ref_input, ref_weight, target, **keywords)
+                reference = functional.linear_logprobs(
+                    ref_input, ref_weight, target, linear_bias=ref_bias, temperature=self.temperature
+                )
         # A factor >= 0 of the loss, but not of its divergence, is one of the advantage.
         advantage = advantages.unsqueeze(1) * (1.0 if vllm_is_ratio is None else _per_token(vllm_is_ratio, shape))
         loss, stats = functional.linear_loss(

@@ -32,8 +32,7 @@ class _Sequences:
     def __init__(
         self, input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, ignore_index: int, averaged: bool
     ) -> None:
-        keywords = {"linear_bias": bias, "ignore_index": ignore_index}
-        logprobs = functional.linear_logprobs(input, weight, target, **keywords)
+        logprobs = functional.linear_logprobs(input, weight, target, linear_bias=bias, ignore_index=ignore_index)
         if target.dim() != 2:
             raise ValueError(f"target must have shape (B, T), had {tuple(target.shape)}")
         self.input, self.weight, self.bias = input.detach(), weight.detach(), None if bias is None else bias.detach()
@@ -278,15 +277,14 @@ def _reference(
     loss: Any, target: Tensor, input: Tensor | None, weight: Tensor | None, bias: Tensor | None, like: Tensor
 ) -> Tensor:
     """The reference's scores (B,), 0 without a reference."""
-    given = {"ref_input": input, "ref_weight": weight}
     if not loss.use_ref_model:
-        for name, tensor in (given | {"ref_bias": bias}).items():
+        for name, tensor in {"ref_input": input, "ref_weight": weight, "ref_bias": bias}.items():
             if tensor is not None:
                 raise ValueError(f"{name} must be None with use_ref_model=False, was {described(tensor)}")
         return torch.zeros_like(like)
-    for name, tensor in given.items():
-        if tensor is None:
-            raise ValueError(f"{name} must be a tensor with use_ref_model=True, was None")
+    if input is None or weight is None:
+        name = "ref_input" if input is None else "ref_weight"
+        raise ValueError(f"{name} must be a tensor with use_ref_model=True, was None")
     with torch.no_grad():
         scores = _Sequences(input, weight, target, bias, loss.ignore_index, loss.average_log_prob).scores
     return scores.to(like.dtype)

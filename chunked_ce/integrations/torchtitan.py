@@ -11,7 +11,7 @@ import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import spmd_types as spmd
 import torch
@@ -25,6 +25,7 @@ from chunked_ce.arguments import described, number
 from chunked_ce.checks import check_keywords
 from chunked_ce.engine.loss_stats import LossStats
 from chunked_ce.functional import linear_cross_entropy
+from chunked_ce.narrowing import not_none
 from chunked_ce.options import ChunkOptions
 from chunked_ce.parallel.vocab import VocabShard
 
@@ -112,7 +113,7 @@ class ChunkedCrossEntropyLoss(titan.ChunkedLossWrapper):
             ValueError: the head computes something else than ``nn.Linear``, with a softcap or without.
         """
         self.logits = _logits_of(lm_head)
-        self.lm_head, self.vocab = lm_head, None
+        self.lm_head, self.vocab = cast(nn.Linear, lm_head), None  # or SoftCappedLinear, which is one
         _let_mtp_skip_its_head()
 
     def __call__(
@@ -143,8 +144,10 @@ class ChunkedCrossEntropyLoss(titan.ChunkedLossWrapper):
             raise RuntimeError("the head was not set: torchtitan's trainer calls set_lm_head before the first step")
         is_checked = spmd.is_type_checking()
         with spmd.no_typecheck():
-            keywords = {"labels": labels, "global_valid_tokens": global_valid_tokens, "positions": positions}
-            found = _in_a_call(self.lm_head, pred, functools.partial(self._loss, **keywords))
+            loss_of = functools.partial(
+                self._loss, labels=labels, global_valid_tokens=global_valid_tokens, positions=positions
+            )
+            found = _in_a_call(self.lm_head, pred, loss_of)
             loss, stats = found if self.metrics else (found, None)
             if isinstance(labels, DTensor):
                 loss = _global_sum(loss, labels)
@@ -163,20 +166,21 @@ class ChunkedCrossEntropyLoss(titan.ChunkedLossWrapper):
 
         ``pred`` is what the hooks of the head return: its gradient tells FSDP to reduce that of the head.
         """
-        head = self.lm_head
+        head = not_none(self.lm_head)
         if self.vocab is None:
             group = _tensor_parallel_group(head.weight)
             if group is not None:  # whoever gathered the hidden states over these ranks sums their gradients
                 self.vocab = VocabShard.split(head.out_features, group, input_grad="partial")
         keywords = self.keywords | self.logits | {"vocab": self.vocab}
-        targets = _local(labels)
+        mine = not_none(_local(labels))
+        targets: Tensor | list[Tensor] = mine
         if isinstance(pred, list):
             if self.metrics:
                 raise ValueError("metrics must be False with several depths of multi-token prediction")
-            targets = _targets_of_depths(pred, targets, _local(positions))
+            targets = _targets_of_depths(pred, mine, _local(positions))
             further = self.mtp_scale / max(len(pred) - 1, 1)
             keywords["token_weight"] = [1.0] + [further] * (len(pred) - 1)
-        return self.fn(
+        loss: Tensor | tuple[Tensor, LossStats] = self.fn(
             [_local_hidden(one) for one in pred] if isinstance(pred, list) else _local_hidden(pred),
             _local_rows(head.weight, labels),
             targets,
@@ -185,6 +189,7 @@ class ChunkedCrossEntropyLoss(titan.ChunkedLossWrapper):
             num_tokens=global_valid_tokens,
             **keywords,
         )
+        return loss
 
 
 def _in_a_call(head: nn.Module, hidden: Any, compute: Callable[[Any], Any]) -> Any:
@@ -199,7 +204,7 @@ def _in_a_call(head: nn.Module, hidden: Any, compute: Callable[[Any], Any]) -> A
             head.forward = own
 
 
-def _logits_of(head: nn.Module) -> dict[str, float | None]:
+def _logits_of(head: Any) -> dict[str, float | None]:
     """What a head does to its product, as keywords of a loss."""
     forward, own = type(head).forward, vars(head).get("forward")
     of_torchtitan = getattr(own, "__module__", None) == "torchtitan.protocols.module"
@@ -208,7 +213,8 @@ def _logits_of(head: nn.Module) -> dict[str, float | None]:
             return {}
         softcapped = getattr(sys.modules.get("torchtitan.models.muse_glimmer.model"), "SoftCappedLinear", None)
         if softcapped is not None and forward is softcapped.forward:
-            return {"logit_scale": head.output_multiplier, "softcap": head.output_soft_cap_temp}
+            numbers: Any = head
+            return {"logit_scale": numbers.output_multiplier, "softcap": numbers.output_soft_cap_temp}
     raise ValueError(
         f"lm_head must compute what nn.Linear or SoftCappedLinear does, was {type(head).__name__} with a forward of "
         "its own: ChunkedLossWrapper takes any head"
@@ -290,7 +296,7 @@ def _let_mtp_skip_its_head() -> None:
     original = decoder.forward
 
     @functools.wraps(original)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not self._skip_lm_head or self.mtp_layers is None:
             return original(self, *args, **kwargs)
         head, self.lm_head, self._skip_lm_head = self.lm_head, None, False

@@ -13,6 +13,7 @@ The library ``kernels``, which Transformers asks for layers when ``use_kernels``
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from chunked_ce.functional import cross_entropy
 from chunked_ce.lazy.logits import Lazy
+from chunked_ce.narrowing import not_none
 
 __all__ = ["KERNEL_MAPPING", "LOSS_MAPPING", "ForCausalLMLoss", "ForConditionalGenerationLoss", "ForMaskedLMLoss"]
 
@@ -51,7 +53,7 @@ def ForCausalLMLoss(
         IndexError: a label is neither in [0, V) nor ``ignore_index``.
     """
     if shift_labels is None:
-        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        shift_labels = F.pad(not_none(labels), (0, 1), value=ignore_index)[..., 1:]
     return ForMaskedLMLoss(logits, shift_labels, vocab_size, num_items_in_batch, ignore_index)
 
 
@@ -65,7 +67,7 @@ def ForMaskedLMLoss(
 ) -> Tensor:
     """The cross-entropy of each token's logits with its label; arguments, result and errors as in `ForCausalLMLoss`."""
     target = labels.reshape(-1).to(logits.device)
-    loss_of = F.cross_entropy if isinstance(logits, Lazy) else cross_entropy
+    loss_of: Callable[..., Tensor] = F.cross_entropy if isinstance(logits, Lazy) else cross_entropy
     reduction = "mean" if num_items_in_batch is None else "sum"
     loss = loss_of(logits.view(-1, vocab_size), target, ignore_index=ignore_index, reduction=reduction)
     if num_items_in_batch is None:

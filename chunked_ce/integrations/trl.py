@@ -144,16 +144,18 @@ def _replace(owner: Any, name: str, ours: Any) -> None:
 # ---- heads ----
 
 
-def _head_class() -> type[LazyHead]:
+def _head_class() -> Any:
     # By its name, because its module imports others of this folder.
     return importlib.import_module("chunked_ce.lm_head").LMHead
 
 
 @functools.cache
-def _fp32_head_class() -> type[LazyHead]:
+def _fp32_head_class() -> Any:
     """A head whose product is in float32, outside autocast: TRL's ``cast_lm_head_to_fp32``."""
 
-    class Fp32Head(_head_class()):
+    head_class = _head_class()
+
+    class Fp32Head(head_class):  # type: ignore[valid-type, misc]  # a class that is known when it is imported
         def __call__(self, input: Tensor) -> Any:
             with torch.autocast(input.device.type, enabled=False):
                 return super().__call__(input.float())
@@ -161,7 +163,7 @@ def _fp32_head_class() -> type[LazyHead]:
     return Fp32Head
 
 
-def _take_heads(model: nn.Module, kind: type[LazyHead] | None = None) -> bool:
+def _take_heads(model: nn.Module, kind: Any = None) -> bool:
     """Make the head of ``model`` an `LMHead` unless it is one; False, with a warning, if that cannot be."""
     if not heads_of(model):
         try:
@@ -177,7 +179,7 @@ def _take_heads(model: nn.Module, kind: type[LazyHead] | None = None) -> bool:
     return True
 
 
-def _refuse_adapter(model: nn.Module) -> None:
+def _refuse_adapter(model: Any) -> None:
     """For a loss that is left to TRL, whose own check of this `install` has taken away."""
     if callable(getattr(model.get_output_embeddings(), "get_base_layer", None)):
         raise ValueError("TRL's own head would leave out the adapter on the head of this model")
@@ -205,7 +207,7 @@ def _adds_fused_head(theirs: Callable[..., None], output_class: type) -> Callabl
     return add_fused_lm_head
 
 
-def _take_cast_off(model: nn.Module) -> type[LazyHead]:
+def _take_cast_off(model: Any) -> Any:
     """The kind of head that takes the place of the cast that TRL has put into the forward of this one."""
     head, kind = model.get_output_embeddings(), _fp32_head_class()
     if not isinstance(head, nn.Linear) or (isinstance(head, LazyHead) and not isinstance(head, kind)):
@@ -285,18 +287,19 @@ def _last_logits_of(theirs: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     @functools.wraps(theirs)
     def _get_last_hidden_state(unwrapped_model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        base = getattr(unwrapped_model, "get_base_model", None)  # of a PEFT model
-        return theirs(_Backbone(base() if callable(base) else unwrapped_model), *args, **kwargs)
+        base: Any = getattr(unwrapped_model, "get_base_model", None)  # of a PEFT model
+        model: Any = base() if callable(base) else unwrapped_model
+        return theirs(_Backbone(model), *args, **kwargs)
 
     return _get_last_hidden_state
 
 
-def _with_divergence(theirs: Callable[..., tuple]) -> Callable[..., tuple]:
+def _with_divergence(theirs: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
     """``_compute_loss`` with the divergence of lazy logits in the place of TRL's."""
     module = importlib.import_module(_DISTILLATION)
 
     @functools.wraps(theirs)
-    def _compute_loss(*args: Any, **kwargs: Any) -> tuple:
+    def _compute_loss(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
         of_states = getattr(module, _DIVERGENCE)
         setattr(module, _DIVERGENCE, functools.partial(_divergence, of_states))
         try:
@@ -307,11 +310,11 @@ def _with_divergence(theirs: Callable[..., tuple]) -> Callable[..., tuple]:
     return _compute_loss
 
 
-def _divergence(of_states: Callable[..., tuple], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _divergence(of_states: Callable[..., tuple[Any, ...]], *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
     """What TRL's ``of_states`` returns, from lazy logits in the place of hidden states."""
-    given = inspect.signature(of_states).bind(*args, **kwargs)
-    given.apply_defaults()
-    given = given.arguments
+    call = inspect.signature(of_states).bind(*args, **kwargs)
+    call.apply_defaults()
+    given = call.arguments
     counted, num_items = given["completion_mask"] != 0, given["num_items_in_batch"]
     logits = given["student_hidden_states"], given["teacher_hidden_states"]
     student, teacher = (one / given["temperature"] for one in logits)

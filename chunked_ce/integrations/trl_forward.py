@@ -18,6 +18,7 @@ from chunked_ce.lazy.logits import Lazy
 from chunked_ce.lazy.obstacles import obstacle_of_head
 from chunked_ce.lazy.output_embeddings import output_embeddings
 from chunked_ce.lazy.targets import target_statistics
+from chunked_ce.narrowing import not_none
 from chunked_ce.token_statistics import TokenStatistics
 
 __all__ = ["Fused", "always_lazy", "forward_of", "heads_of"]
@@ -39,7 +40,8 @@ def heads_of(model: nn.Module) -> list[LazyHead]:
     """The heads of a model, one or the copies that an adapter library keeps; none unless they are `LMHead`."""
     with contextlib.suppress(ValueError):
         heads = output_embeddings(model, None)
-        return heads if all(isinstance(head, LazyHead) for head in heads) else []
+        lazy = [head for head in heads if isinstance(head, LazyHead)]
+        return lazy if len(lazy) == len(heads) else []
     return []
 
 
@@ -101,7 +103,8 @@ class Fused(NamedTuple):
         loss = -values["log_probs"].sum() / (mask.sum().clamp(min=1) if num_items is None else num_items)
         aux_loss = getattr(outputs, "aux_loss", None)
         if aux_loss is not None:
-            loss = loss + getattr(model.config.get_text_config(), "router_aux_loss_coef", 0.0) * aux_loss
+            config = _of_transformers(model).config.get_text_config()
+            loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss
         return self.output_class(loss=loss, **values, label_mask=mask, aux_loss=aux_loss)
 
 
@@ -166,9 +169,11 @@ def _is_same(a: Any, b: Any) -> bool:
     return a is b or (isinstance(a, bool | int) and type(a) is type(b) and a == b)
 
 
-def _lazy_outputs(model: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> _Outputs:
+def _lazy_outputs(
+    model: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> _Outputs:
     """The outputs of a forward without labels: lazy logits, and the loss of a mixture of experts if it has one."""
-    config = model.config.get_text_config()
+    config = _of_transformers(model).config.get_text_config()
     if getattr(config, "output_router_logits", False):
         kwargs.setdefault("output_router_logits", True)
     wants_aux = bool(kwargs.get("output_router_logits"))
@@ -177,7 +182,7 @@ def _lazy_outputs(model: nn.Module, forward: Callable[..., Any], args: tuple, kw
     def keep(_: nn.Module, __: Any, outputs: Any) -> None:
         routed.append(outputs.router_logits)
 
-    hook = model.base_model.register_forward_hook(keep) if wants_aux else None
+    hook = _of_transformers(model).base_model.register_forward_hook(keep) if wants_aux else None
     try:
         with always_lazy(model):
             outputs = forward(*args, **kwargs)
@@ -193,6 +198,11 @@ def _lazy_outputs(model: nn.Module, forward: Callable[..., Any], args: tuple, kw
     return _Outputs(outputs.logits, aux_loss)
 
 
+def _of_transformers(model: nn.Module) -> Any:
+    """A model whose attributes are those of a ``PreTrainedModel``."""
+    return model
+
+
 def _tell_of_whole_logits(model: nn.Module) -> None:
     for head in heads_of(model):
         why = obstacle_of_head(head) or "something around the head changes them in a way that lazy logits do not follow"
@@ -205,7 +215,7 @@ _TERMS = {"z_loss": ("lse",), "label_smoothing": ("lse", "mean_logit")}
 
 def _with_terms(found: TokenStatistics, z_loss: float = 0.0, label_smoothing: float = 0.0) -> Tensor:
     """The loss of each token, as `linear_cross_entropy` has it."""
-    loss = -found.logprob
+    loss = -not_none(found.logprob)
     if label_smoothing:
-        loss = (1 - label_smoothing) * loss + label_smoothing * (found.lse - found.mean_logit)
-    return loss + z_loss * found.lse.square() if z_loss else loss
+        loss = (1 - label_smoothing) * loss + label_smoothing * (not_none(found.lse) - not_none(found.mean_logit))
+    return loss + z_loss * not_none(found.lse).square() if z_loss else loss

@@ -15,7 +15,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from chunked_ce.arguments import described, is_one_of
 from chunked_ce.checks import check_options
 from chunked_ce.functional import linear_statistics
+from chunked_ce.narrowing import not_none
 from chunked_ce.options import ChunkOptions
 from chunked_ce.parallel.dtensors import is_dtensor
 from chunked_ce.parallel.fsdp import is_fsdp_shard
@@ -101,7 +102,8 @@ class FusedLinearForPPO(nn.Module):
             options=self.options,
             squares=return_sum_pi_squared,
         )
-        return found if return_sum_pi_squared else found[:2]
+        log_probs, entropy, sum_pi_squared = found
+        return (log_probs, entropy, not_none(sum_pi_squared)) if return_sum_pi_squared else (log_probs, entropy)
 
 
 def linear_cross_entropy(
@@ -193,10 +195,10 @@ def _statistics(
         vocab=vocab,
         options=options,
     )
-    summed = found.log_sum_sq_probs.exp().where(ids != _IGNORED, 0) if squares else None
+    summed = not_none(found.log_sum_sq_probs).exp().where(ids != _IGNORED, 0) if squares else None
     if _squares.wanted:
         _squares.found = summed
-    return found.logprob, found.entropy, summed
+    return not_none(found.logprob), not_none(found.entropy), summed
 
 
 def _for_each_token(temperature: float | Tensor, shape: torch.Size) -> float | Tensor:
@@ -213,7 +215,7 @@ def _for_each_token(temperature: float | Tensor, shape: torch.Size) -> float | T
         ) from None
 
 
-def _own_rows(weight: Tensor) -> VocabShard | None:
+def _own_rows(weight: Any) -> VocabShard | None:
     """The rows that FSDP2 has left on this rank, of a head that it has not gathered."""
     if not is_dtensor(weight) or not is_fsdp_shard(weight):
         return None
@@ -226,7 +228,7 @@ def _fsdp_rows(_world: Any, mesh: Any, placements: tuple[Any, ...], shape: tuple
 
 
 @functools.lru_cache(maxsize=16)
-def _equal_rows(rows: int, group: dist.ProcessGroup, input_grad: str) -> VocabShard:
+def _equal_rows(rows: int, group: dist.ProcessGroup, input_grad: Literal["complete", "sequence"]) -> VocabShard:
     start = dist.get_rank(group) * rows
     return VocabShard(group, start, start + rows, dist.get_world_size(group) * rows, input_grad=input_grad)
 
@@ -315,7 +317,7 @@ def _known(owner: Any, name: str) -> Any:
     return vars(owner)[name]
 
 
-def _check_parameters(function: Callable, *names: str) -> None:
+def _check_parameters(function: Callable[..., Any], *names: str) -> None:
     found = tuple(inspect.signature(function).parameters)
     if found != names:
         raise _unknown(f"{function.__qualname__} takes {', '.join(found)} instead of {', '.join(names)}")
@@ -328,7 +330,7 @@ def _unknown(why: str) -> RuntimeError:
     )
 
 
-def _taking_temperatures(original: Callable) -> Callable:
+def _taking_temperatures(original: Callable[..., Any]) -> Callable[..., Any]:
     """``prepare_model_inputs`` of verl's FSDP engine, with a temperature of each sample for the fused forward."""
     import verl.utils.tensordict_utils as tu
 
@@ -340,7 +342,8 @@ def _taking_temperatures(original: Callable) -> Callable:
         _squares.wanted = bool(fused and tu.get_non_tensor_data(micro_batch, "calculate_sum_pi_squared", False))
         _squares.found = None
         if not fused or not isinstance(micro_batch["temperature"], Tensor):
-            return original(self, micro_batch)
+            given: tuple[dict[str, Any], dict[str, Any]] = original(self, micro_batch)
+            return given
         inputs, about = original(self, _with(micro_batch, use_fused_kernels=False))
         if "temperature_rmpad" in about:
             temperature = about["temperature_rmpad"].unsqueeze(0)
@@ -353,7 +356,7 @@ def _taking_temperatures(original: Callable) -> Callable:
     return prepare_model_inputs
 
 
-def _giving_squares(original: Callable) -> Callable:
+def _giving_squares(original: Callable[..., Any]) -> Callable[..., Any]:
     """``prepare_model_outputs`` of verl's FSDP engine, with ``sum_pi_squared`` of the fused forward."""
 
     @functools.wraps(original)
@@ -362,8 +365,10 @@ def _giving_squares(original: Callable) -> Callable:
     ) -> dict[str, Any]:
         squares, wanted = _squares.found, _squares.wanted
         _squares.wanted, _squares.found = False, None
+        found: dict[str, Any]
         if not wanted:
-            return original(self, output, output_args, micro_batch, logits_processor_func)
+            found = original(self, output, output_args, micro_batch, logits_processor_func)
+            return found
         if squares is None:
             raise RuntimeError("calculate_sum_pi_squared: the model's forward has not called verl's fused kernels")
         without = _with(micro_batch, calculate_sum_pi_squared=False)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from chunked_ce.arguments import ADAPTER
+from chunked_ce.narrowing import not_none
 from chunked_ce.parallel.fsdp import fsdp_refusal, gradient_factor, is_fsdp_shard
 from chunked_ce.parallel.vocab import VocabShard
 from chunked_ce.tracing import assume_constant, not_compiled
@@ -240,7 +241,7 @@ def _cached_shard(_world: Any, name: str, mesh: Any, placements: tuple[Any, ...]
 @assume_constant
 def _bounds(name: str, mesh: Any, placements: list[Any], total: int, dim: int) -> tuple[int, int, int]:
     shard = _cached_shard(dist.group.WORLD, name, mesh, tuple(placements), total, dim)
-    return _dim_of_ranks(mesh, shard.ranks), shard.start, shard.stop
+    return not_none(_dim_of_ranks(mesh, shard.ranks)), shard.start, shard.stop
 
 
 @assume_constant
