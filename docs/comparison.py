@@ -92,7 +92,7 @@ ROWS = (
         "a chunk",
         "CUDA, partly torch",
         "smoothing, z-loss, softcap, preferences, GRPO, JSD",
-        "equal shards of logits",
+        "equal shards",
         "tuned on GPUs",
         "liger, loss per token",
     ),
@@ -101,7 +101,7 @@ ROWS = (
         "none",
         "CUDA; compiled elsewhere",
         "softcap, a gradient filter",
-        "vocabulary shards",
+        "",
         "the least memory on a GPU",
     ),
     Row("quack 0.6.5", "a chunk", "H100, H200, B200", "cross-entropy", "", "near the limit of these GPUs"),
@@ -142,7 +142,7 @@ def headline() -> str:
     ours, full = (_only(sweep, implementation=name, vocab=largest) for name in (OURS, FULL))
     size = f"{ours['tokens']:,} tokens and {largest:,} words in {ours['dtype']}"
     text = (
-        f"**{ours['peak_mib']:,.0f} MiB instead of {full['peak_mib']:,.0f}**, and "
+        f"**{ours['peak_mib']:,.0f} MiB instead of {full['peak_mib']:,.0f} MiB**, and "
         f"{ours['ratio'] / full['ratio']:.2f} of the time: a loss and its gradients, for {size}, on a CPU."
     )
     compiled = [r for r in sweep if r["implementation"] == COMPILED and r["vocab"] == largest]

@@ -81,7 +81,8 @@ def test_commands_exist(command):
         assert all(option[2:].replace("-", "_") in options.replace("-", "_") for option in own)
 
 
-PLANS = re.findall(r"```sh\nchunked-ce (plan [^\n]*)\n```\n\n```text\n(.*?)```", README.read_text("utf-8"), flags=re.DOTALL)
+PLAN = r"```sh\nchunked-ce (plan [^\n]*)\n```\n\n```text\n(.*?)```"
+PLANS = re.findall(PLAN, README.read_text("utf-8"), flags=re.DOTALL)
 
 
 @pytest.mark.parametrize(("arguments", "printed"), PLANS, ids=[arguments for arguments, _ in PLANS])

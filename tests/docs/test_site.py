@@ -5,7 +5,6 @@ import importlib.util
 import os
 import posixpath
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -16,8 +15,9 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from tests.browser import needs_browser, opened
+
 ROOT = Path(__file__).parents[2]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PAGES = ("index.html", "concepts/shards.html", "reference/losses.html", "figures.html", "models.html")
 LOADS_NOTHING = {"canonical", "next", "prev"}  # `rel` of a link that loads nothing
 
@@ -56,7 +56,7 @@ def site(tmp_path_factory) -> Path:
     for module in ("mkdocs", "material", "mkdocstrings"):
         pytest.importorskip(module)
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -150,62 +150,39 @@ def address(site):
     server.server_close()
 
 
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium")
-    with playwright.sync_playwright() as started:
-        launched = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield launched
-        launched.close()
+@needs_browser
+def test_pages_fit_a_phone_and_ask_no_other_host(address):
+    with opened(address + PAGES[0], width=390) as (tab, asked):
+        for path in PAGES:
+            tab.goto(address + path)
+            assert tab.evaluate("document.documentElement.scrollWidth") <= 390, path
+    assert len(asked) > len(PAGES)
+    assert [url for url in asked if not url.startswith((address, "data:"))] == []
 
 
-@pytest.fixture
-def visit(browser, address):
-    """Opens pages of the site; fails at the end if one asked another host for something, or its script failed."""
-    contexts, elsewhere, errors = [], [], []
-
-    def opened(path: str, *, width: int = 1280, scheme: str = "light"):
-        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("request", lambda r: elsewhere.append(r.url) if not r.url.startswith((address, "data:")) else None)
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(address + path)
-        return page
-
-    yield opened
-    for context in contexts:
-        context.close()
-    assert not elsewhere
-    assert not errors
+@needs_browser
+def test_pages_follow_the_system(address):
+    with opened(address + "concepts/chunks.html") as (tab, _):
+        for scheme, dark in (("light", False), ("dark", True)):
+            tab.emulate_media(color_scheme=scheme)
+            tab.reload()
+            background, text, picture = tab.evaluate("""() => {
+                const color = (element, name) =>
+                    getComputedStyle(element)[name].match(/[\\d.]+/g).slice(0, 3).map(Number)
+                return [color(document.body, "backgroundColor"), color(document.querySelector("article p"), "color"),
+                        color(document.querySelector(".picture text"), "fill")]
+            }""")
+            assert (sum(background) < 3 * 128) is dark
+            assert (sum(text) > 3 * 128) is dark
+            assert (sum(picture) > 3 * 128) is dark
 
 
-@pytest.mark.parametrize("path", PAGES)
-def test_page_fits_a_phone(visit, path):
-    page = visit(path, width=390)
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
-
-
-@pytest.mark.parametrize(("scheme", "dark"), [("light", False), ("dark", True)])
-def test_page_follows_the_system(visit, scheme, dark):
-    page = visit("concepts/chunks.html", scheme=scheme)
-    background, text, picture = page.evaluate("""() => {
-        const color = (element, name) => getComputedStyle(element)[name].match(/[\\d.]+/g).slice(0, 3).map(Number)
-        return [color(document.body, "backgroundColor"), color(document.querySelector("article p"), "color"),
-                color(document.querySelector(".picture text"), "fill")]
-    }""")
-    assert (sum(background) < 3 * 128) is dark
-    assert (sum(text) > 3 * 128) is dark
-    assert (sum(picture) > 3 * 128) is dark
-
-
-def test_search_finds_a_name(visit):
-    page = visit("index.html")
-    page.fill("input[name=query]", "TokenMean")
-    page.wait_for_selector(".md-search-result__item a", timeout=20000)
-    found = page.eval_on_selector_all(
-        ".md-search-result__item a", "links => links.map(link => link.getAttribute('href'))"
-    )
+@needs_browser
+def test_search_finds_a_name(address):
+    with opened(address) as (tab, _):
+        tab.fill("input[name=query]", "TokenMean")
+        tab.wait_for_selector(".md-search-result__item a", timeout=60000)
+        found = tab.eval_on_selector_all(
+            ".md-search-result__item a", "links => links.map(link => link.getAttribute('href'))"
+        )
     assert any("reference/ranks.html" in link for link in found)
