@@ -48,7 +48,7 @@ def _status(arguments: Sequence[str] | None) -> int | str | None:
         parsed = parser().parse_args(arguments)
         name = f"chunked-ce {parsed.command}"
         _require(needed_packages(parsed))
-        if parsed.command != "plan":
+        if parsed.command != "plan" or parsed.verify:
             load_library()
         command = importlib.import_module(f"chunked_ce.cli.{parsed.command}_command")
         status: int = command.run(parsed)
@@ -82,7 +82,8 @@ def needed_packages(parsed: argparse.Namespace) -> list[str]:
     if parsed.command == "bench" and parsed.compare:
         return ["rich"]
     draws = parsed.command == "bench" and (parsed.plot or parsed.html)
-    knows_memory = parsed.command == "plan" and (parsed.device != "cpu" or parsed.memory or parsed.budget)
+    is_asked = parsed.command == "plan" and (parsed.device != "cpu" or parsed.memory or parsed.budget)
+    knows_memory = is_asked and not parsed.verify
     return ["rich", *["matplotlib"] * bool(draws), *["psutil"] * (not knows_memory)]
 
 

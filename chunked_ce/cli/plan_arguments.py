@@ -84,5 +84,6 @@ def add_plan(to: Parser) -> None:
     )
 
     to.add_argument("--html", type=Path, metavar="FILE", help="a calculator in one file: sliders that move the bars")
+    to.add_argument("--verify", action="store_true", help="measure the loss and a small model's step on this machine")
     to.add_argument("--details", action="store_true", help="the loss term by term, operations and traffic")
     add_json(to)

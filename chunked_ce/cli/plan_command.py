@@ -13,7 +13,7 @@ from rich.table import Table
 
 from chunked_ce.cli import files
 from chunked_ce.cli.capacity import ESTIMATED, HELD, TERMS, RankCost, Request, cost_of, largest
-from chunked_ce.cli.console import simple_table, wide_console
+from chunked_ce.cli.console import progress_bar, simple_table, wide_console
 from chunked_ce.cli.planning.device import Room, room_of
 from chunked_ce.cli.planning.document import NOTE, document_of, facts, paths_table, verdict_lines
 from chunked_ce.cli.planning.requests import runs_of
@@ -35,7 +35,7 @@ class _Plan(NamedTuple):
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the verdict; 0 if it fits, else 1."""
+    """Print the verdict; 0 if it fits, else 1. With ``--verify``, 1 if a prediction does not hold."""
     if arguments.budget and arguments.memory:
         raise ValueError("--budget is memory for the loss alone, --memory that of the device: use one of them")
     runs = runs_of(arguments)
@@ -48,6 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
         else room_of(arguments.device, arguments.memory)
     )
     found = _verdict(arguments, runs, room)
+    if arguments.verify:
+        return _verify(arguments, found)
     plans = _plans(arguments, found, room) if arguments.details or arguments.json else []
     if arguments.json:
         request = dataclasses.asdict(_request(found.run)) | {
@@ -93,6 +95,25 @@ def _print(found: Verdict, room: Room, plans: Sequence[_Plan]) -> None:
     console.print(NOTE, soft_wrap=True)
     if plans:
         _print_details(console, _request(found.run), plans)
+
+
+def _verify(arguments: argparse.Namespace, found: Verdict) -> int:
+    """Print each prediction beside its measurement."""
+    from chunked_ce.cli import verify
+
+    cases, outcomes = verify.cases_of(found.run, found.path), []
+    with progress_bar(wide_console(stderr=True)) as bar:
+        task = bar.add_task("measuring", total=len(cases))
+        for outcome in verify.measured(cases):
+            outcomes.append(outcome)
+            bar.advance(task)
+    if arguments.json:
+        files.dump({"verify": [outcome.document() for outcome in outcomes]}, arguments.json)
+    if arguments.json != "-":
+        console = wide_console()
+        console.print(verify.summary(outcomes), soft_wrap=True, markup=False)
+        console.print(verify.table(outcomes))
+    return 0 if all(outcome.holds for outcome in outcomes) else 1
 
 
 # ---- the loss alone, way by way ----

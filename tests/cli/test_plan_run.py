@@ -67,7 +67,7 @@ def test_parameters_are_the_published_ones(name, published):
         pytest.param("Llama", {}, 0.01, marks=pytest.mark.thorough),
         pytest.param("Qwen2", {}, 0.01, marks=pytest.mark.thorough),
         pytest.param("Gemma3Text", {"head_dim": 16}, 0.12, marks=pytest.mark.thorough),
-        pytest.param("Phi3", {"pad_token_id": 0}, 0.12, marks=pytest.mark.thorough),
+        pytest.param("Phi3", {"pad_token_id": 0}, 0.125, marks=pytest.mark.thorough),
         pytest.param("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, 0.02, marks=pytest.mark.thorough),
     ],
 )

@@ -24,7 +24,7 @@ def room_of(device: str, asked: int | None) -> Room:
     if asked is not None:
         return Room(asked, "as given")
     if device == "cpu":
-        import psutil  # type: ignore[import-untyped]
+        import psutil
 
         return Room(psutil.virtual_memory().total, "this machine's")
     found = _this_card()

@@ -13,7 +13,7 @@ from chunked_ce.options import ChunkOptions
 from chunked_ce.plan import MemoryPrediction, predict_memory
 from chunked_ce.sharded.costs import predict_sharded_memory
 
-__all__ = ["EXACT", "LABELS", "loss_of", "options_of", "paths_of"]
+__all__ = ["DEFAULTS", "EXACT", "LABELS", "loss_of", "options_of", "paths_of"]
 
 LABELS: dict[Path, str] = {
     "full": "full logits",
@@ -23,7 +23,8 @@ LABELS: dict[Path, str] = {
     "filtered": "filtered gradients",
     "sharded": "sharded head",
 }
-EXACT: tuple[Path, ...] = ("forward", "backward", "sharded")  # ours, the fastest first; the filter approximates
+DEFAULTS: tuple[Path, ...] = ("forward", "backward")  # exact ones of ours that change nothing else, the fastest first
+EXACT: tuple[Path, ...] = (*DEFAULTS, "sharded")
 
 
 def paths_of(run: Run) -> tuple[Path, ...]:

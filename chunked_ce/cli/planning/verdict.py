@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from chunked_ce.cli.planning.changes import Change, smallest_changes
 from chunked_ce.cli.planning.estimate import Estimate, estimate
-from chunked_ce.cli.planning.loss import EXACT, LABELS, paths_of
+from chunked_ce.cli.planning.loss import DEFAULTS, LABELS, paths_of
 from chunked_ce.cli.planning.run import Path, Run
 from chunked_ce.cli.units import bytes_text
 
@@ -139,7 +139,7 @@ def verdict(run: Run, memory: int, path: Path | None = None, *, loss_only: bool 
     def taken(found: Estimate) -> int:
         return found.loss if loss_only else found.total
 
-    exact: list[Path] = [one for one in EXACT if one in paths and one != "sharded"]  # which takes another model
+    exact = [one for one in DEFAULTS if one in paths]
     fitting = [one for one in exact if taken(estimates[one]) <= memory]
     # A stable sort: of those that take as much, the fastest.
     by_default = fitting or sorted(exact, key=lambda one: taken(estimates[one]))
