@@ -10,10 +10,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks.report import conditions, dump, print_conditions
+from benchmarks.report import MIB, conditions, dump, print_conditions
 from chunked_ce.cli import memory, verify
 from chunked_ce.cli.console import wide_console
 from chunked_ce.cli.implementations import DEVICE
@@ -45,13 +46,33 @@ def runs() -> Iterator[Run]:
 
 
 def cases(quick: bool) -> list[verify.Case]:
-    """The loss of each trainer and shape on each path once, and a step of every run on each of our paths."""
+    """The loss of each trainer and shape on each path once, and a step of every run."""
     found: dict[verify.Case, None] = {}
     for run in itertools.islice(runs(), 1 if quick else None):
-        ours = [path for path in ("forward", "backward") if path in paths_of(run)]
-        for path in ours[:1] if quick else ours:
-            found |= dict.fromkeys(verify.cases_of(run, path))
+        found |= dict.fromkeys(verify.cases_of(run, "forward" if "forward" in paths_of(run) else "backward"))
     return list(found)
+
+
+def markdown(results: Sequence[Mapping[str, Any]]) -> str:
+    """The table of docs/plan.md: a row for each case."""
+    rows = ["| | path | N | D | V | predicted MiB | measured MiB | difference |", "|---|---|---|---|---|---|---|---|"]
+    for one in results:
+        sizes = " | ".join(f"{one[name]:,}" for name in ("tokens", "hidden", "vocab"))
+        peaks = " | ".join(f"{one[name] / MIB:,.0f}" for name in ("predicted_bytes", "measured_bytes"))
+        cells = f"{one['path']} | {sizes} | {peaks} | {one['difference']:+.1%}"
+        rows.append(f"| {_name(one)} | {cells} |")
+    return "\n".join(rows) + "\n"
+
+
+def _name(one: Mapping[str, Any]) -> str:
+    """What is measured: a loss, or a step with all in which it differs from the usual one."""
+    if one["kind"] == "loss":
+        return f"{one['trainer']} loss" + (", frozen head" if not one["train_head"] else "")
+    more = [f"{one['checkpointing']} checkpointing"] if one["checkpointing"] != "none" else []
+    more += [f"LoRA {one['lora']}"] if one["lora"] else []
+    more += [one["optimizer"]] if one["optimizer"] != "adamw" else []
+    more += [f"{one['accumulation']} micro-batches"] if one["accumulation"] > 1 else []
+    return ", ".join([f"{one['trainer']} step", *more])
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.context import BaseContext
 from typing import NamedTuple
 
 import torch
@@ -77,6 +78,7 @@ class Outcome(NamedTuple):
             "optimizer": run.optimizer,
             "checkpointing": run.checkpointing,
             "lora": run.lora,
+            "train_head": run.trains_head,
             "accumulation": run.accumulation,
             "predicted_bytes": self.predicted,
             "measured_bytes": self.measured,
@@ -206,12 +208,21 @@ def _halved_shape(shape: ModelShape, name: str) -> ModelShape:
 
 def measured(cases: Sequence[Case]) -> Iterator[Outcome]:
     """The outcome of one case after another, each in a process of its own."""
-    context = multiprocessing.get_context("spawn")
+    context = _context()
     for case in cases:
         found = estimate(case.run, case.path)
         predicted = found.total if case.kind == "step" else found.loss
         with ProcessPoolExecutor(1, mp_context=context) as pool:
             yield Outcome(case, predicted, pool.submit(measure, case).result())
+
+
+def _context() -> BaseContext:
+    """Processes that start from one that has imported all this, where the system has such."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
 
 
 def measure(case: Case) -> int:

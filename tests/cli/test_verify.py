@@ -1,10 +1,14 @@
 """``chunked-ce plan --verify``: the small model has the planned shape, its losses agree, and predictions hold."""
 
 import dataclasses
+import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.verify import markdown
 from chunked_ce.cli import main, memory, verify
 from chunked_ce.cli.model_shapes import MODELS, ModelShape
 from chunked_ce.cli.planning import Run, paths_of
@@ -146,3 +150,14 @@ def test_predictions_hold(model, changes):
     run = Run(MODELS[model], tokens=8192, device="cpu", **changes)
     outcomes = list(verify.measured(verify.cases_of(run, "backward" if run.trainer == "dpo" else "forward")))
     assert all(outcome.holds for outcome in outcomes), [(one.case.kind, one.difference) for one in outcomes]
+
+
+def test_the_page_shows_the_results():
+    root = Path(__file__).parents[2]
+    results = json.loads((root / "benchmarks" / "results" / "verify.json").read_text())["results"]
+    assert {one["trainer"] for one in results} == {"sft", "dpo", "grpo", "distill"}
+    assert all(one["holds"] for one in results)
+    shown = re.search(
+        r"<!-- verify -->\n(.*?)<!-- /verify -->", (root / "docs" / "plan.md").read_text(), flags=re.DOTALL
+    )
+    assert shown[1].strip() == markdown(results).strip()
