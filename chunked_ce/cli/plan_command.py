@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path as PathOfFile
 from typing import NamedTuple
@@ -69,7 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.html:
         from chunked_ce.cli.calculator import save_calculator
 
-        save_calculator(found.run, room.size, arguments.html, found.run.model.source)
+        save_calculator(found.run, room.size, found.path, sys.argv[1:], PathOfFile(arguments.html))
+        print(f"wrote {arguments.html}", file=sys.stderr if arguments.json == "-" else sys.stdout)
     return 0 if found.fits else 1
 
 

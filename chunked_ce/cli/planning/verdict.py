@@ -139,7 +139,7 @@ def verdict(run: Run, memory: int, path: Path | None = None, *, loss_only: bool 
     def taken(found: Estimate) -> int:
         return found.loss if loss_only else found.total
 
-    exact = [one for one in DEFAULTS if one in paths]
+    exact: list[Path] = [one for one in DEFAULTS if one in paths]
     fitting = [one for one in exact if taken(estimates[one]) <= memory]
     # A stable sort: of those that take as much, the fastest.
     by_default = fitting or sorted(exact, key=lambda one: taken(estimates[one]))
