@@ -24,6 +24,7 @@ TERMS = {  # by name in the memory law, in the order of the table
     "teacher_logits": "the teacher's logits (of a chunk)",
     "rows": "rows in flight, fp32",
     "log_softmax": "log-softmax, fp32",
+    "divergence": "terms of the divergence, fp32",
     "loss_grad": "gradient of the log-softmax, fp32",
     "logits_grad": "gradient of the logits",
     "hidden_grad": "dX",

@@ -26,7 +26,7 @@ def full_logits(
     The forward holds the fp32 logits and their log-softmax. The backward holds the log-softmax, its gradient and that
     of the logits, all of one size; then the logits' gradient in the products' dtype, if that is another, and the
     gradients of hidden states and head, by when only one of the fp32 gradients is left. A teacher's log-softmax exists
-    all the while.
+    all the while, and ``F.kl_div`` forms its exponential, its difference to the student's and their product.
 
     >>> full_logits(4096, 131072, 256, dtype=torch.bfloat16).peak // 2**20
     6144
@@ -42,6 +42,8 @@ def full_logits(
         "head_grad": train_head * vocab_size * hidden_size * dtype.itemsize,
     }
     teacher = {"teacher_logits": logits * wide} if with_teacher else {}
+    if with_teacher:
+        forward = {"log_softmax": logits * wide, "divergence": 3 * logits * wide}
     backward = max(backward, last, key=lambda terms: sum(terms.values()))
     return MemoryPrediction(forward | teacher, backward | teacher)
 

@@ -177,8 +177,8 @@ def _small(run: Run, free: int) -> Run:
 
 
 def _is_large(run: Run, free: int) -> bool:
-    operations = 8 * run.local_tokens * max(run.model.parameters, run.model.head_parameters)
-    return operations > _OPERATIONS[run.device] or estimate(run, "full").total > _SHARE * free
+    per_token = 8 * run.model.parameters if run.model.layers else 4 * run.model.head_parameters
+    return run.local_tokens * per_token > _OPERATIONS[run.device] or estimate(run, "full").total > _SHARE * free
 
 
 def _halved(run: Run) -> Run:
