@@ -126,22 +126,3 @@ def _outside_fences(text: str, change: Any) -> str:
         parts += [change(text[end : fence.start()]), fence[0]]
         end = fence.end()
     return "".join([*parts, change(text[end:])])
-
-
-def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Leave out pages that no change has brought yet."""
-    config.nav = _present(config.nav or [])
-    return config
-
-
-def _present(items: list[Any]) -> list[Any]:
-    kept: list[Any] = []
-    for item in items:
-        title, value = next(iter(item.items())) if isinstance(item, dict) else (None, item)
-        if isinstance(value, list):
-            value = _present(value)
-            if value:
-                kept.append({title: value})
-        elif (origin := _origin(value)) is not None and origin.exists():
-            kept.append(item)
-    return kept
