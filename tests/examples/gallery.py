@@ -175,13 +175,13 @@ def main() -> None:
     if unknown := set(arguments.names) - set(COMMANDS):
         parser.error(f"NAME must be one of {', '.join(COMMANDS)}, got {', '.join(sorted(unknown))}")
     PICTURES.mkdir(parents=True, exist_ok=True)
-    runs = read_runs()
     for name in [] if arguments.draw else arguments.names or COMMANDS:
         found = {}
         for label, command in COMMANDS[name].items():
             found |= run(label, command, arguments.python)
-        runs[name] = {"commands": list(COMMANDS[name].values()), "runs": found}
+        runs = read_runs() | {name: {"commands": list(COMMANDS[name].values()), "runs": found}}
         RUNS.write_text(json.dumps(runs, indent=1) + "\n")
+    runs = read_runs()
     for name in arguments.names or runs:
         draw(runs[name]["runs"], PICTURES / f"{name}.png")
     before, rest = PAGE.read_text("utf-8").split(BEGIN)
