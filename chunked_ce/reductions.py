@@ -25,7 +25,8 @@ MEAN, SCALED = "mean", "scaled"
 _KEY = "chunked_ce.reduction"
 _TORCHS_MEAN = 1  # of its losses' nodes: `torch.nn._reduction.get_enum("mean")`
 _MEANS = ("MeanBackward0", "MeanBackward1")
-# Nodes that leave the value as it is: casts, copies, views, and those that DDP wraps around a module's outputs.
+# Nodes that leave the value as it is: casts, copies, views, and those that DDP wraps around a module's outputs. So does
+# the mean of one value, which loops take that once averaged over devices.
 _SAME_VALUE = (
     "AliasBackward0",
     "CloneBackward0",
@@ -39,7 +40,7 @@ _SAME_VALUE = (
     "_DDPSinkBackward",
 )
 _MOST_NODES = 16  # followed from a value to the node that reduced it
-_FULL = 256  # marks, at which those whose memory is gone are dropped
+_LEAST_FULL = 256  # marks, at which those whose memory is gone are dropped
 
 
 class _Mark(NamedTuple):
@@ -48,7 +49,25 @@ class _Mark(NamedTuple):
     memory: StorageWeakRef  # keeps its address, not its bytes
 
 
-_marks: dict[int, _Mark] = {}  # by the address of a value's memory
+class _Marks(dict[int, _Mark]):
+    """Marks by the address of a value's memory.
+
+    A search for those whose memory is gone waits until there are twice as many marks as the last one left, so that a
+    loop that keeps all its losses pays a constant time for each.
+    """
+
+    full = _LEAST_FULL
+
+    def add(self, memory: StorageWeakRef, mark: _Mark) -> None:
+        if len(self) >= self.full:
+            for address, old in list(self.items()):
+                if old.memory.expired():
+                    self.pop(address, None)  # another thread may have dropped it
+            self.full = max(_LEAST_FULL, 2 * len(self))
+        self[memory.cdata] = mark
+
+
+_marks = _Marks()
 
 
 def marked(value: Tensor, reduction: str) -> Tensor:
@@ -58,12 +77,8 @@ def marked(value: Tensor, reduction: str) -> Tensor:
     if value.grad_fn is not None:
         _metadata(value.grad_fn)[_KEY] = reduction
     if not value.is_inference():  # such tensors count no versions
-        if len(_marks) >= _FULL:
-            for address, mark in list(_marks.items()):
-                if mark.memory.expired():
-                    del _marks[address]
         memory = StorageWeakRef(value.untyped_storage())
-        _marks[memory.cdata] = _Mark(reduction, value._version, memory)
+        _marks.add(memory, _Mark(reduction, value._version, memory))
     return value
 
 
@@ -88,9 +103,10 @@ def _reduction_by(node: Node, output: int) -> str | None:
         if found is not None:
             return found
         name = node.name()
-        if name in _MEANS or getattr(node, "_saved_reduction", None) == _TORCHS_MEAN:
+        is_mean = name in _MEANS and getattr(node, "_saved_self_sym_numel", None) != 1
+        if is_mean or getattr(node, "_saved_reduction", None) == _TORCHS_MEAN:
             return MEAN
-        if name not in _SAME_VALUE or output >= len(node.next_functions):
+        if name not in _SAME_VALUE + _MEANS or output >= len(node.next_functions):
             return None
         following, output = node.next_functions[output]
         if following is None:

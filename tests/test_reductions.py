@@ -61,6 +61,8 @@ SUMS = {
     "a mean made a sum in place": lambda: linear_cross_entropy(*trained(), TARGET).mul_(5),
     "a detached mean made a sum": lambda: linear_cross_entropy(*trained(), TARGET).detach().mul_(5),
     "of one sequence's mean": lambda: linear_cross_entropy(*trained(), TARGET).sum(),
+    "the mean of one sum": lambda: torch.stack([linear_cross_entropy(*trained(), TARGET, reduction="sum")]).mean(),
+    "the mean over one device": lambda: linear_cross_entropy(*trained(), TARGET, reduction="sum").mean(),
     "a leaf": lambda: torch.tensor(3.0, requires_grad=True),
     "where it is finite": lambda: torch.where(torch.tensor(True), linear_cross_entropy(*trained(), TARGET) * 5, 0.0),
 }
@@ -155,13 +157,30 @@ def test_transforms():
 
 def test_marks_end_with_their_tensors():
     """New tensors at the same address have no mark, and the marks do not pile up."""
-    for _ in range(3 * reductions._FULL):
+    least = reductions._LEAST_FULL
+    for _ in range(3 * least):
         MEAN(torch.tensor(2.0))
         assert reductions.reduction_of(torch.tensor(2.0)) is None
-    assert len(reductions._marks) <= reductions._FULL
-    kept = [MEAN(torch.tensor(2.0)) for _ in range(2 * reductions._FULL)]
+    assert len(reductions._marks) <= least
+    kept = [MEAN(torch.tensor(2.0)) for _ in range(2 * least)]
     assert {reductions.reduction_of(one) for one in kept} == {"scaled"}
     del kept
     gc.collect()
-    MEAN(torch.tensor(2.0))
-    assert len(reductions._marks) <= reductions._FULL
+    for _ in range(4 * least):
+        MEAN(torch.tensor(2.0))
+    assert len(reductions._marks) <= least
+
+
+def test_a_loop_that_keeps_its_losses_looks_at_each_few_times(monkeypatch):
+    looks = 0
+
+    class Counted(reductions.StorageWeakRef):
+        def expired(self):
+            nonlocal looks
+            looks += 1
+            return super().expired()
+
+    monkeypatch.setattr(reductions, "StorageWeakRef", Counted)
+    monkeypatch.setattr(reductions, "_marks", reductions._Marks())
+    kept = [reductions.marked(torch.tensor(2.0), "mean") for _ in range(8 * reductions._LEAST_FULL)]
+    assert len(reductions._marks) == len(kept) and looks <= len(kept)
