@@ -44,8 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _status(arguments: Sequence[str] | None) -> int | str | None:
     name = "chunked-ce"
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        parsed = parser().parse_args(arguments)
+        parsed = parser().parse_args(words, argparse.Namespace(words=words))
         name = f"chunked-ce {parsed.command}"
         _require(needed_packages(parsed))
         if parsed.command != "plan" or parsed.verify:

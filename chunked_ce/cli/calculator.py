@@ -29,7 +29,9 @@ _CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "selective", "full")
 _LORA = 16
 _MEMORIES = tuple(GIB * size for size in (16, 24, 32, 40, 48, 64, 80, 96, 141, 192, 288))
 _MOVED = ("--tokens", "--gpus", "--dp", "--engine", "--zero", "--checkpointing", "--lora", "--memory", "--loss")
-_NOT_PLANNED = ("--html", "--json")
+_DIVIDE = ("--batch", "--sequence-length")  # the tokens, evenly: which those of a control need not be
+_CHOSEN = ("--tp",)  # the first size that fits of several
+_FILES = ("--html", "--json")
 _TEMPLATE = FilePath(__file__).with_name("calculator.html")
 
 
@@ -116,16 +118,17 @@ def _changed(run: Run, tokens: int, data: int, engine: Engine, checkpointing: Ch
 
 
 def _kept(words: Sequence[str]) -> list[str]:
-    """The command line without the options that controls move, and without files.
+    """The command line without the options that controls move or contradict, and without files.
 
     >>> _kept(["plan", "--model", "llama-3-8b", "--tokens", "8192", "--zero=3", "--html", "plan.html", "--tp", "2"])
-    ['plan', '--model', 'llama-3-8b', '--tp', '2']
+    ['plan', '--model', 'llama-3-8b']
     """
     kept: list[str] = []
     drops = False
     for word in words:
-        if word.startswith("--"):
-            drops = word.split("=")[0] in _MOVED + _NOT_PLANNED
+        if word.startswith("--"):  # an option, or enough of its beginning to tell it from all others
+            option = word.split("=")[0]
+            drops = any(name.startswith(option) for name in _MOVED + _DIVIDE + _CHOSEN + _FILES)
         if not drops:
             kept.append(word)
     return kept

@@ -39,6 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the verdict; 0 if it fits, else 1. With ``--verify``, 1 if a prediction does not hold."""
     if arguments.budget and arguments.memory:
         raise ValueError("--budget is memory for the loss alone, --memory that of the device: use one of them")
+    if arguments.budget and arguments.html:
+        raise ValueError("--html shows a whole step beside --memory, --budget is for the loss alone: use one of them")
     runs = runs_of(arguments)
     for option in ("json", "html"):
         if getattr(arguments, option) not in (None, "-"):
@@ -70,7 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.html:
         from chunked_ce.cli.calculator import save_calculator
 
-        save_calculator(found.run, room.size, found.path, sys.argv[1:], PathOfFile(arguments.html))
+        save_calculator(found.run, room.size, found.path, arguments.words, arguments.html)
         print(f"wrote {arguments.html}", file=sys.stderr if arguments.json == "-" else sys.stdout)
     return 0 if found.fits else 1
 

@@ -2,10 +2,13 @@
 
 import dataclasses
 import itertools
+import json
+import re
 import shlex
 
 import pytest
 
+from chunked_ce.cli import calculator, main
 from chunked_ce.cli.arguments import parser
 from chunked_ce.cli.calculator import save_calculator, tables
 from chunked_ce.cli.model_shapes import MODELS
@@ -61,6 +64,27 @@ def test_the_page_starts_at_the_run(plan):
     position = {name: stops[start[name]] for name, stops in plan["axes"].items()}
     assert dataclasses.replace(RUN, **position) == RUN
     assert (plan["memories"][start["memory"]], plan["paths"][start["path"]]) == (MEMORY, "forward")
+
+
+def test_the_command_writes_the_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(calculator, "_TOKENS", (1024,))
+    monkeypatch.setattr(calculator, "_DATA", (2,))
+    page = tmp_path / "plan.html"
+    words = ["--model", "llama-3-8b", "--zero", "3", "--tp", "2", "1", "--batch", "3", "--accum", "2"]
+    asked = ["--tokens", "6000", "--gpus", "8", "--mem", "80GiB", "--html", str(page)]
+    with pytest.raises(SystemExit):
+        main(["plan", *words, *asked])
+    written = json.loads(re.search(r'id="plan">(.*?)</script>', page.read_text(), re.DOTALL)[1])
+    model = dataclasses.replace(RUN.model, name="llama-3-8b")
+    run = dataclasses.replace(RUN, model=model, data=4, tensor=2, batch=3, accumulation=2)
+    assert written == json.loads(json.dumps(tables(run, MEMORY, "forward", ["plan", *words])))
+    assert written["words"] == ["plan", "--model", "llama-3-8b", "--accum", "2"]  # the rest is what controls say
+
+
+def test_the_page_needs_the_memory_of_a_device(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ending:
+        main(["plan", "--model", "gpt2", "--budget", "1GiB", "--html", str(tmp_path / "plan.html")])
+    assert ending.value.code == 2 and "--budget is for the loss alone" in capsys.readouterr().err
 
 
 @needs_browser
