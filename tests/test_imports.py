@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from chunked_ce import functional
+
 SCRIPT = """
 import json, sys, torch
 loaded = [[*sys.modules]]
@@ -35,3 +37,11 @@ def test_the_package_imports_nothing_of_the_command_line(loaded):
 
 def test_the_integration_does_not_import_deepspeed(loaded):
     assert "deepspeed" not in loaded[2]
+
+
+FUNCTIONS = ["linear_cross_entropy", "linear_divergence", "linear_logprobs", "linear_loss", "linear_statistics"]
+
+
+@pytest.mark.parametrize("name", ["LossStats", "PerToken", "cross_entropy", "logits_loss", *FUNCTIONS])
+def test_the_functions_are_found_in_one_module(name):
+    assert name in functional.__all__ and hasattr(functional, name)
