@@ -46,9 +46,11 @@ def _status(arguments: Sequence[str] | None) -> int | str | None:
     name = "chunked-ce"
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        parsed = parser().parse_args(words, argparse.Namespace(words=words))
+        parsed = parser().parse_args(words)
         name = f"chunked-ce {parsed.command}"
         _require(needed_packages(parsed))
+        if parsed.command == "plan":
+            parsed.words = words  # the calculator shows a command like it
         if parsed.command != "plan" or parsed.verify:
             load_library()
         command = importlib.import_module(f"chunked_ce.cli.{parsed.command}_command")

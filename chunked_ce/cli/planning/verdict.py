@@ -140,9 +140,9 @@ def verdict(run: Run, memory: int, path: Path | None = None, *, loss_only: bool 
         return found.loss if loss_only else found.total
 
     exact: list[Path] = [one for one in DEFAULTS if one in paths]
-    fitting = [one for one in exact if taken(estimates[one]) <= memory]
+    fitting: list[Path] = [one for one in exact if taken(estimates[one]) <= memory]
     # A stable sort: of those that take as much, the fastest.
-    by_default = fitting or sorted(exact, key=lambda one: taken(estimates[one]))
+    by_default: list[Path] = fitting or sorted(exact, key=lambda one: taken(estimates[one]))
     chosen: Path = path or by_default[0]
 
     def most_of(one: Path) -> int:
