@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ class PolicyGradient(Objective):
     (tensor(-0.1382), tensor(1.))
     """
 
-    kind: str = "clip"
+    kind: Literal["clip", "cispo", "reinforce"] = "clip"
     """``"clip"``, ``"cispo"`` or ``"reinforce"``."""
 
     clip_low: float = 0.2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ class TopKDivergence(Objective):
     tensor(0.5918)
     """
 
-    tail: str = "bucket"
+    tail: Literal["bucket", "drop", "renormalize"] = "bucket"
     """``"bucket"``, ``"drop"`` or ``"renormalize"``."""
 
     statistics = ("at_ids",)
