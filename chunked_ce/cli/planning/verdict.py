@@ -150,7 +150,7 @@ def verdict(run: Run, memory: int, path: Path | None = None, *, loss_only: bool 
 
     largest: dict[Path, int] = {one: most_of(one) for one in paths}
     fits = taken(estimates[chosen]) <= memory
-    start = path or exact[0]
+    start: Path = path or exact[0]
     changes = () if fits or loss_only else tuple(smallest_changes(run, start, memory, asked=path is not None))
     return Verdict(run, memory, loss_only, chosen, estimates, largest, changes)
 
