@@ -171,7 +171,8 @@ def _take_heads(model: nn.Module, kind: Any = None) -> bool:
         except ValueError as error:
             _refuse_adapter(model)
             warnings.warn(
-                f"the loss of this {type(model).__name__} is left to TRL's own fused head: {error}",
+                f"the loss of this {type(model).__name__} is left to TRL's own fused head: {error}. The keywords of "
+                "install have no effect on it: give the model an nn.Linear as head, or call uninstall()",
                 UserWarning,
                 stacklevel=4,
             )

@@ -206,7 +206,8 @@ def _of_transformers(model: nn.Module) -> Any:
 def _tell_of_whole_logits(model: nn.Module) -> None:
     for head in heads_of(model):
         why = obstacle_of_head(head) or "something around the head changes them in a way that lazy logits do not follow"
-        head.record.tell("trl", f"the logits for a loss of TRL's are computed as a whole: {why}")
+        said = f"the logits for a loss of TRL's are computed as a whole, with the memory that they take: {why}"
+        head.record.tell("trl", f"{said}. Remove that, or leave this model to TRL's own head: uninstall()")
 
 
 # What the terms of a head need, which the loss of SFT has no argument for.
