@@ -99,11 +99,12 @@ def linear_cross_entropy(
     With ``z`` the logits of a token (softcapped: ``softcap * tanh(z / softcap)``), ``w`` the class weights and ``lse``
     the log-sum-exp of ``z``, the loss of a token is ``token_weight`` times::
 
-        (1 - label_smoothing) * w[y] * (lse - z[y]) + label_smoothing / V * sum_v w[v] * (lse - z[v]) + z_loss * lse**2
+        (1 - label_smoothing) * w[y] * (lse - z[y]) + label_smoothing / V * sum_v w[v] * (lse - z[v])
+        + z_loss * lse**2
 
-    the first line as in `torch.nn.functional.cross_entropy`, the z-loss as in PaLM (arXiv:2204.02311, section 5), the
-    softcap as in Gemma 2 (arXiv:2408.00118, section 2). A token whose target is ``ignore_index`` contributes exactly 0
-    to the value and to every gradient, whatever its hidden state holds, and on the CPU costs nothing.
+    The first line is that of `torch.nn.functional.cross_entropy`; the z-loss is as in PaLM (arXiv:2204.02311, section
+    5), the softcap as in Gemma 2 (arXiv:2408.00118, section 2). A token whose target is ``ignore_index`` contributes
+    exactly 0 to the value and to every gradient, whatever its hidden state holds, and on the CPU costs nothing.
 
     For several depths of multi-token prediction on one head, ``input``, ``target``, ``linear_adapter[0]`` and whatever
     else is per token are lists, one entry for each depth; those of ``token_weight`` and ``temperature`` may be numbers.
