@@ -126,11 +126,13 @@ def test_it_says_what_it_cannot_measure(words, reason, capsys):
 
 def test_an_outcome_outside_of_its_bound_does_not_hold():
     case = verify.Case("loss", RUN, "forward")
-    assert verify.Outcome(case, 100, 109).holds and verify.Outcome(case, 100, 91).holds
-    assert not verify.Outcome(case, 100, 111).holds and not verify.Outcome(case, 100, 89).holds
-    step = case._replace(kind="step")
-    assert verify.Outcome(step, 100, 119).holds and not verify.Outcome(step, 100, 121).holds
-    assert "1 of 2 predictions hold" in verify.summary([verify.Outcome(case, 100, 111), verify.Outcome(step, 100, 119)])
+    step, unit = case._replace(kind="step"), 2**20
+    held = [(case, 1000, 1099), (case, 1000, 901), (step, 1000, 1199), (case, 20, 27)]
+    broken = [(case, 1000, 1101), (case, 1000, 899), (step, 1000, 1201), (case, 20, 29)]
+    for cases, holds in ((held, True), (broken, False)):
+        outcomes = [verify.Outcome(one, predicted * unit, found * unit) for one, predicted, found in cases]
+        assert [outcome.holds for outcome in outcomes] == [holds] * 4
+        assert verify.summary(outcomes).startswith(f"{4 * holds} of 4 predictions hold")
 
 
 @pytest.mark.skipif(NOT_HERE is not None, reason=NOT_HERE or "")
