@@ -207,8 +207,29 @@ _SIZES = {  # by field: the names in a configuration
 }
 _NEEDED = ("hidden", "vocab")
 # By `model_type`: what a configuration file leaves out, because it is the same for all models of the type.
-_TIED = ("gpt2", "gemma", "gemma2", "gemma3", "gemma3_text", "opt", "bloom", "cohere", "cohere2", "smollm3")
-_PLAIN_MLP = ("gpt2", "gpt_neo", "gpt_neox", "gptj", "gpt_bigcode", "opt", "phi", "bloom", "falcon", "starcoder2")
+_TIED = (
+    "gpt2",
+    "gpt_neo",
+    "gpt_bigcode",
+    "falcon",
+    "mpt",
+    "starcoder2",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "gemma3_text",
+    "opt",
+    "bloom",
+    "cohere",
+    "cohere2",
+    "smollm3",
+)
+_PLAIN_MLP = ("gpt2", "gpt_neo", "gpt_neox", "gptj", "gpt_bigcode", "codegen", "opt", "phi", "bloom", "starcoder2")
+_PLAIN_MLP += ("falcon", "mpt", "persimmon", "nemotron", "apertus")
+_NO_BIASES = ("falcon", "gptj", "codegen", "mpt", "nemotron", "apertus")
+# Layers without attention, by the names that configurations of hybrid models give them, or by fields of their own.
+_NO_ATTENTION = ("mamba", "mamba2", "linear_attention", "conv", "recurrent", "rwkv", "moe", "mlp")
+_HYBRID_FIELDS = ("attn_layer_period", "hybrid_override_pattern", "lru_width", "mamba_d_state", "ssm_cfg")
 _QKV_BIAS = ("qwen2", "qwen2_moe", "qwen2_vl_text", "qwen2_5_vl_text")
 _QK_NORM = ("qwen3", "qwen3_moe", "gemma3", "gemma3_text", "olmo2")
 _FOUR_NORMS = ("gemma2", "gemma3", "gemma3_text", "glm4")
@@ -217,7 +238,8 @@ _FOUR_NORMS = ("gemma2", "gemma3", "gemma3_text", "glm4")
 def read_config(path: Path) -> ModelShape:
     """The model that a Transformers ``config.json`` describes, in ``text_config`` if there is one.
 
-    Raises ``ValueError`` naming what is missing. Without a number of layers it is a head alone.
+    Raises ``ValueError`` naming what is missing. Without a number of layers, or with layers that have no attention, it
+    is a head alone.
     """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -230,7 +252,7 @@ def read_config(path: Path) -> ModelShape:
     found: dict[str, int] = {}
     for field, names in _SIZES.items():
         value = next((config[name] for name in names if config.get(name) is not None), None)
-        if value is None and field not in _NEEDED:
+        if field not in _NEEDED and (value is None or (value == 0 and "experts" in field)):
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < (field != "dense_layers"):
             raise ValueError(f"--config must give one of {', '.join(names)} as an integer >= 1, {path} gives {value!r}")
@@ -240,9 +262,11 @@ def read_config(path: Path) -> ModelShape:
 
 def _completed(path: str, found: dict[str, int], config: Mapping[str, object]) -> ModelShape:
     kind = str(config.get("model_type", ""))
-    if not found.get("layers") or not found.get("heads"):
+    if not found.get("layers") or not found.get("heads") or _is_hybrid(config):
         return ModelShape(path, path, found["hidden"], found["vocab"])
     sizes = {"intermediate": 4 * found["hidden"], "kv_heads": found["heads"], "head_dim": 0} | found
+    if kind == "falcon" and config.get("multi_query") and not config.get("new_decoder_architecture"):
+        sizes["kv_heads"] = 1
     sizes["head_dim"] = sizes["head_dim"] or found["hidden"] // found["heads"]
     if "experts" in found:
         sizes = {"active_experts": 1, "expert_intermediate": sizes["intermediate"]} | sizes
@@ -257,13 +281,20 @@ def _completed(path: str, found: dict[str, int], config: Mapping[str, object]) -
         **sizes,
         tied=bool(config.get("tie_word_embeddings", kind in _TIED)),
         gated=not plain,
-        biases=plain and kind not in ("falcon", "gptj"),
+        biases=plain and kind not in _NO_BIASES,
         qkv_bias=bool(config.get("attention_bias")) or kind in _QKV_BIAS,
         qk_norm=kind in _QK_NORM,
         norms=4 if kind in _FOUR_NORMS else 2,
         positions=learned if isinstance(learned, int) else 0,
         latent=_latent(config),
     )
+
+
+def _is_hybrid(config: Mapping[str, object]) -> bool:
+    """Whether some layers have no attention: how many parameters and activations they have is not known here."""
+    kinds = config.get("layer_types") or config.get("layers_block_type")
+    named = isinstance(kinds, list) and any(kind in _NO_ATTENTION for kind in kinds)
+    return named or any(config.get(name) for name in _HYBRID_FIELDS)
 
 
 def _latent(config: Mapping[str, object]) -> LatentAttention | None:

@@ -41,10 +41,15 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("--budget is memory for the loss alone, --memory that of the device: use one of them")
     if arguments.budget and arguments.html:
         raise ValueError("--html shows a whole step beside --memory, --budget is for the loss alone: use one of them")
+    for option in ("html", "details"):
+        if arguments.verify and getattr(arguments, option):
+            raise ValueError(f"--verify measures in place of a plan, --{option} is of a plan: use one of them")
     runs = runs_of(arguments)
     for option in ("json", "html"):
         if getattr(arguments, option) not in (None, "-"):
-            files.prepare(PathOfFile(getattr(arguments, option)), f"--{option}")
+            made = files.prepare(PathOfFile(getattr(arguments, option)), f"--{option}")
+            if made is not None:
+                wide_console(stderr=True).print(f"made the folder {made}", style="dim", soft_wrap=True)
     room = (
         Room(arguments.budget, "for the loss alone")
         if arguments.budget

@@ -88,6 +88,43 @@ def test_configurations_of_transformers(name, more, allowed, tmp_path):
     assert (kept[1] - kept[0]) / 128 == pytest.approx(layer_bytes(run), rel=allowed)
 
 
+@pytest.mark.parametrize(
+    ("name", "allowed"), [("Falcon", 1e-4), ("Mpt", 1e-4), ("CodeGen", 1e-3), ("Persimmon", 1e-4), ("GPTBigCode", 0.01)]
+)
+def test_families_with_their_own_layers(name, allowed, tmp_path):
+    """One head of keys, MLPs of two matrices, heads that are the embedding though the file does not say so."""
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{name}Config")()
+    config.save_pretrained(tmp_path)
+    shape = read_config(tmp_path / "config.json")
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    assert shape.layers
+    assert shape.parameters == pytest.approx(sum(one.numel() for one in model.parameters()), rel=allowed)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"layer_types": ["linear_attention", "full_attention"]}, {"mamba_d_state": 16}, {"attn_layer_period": 8}],
+    ids=["kinds of layers", "states", "a period"],
+)
+def test_layers_without_attention_are_not_planned(more, tmp_path, capsys):
+    sizes = {"hidden_size": 64, "vocab_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(sizes | more))
+    assert read_config(path) == ModelShape(str(path), str(path), 64, 96)
+    _, out, _ = ended(capsys, "--config", path, "--memory", "8GiB")
+    assert out.startswith("Fits: head and loss alone take ")
+
+
+def test_no_experts(tmp_path):
+    """Hybrid families' dense models have 0 of them."""
+    sizes = {"hidden_size": 64, "vocab_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(sizes | {"num_local_experts": 0, "num_experts_per_tok": 0}))
+    shape = read_config(tmp_path / "config.json")
+    assert (shape.layers, shape.experts, shape.active_experts) == (2, 0, 0)
+
+
 def kept_bytes(model, tokens):
     """Bytes that the layers keep for their backward, besides parameters."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -344,6 +381,8 @@ def test_the_first_tensor_parallel_size_that_fits(capsys):
         ("--model llama-3-8b --budget 1GiB --memory 80GiB", "use one of them"),
         ("--model llama-3-8b --loss sharded", "auto, full"),
         ("--model llama-3-8b --lora 8 --frozen-input", "use one of them"),
+        ("--model gpt2 --device cpu --verify --html plan.html", "--html is of a plan"),
+        ("--model gpt2 --device cpu --verify --details", "--details is of a plan"),
         ("--hidden 64 --vocab 100 --heads 4", "--heads needs --layers"),
         ("--hidden 64 --vocab 100 --checkpointing full", "needs a model with layers"),
     ],
@@ -353,6 +392,29 @@ def test_contradictions(words, allowed, capsys):
     assert (code, out) == (2, "")
     assert error.count("\n") == 1
     assert allowed in error
+
+
+def test_a_new_folder_is_told(tmp_path, capsys):
+    words = "--hidden", 64, "--vocab", 100, "--memory", "8GiB"
+    _, _, error = ended(capsys, *words, "--json", tmp_path / "new" / "plan.json")
+    assert f"made the folder {tmp_path / 'new'}" in error.replace("\n", "")
+    assert json.loads((tmp_path / "new" / "plan.json").read_text())["fits"]
+    assert ended(capsys, *words, "--json", tmp_path / "new" / "plan.json")[2] == ""
+
+
+def test_numbers_in_words(capsys):
+    """Weights in fp32 have no master weights, nor have those without an optimizer."""
+    words = "--model", "gpt2", "--memory", "8GiB", "--tokens", 64
+    assert ", bf16, fp32 master weights, adamw;" in ended(capsys, *words)[1]
+    assert ", fp32, adamw;" in ended(capsys, *words, "--dtype", "fp32")[1]
+    assert ", bf16, no optimizer;" in ended(capsys, *words, "--optimizer", "none")[1]
+
+
+@pytest.mark.parametrize("words", ["--hidden 64 --vocab 100", "--model gpt2 --frozen-input"])
+def test_hidden_states_of_the_head_count(words, capsys):
+    _, out, _ = ended(capsys, *words.split(), "--memory", "8GiB", "--tokens", "1000", "--json")
+    found = json.loads(out)
+    assert found["paths"]["forward"]["terms"]["activations"]["bytes"] == 1000 * found["request"]["hidden"] * 2
 
 
 def test_sizes_of_a_model(capsys):

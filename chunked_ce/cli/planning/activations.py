@@ -49,7 +49,7 @@ def activations_of(run: Run, stage: Stage) -> Activations:
     """The activations of a rank; the first of several pipeline stages keeps those of as many micro-batches."""
     model, n = run.model, run.local_tokens
     if not model.layers or not run.train_input:
-        return Activations(0, 0)
+        return Activations(n * model.hidden * run.itemsize if stage != "first" else 0, 0)  # the loss's hidden states
     parts, whole = _per_token(run), layer_bytes(run)
     match run.checkpointing:
         case "none":

@@ -75,7 +75,9 @@ def facts(run: Run, memory: str) -> str:
     trained = f", LoRA of rank {run.lora}" if run.lora else ""
     pairs = " (twice, for pairs)" if run.trainer == "dpo" else ""
     each = f" in {run.batch:,} sequences" if run.batch > 1 else ""
-    master = ", fp32 master weights" if run.precision == "mixed" and run.itemsize < 4 else f", {run.precision}"
+    by_precision = {"mixed": ", fp32 master weights", "autocast": ", autocast", "pure": ", pure"}
+    has_others = run.itemsize < 4 and (run.precision != "mixed" or run.optimizer != "none")
+    master = by_precision[run.precision] if has_others else ""
     optimizer = "no optimizer" if run.optimizer == "none" else run.optimizer
     kept = f", {run.checkpointing} checkpointing" if run.checkpointing != "none" else ""
     tokens = f"{run.tokens:,} tokens{each}{pairs} per micro-batch"

@@ -47,11 +47,12 @@ class Verdict(NamedTuple):
     def text(self) -> str:
         """One line: whether it fits, and why."""
         taken = f"{bytes_text(self.total)} of {bytes_text(self.memory)}"
+        subject = "" if self.run.model.layers else "head and loss alone take "
         if self.loss_only:
             return f"{'Fits' if self.fits else 'Does not fit'}: the loss takes {taken}{self._beside_full}."
         if self.fits:
-            return f"{'Just fits' if self.is_close else 'Fits'}: {taken} per rank{self._beside_full}."
-        return f"Does not fit: {taken} per rank; {self._reason}."
+            return f"{'Just fits' if self.is_close else 'Fits'}: {subject}{taken} per rank{self._beside_full}."
+        return f"Does not fit: {subject}{taken} per rank; {self._reason}."
 
     @property
     def _beside_full(self) -> str:
