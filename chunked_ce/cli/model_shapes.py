@@ -224,8 +224,10 @@ _TIED = (
     "cohere2",
     "smollm3",
 )
-_PLAIN_MLP = ("gpt2", "gpt_neo", "gpt_neox", "gptj", "gpt_bigcode", "codegen", "opt", "phi", "bloom", "starcoder2")
-_PLAIN_MLP += ("falcon", "mpt", "persimmon", "nemotron", "apertus")
+_PLAIN_MLP = (
+    *("gpt2", "gpt_neo", "gpt_neox", "gptj", "gpt_bigcode", "codegen", "opt", "phi", "bloom", "starcoder2"),
+    *("falcon", "mpt", "persimmon", "nemotron", "apertus"),
+)
 _NO_BIASES = ("falcon", "gptj", "codegen", "mpt", "nemotron", "apertus")
 # Layers without attention, by the names that configurations of hybrid models give them, or by fields of their own.
 _NO_ATTENTION = ("mamba", "mamba2", "linear_attention", "conv", "recurrent", "rwkv", "moe", "mlp")
