@@ -203,7 +203,9 @@ def _print(
     for line in missing:
         console.print(line, style="dim", soft_wrap=True)
     regressed = sum(row.verdict.regressed for row in rows)
-    console.print(f"{regressed} of {len(rows)} regressed" if regressed else f"none of {len(rows)} regressed")
+    uncounted = sum(bool(row.old.get(BUSY) or row.new.get(BUSY)) for row in rows)
+    without = f"; the times of {uncounted} are not counted: a machine was busy" if uncounted else ""
+    console.print(f"{regressed or 'none'} of {len(rows)} regressed{without}")
 
 
 def _cells(row: Comparison) -> list[str]:

@@ -114,6 +114,9 @@ def test_the_command(tmp_path, capsys):
     assert json.loads(printed.out)["results"][0]["time_to_old"] == pytest.approx(1.25)
     code, printed = run(capsys, new, old)
     assert code == 0 and "none of 1 regressed" in printed.out
+    new.write_text(json.dumps(document(times(1.5) | {"busy": "control 2x"})))
+    code, printed = run(capsys, old, new)
+    assert code == 0 and "none of 1 regressed; the times of 1 are not counted" in printed.out
 
 
 def test_options_of_a_measurement_are_refused(tmp_path, capsys):
