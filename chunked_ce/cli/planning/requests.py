@@ -57,6 +57,8 @@ def _with_defaults(known: ModelShape, given: dict[str, int]) -> ModelShape:
     if not model.layers:
         return model
     heads = model.heads or max(1, model.hidden // _HEAD_DIM)
+    if heads % (model.kv_heads or heads):
+        raise ValueError(f"--kv-heads must divide the {heads} attention heads, was {model.kv_heads}")
     return dataclasses.replace(
         model,
         heads=heads,
@@ -70,6 +72,7 @@ def runs_of(arguments: argparse.Namespace) -> list[Run]:
     """One run for each tensor-parallel size that was asked for."""
     model = model_of(arguments)
     trainer = _trainer(arguments)
+    _check_teacher(arguments, model)
     tokens, batch = _tokens(arguments)
     if not model.layers:
         for name, value in (("lora", 0), ("checkpointing", "none")):
@@ -126,6 +129,19 @@ def _trainer(arguments: argparse.Namespace) -> Trainer:
     return trainer
 
 
+def _check_teacher(arguments: argparse.Namespace, model: ModelShape) -> None:
+    """A divergence is between distributions over the same words."""
+    if not arguments.teacher_model:
+        return
+    words = MODELS[arguments.teacher_model].vocab
+    if words < model.vocab or (words > model.vocab and arguments.vocab is None):
+        instead = "" if words < model.vocab else f"; if its words are among these, say so with --vocab {model.vocab}"
+        raise ValueError(
+            f"--teacher-model must have the {model.vocab} vocabulary entries of the model, "
+            f"{arguments.teacher_model} has {words}{instead}"
+        )
+
+
 def _tokens(arguments: argparse.Namespace) -> tuple[int, int]:
     """Tokens and sequences of a micro-batch."""
     tokens, length, batch = arguments.tokens, arguments.sequence_length, arguments.batch
@@ -163,9 +179,10 @@ def _engine(arguments: argparse.Namespace, replicas: int) -> Engine:
     usual: Engine = "ddp" if replicas > 1 else "none"
     stages: dict[int | None, Engine] = {None: usual, 0: usual, 1: "zero1", 2: "zero2", 3: "zero3"}
     of_zero = stages[arguments.zero]
-    if arguments.engine is None:
-        return of_zero
-    engine: Engine = arguments.engine
+    engine: Engine = arguments.engine or of_zero
     if arguments.zero is not None and engine != of_zero:
         raise ValueError(f"--engine {engine} and --zero {arguments.zero} contradict each other: use one of them")
+    if replicas == 1 and engine not in ("none", "ddp"):
+        asked = f"--engine {engine}" if arguments.engine else f"--zero {arguments.zero}"
+        raise ValueError(f"{asked} divides states among data-parallel ranks, of which there is 1: give --gpus")
     return engine
