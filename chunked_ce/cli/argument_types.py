@@ -98,7 +98,7 @@ def add_json(to: Parser) -> None:
 
 
 def add_shape(to: Parser) -> None:
-    to.add_argument("--tokens", type=integer(1), metavar="N", help="tokens in one call of the loss")
+    to.add_argument("--tokens", type=integer(1), metavar="N", help="tokens in one call of the loss (plan: 8192)")
     to.add_argument("--hidden", type=integer(1), metavar="D", help="hidden size")
     to.add_argument("--vocab", type=integer(1), metavar="V", help="vocabulary entries")
     to.add_argument("--model", choices=MODELS, metavar="NAME", help=f"a known model: {', '.join(MODELS)}")

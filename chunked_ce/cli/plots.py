@@ -190,7 +190,7 @@ def _draw(at: Axes, document: Document, panel: Panel) -> None:
     values = [value for row in results if (value := _value(row, panel.measured)) is not None]
     notes = [panel.title]
     if limit and limit > max(values, default=limit) * _FAR[swept is not None]:
-        notes.append(f"memory there is: {limit:,} MiB, outside the picture")
+        notes.append(f"available: {limit:,} MiB, outside the picture")
         limit = None
     if swept:
         _lines(at, document, panel, swept, limit)
@@ -254,7 +254,7 @@ def _lines(at: Axes, document: Document, panel: Panel, swept: str, limit: float 
     if limit:
         at.axhline(limit, color=INK, linestyle=(0, (1, 1)), linewidth=1.5)
         at.annotate(
-            f"memory there is: {limit:,} MiB",
+            f"available: {limit:,} MiB",
             (0.02, limit),
             xycoords=("axes fraction", "data"),
             xytext=(0, 3),
@@ -301,10 +301,10 @@ def _bars(at: Axes, document: Document, results: Sequence[Result], measured: str
         at.text(value, place, text + busy, va="center", fontsize=8)
     products = {row["implementation"]: _value(row, measured) for row in results if row["implementation"] in _PRODUCTS}
     lines = {f"{name} alone, {value:.3g} s": value for name, value in products.items() if value is not None}
-    lines |= {f"memory there is, {limit:,} MiB": limit} if limit else {}
+    lines |= {f"available, {limit:,} MiB": limit} if limit else {}
     for value in lines.values():
         at.axvline(value, color=INK, linestyle=":")
     at.invert_yaxis()
-    at.set_xlim(0, max([*values, *lines.values(), 1e-9]) * 1.25)
+    at.set_xlim(0, max([*values, *lines.values(), 1e-9]) * 1.35)  # room for the words beside a bar
     at.xaxis.set_major_formatter(_NUMBER)
     return [f"dotted: {name}" for name in lines]

@@ -28,7 +28,7 @@ def room_of(device: str, asked: int | None) -> Room:
 
         return Room(psutil.virtual_memory().total, "this machine's")
     found = _this_card()
-    return Room(_CARD, "assumed; --memory says otherwise") if found is None else Room(found, "this machine's card")
+    return Room(_CARD, "assumed; --memory sets it") if found is None else Room(found, "this machine's card")
 
 
 def _this_card() -> int | None:
