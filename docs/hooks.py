@@ -74,6 +74,13 @@ def on_page_content(html: str, *, page: Page, config: MkDocsConfig, files: Files
     return PICTURE.sub(picture, html)
 
 
+def on_post_build(*, config: MkDocsConfig) -> None:
+    """Write the index of the search as a script too, since a page that is opened from a folder reads no other file."""
+    index = Path(config.site_dir) / "search" / "search_index.json"
+    if index.exists():
+        index.with_suffix(".js").write_text(f"var __index = {index.read_text('utf-8')}", "utf-8")
+
+
 def _linked(files: Files) -> set[Path]:
     """Files outside ``docs/`` to which pages link."""
     found = set()

@@ -179,9 +179,12 @@ def test_pages_follow_the_system(address):
 
 
 @needs_browser
-def test_search_finds_a_name(address):
-    with opened(address) as (tab, _):
-        tab.fill("input[name=query]", "TokenMean")
+@pytest.mark.parametrize("is_served", [True, False])
+def test_search_finds_a_name(site, address, is_served):
+    """On a server, and opened from its folder."""
+    with opened(address if is_served else (site / "index.html").as_uri()) as (tab, _):
+        tab.click("input[name=query]")
+        tab.keyboard.type("TokenMean")  # keys, since the theme does not listen to other ways of changing the text
         tab.wait_for_selector(".md-search-result__item a", timeout=60000)
         found = tab.eval_on_selector_all(
             ".md-search-result__item a", "links => links.map(link => link.getAttribute('href'))"
