@@ -97,7 +97,8 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     """One line: whether the predictions hold."""
     wrong = sum(not outcome.holds for outcome in outcomes)
     text = f"{len(outcomes) - wrong} of {len(outcomes)} predictions hold"
-    return f"{text}: within {ALLOWED['loss']:.0%} for a loss, {ALLOWED['step']:.0%} for a step of a small model."
+    shares = f"{ALLOWED['loss']:.0%} for a loss, {ALLOWED['step']:.0%} for a step of a small model"
+    return f"{text}: within {shares}, or {_LIBRARIES // MIB} MiB."
 
 
 def table(outcomes: Sequence[Outcome]) -> Table:
