@@ -240,6 +240,8 @@ def test_wrap_refuses_what_it_cannot_follow():
     two = nn.Sequential(nn.Embedding(VOCAB, WIDTH), nn.Linear(WIDTH, VOCAB), nn.Linear(WIDTH, VOCAB))
     with pytest.raises(ValueError, match=r"2 of its linear layers have the 50 outputs .* \(1, 2\)"):
         LMHead.wrap(two)
+    with pytest.raises(ValueError, match=r"get_output_embeddings\(\), and no embedding: name it"):
+        LMHead.wrap(nn.Sequential(nn.Linear(WIDTH, VOCAB)))
     with pytest.raises(ValueError, match="module must name a module of the model, was 'head'"):
         LMHead.wrap(two, "head")
     with pytest.raises(ValueError, match=r"must be an nn\.Linear, was Embedding"):

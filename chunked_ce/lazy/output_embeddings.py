@@ -75,9 +75,11 @@ def _as_wide_as_the_vocabulary(model: nn.Module) -> nn.Linear:
     fitting = {name: one for name, one in modules.items() if isinstance(one, nn.Linear) and one.out_features == width}
     if len(fitting) != 1:
         has_autotp = any(map(is_autotp, modules.values()))
+        fit = f"{len(fitting)} of its linear layers have the {width} outputs of its largest embedding"
+        fit += f" ({', '.join(fitting)})" if fitting else ""
         raise ValueError(
-            f"no output embedding found: the model has no get_output_embeddings(), and {len(fitting)} of its linear "
-            f"layers have the {width} outputs of its largest embedding ({', '.join(fitting) or 'none'}): name it, "
+            "no output embedding found: the model has no get_output_embeddings(), and "
+            f"{'no embedding' if width is None else fit}: name it, "
             f"LMHead.wrap(model, 'lm_head'). {_AS_A_LAYER}"
             + (f". DeepSpeed's AutoTP has replaced layers of this model. {AUTOTP}" if has_autotp else "")
         )
