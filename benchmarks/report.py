@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from chunked_ce.cli.documents import Document, Result, modern
+from chunked_ce.cli.documents import Document, Result, modern, ranks_text
 from chunked_ce.cli.report import MIB, conditions, conditions_text, dump
 
 __all__ = ["MIB", "conditions", "dump", "markdown", "print_conditions", "print_table"]
@@ -74,7 +74,8 @@ def _lines(rows: Sequence[Sequence[str]]) -> str:
 def _case(result: Result) -> str:
     chunk = f" C={result['chunk']}" if result.get("chunk") else ""
     ignored = f", {result['ignored']:.0%} ignored" if result.get("ignored") else ""
-    return f"{result['tokens']} x {result['hidden']} x {result['vocab']}{chunk} {result['dtype']}{ignored}"
+    sizes = f"{result['tokens']} x {result['hidden']} x {result['vocab']}"
+    return f"{sizes}{chunk} {result['dtype']}{ignored}{ranks_text(result.get('ranks'))}"
 
 
 def _cells(result: Result | None) -> tuple[str, str]:

@@ -27,16 +27,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from benchmarks.report import MIB, conditions, dump, print_conditions, print_table
-from benchmarks.vocab_parallel import Taken, slowest
 from chunked_ce import ChunkOptions, LMHead, VocabShard, linear_cross_entropy
 from chunked_ce.cli import memory
+from chunked_ce.cli.counted_collectives import counted, sent_bytes
 from chunked_ce.cli.implementations import DTYPES
+from chunked_ce.cli.ranked import Taken, slowest
 from chunked_ce.cli.worker import WARM_UP
 from chunked_ce.sharded.costs import predict_sharded_memory
-from tests.distributed.counting import GATHER, REDUCE, SCATTER, Collective, counted
 from tests.distributed.launch import run
 
-__all__ = ["GATHERED", "SHARDED", "Sizes", "measure_time", "sent_bytes"]
+__all__ = ["GATHERED", "SHARDED", "Sizes", "measure_time"]
 
 SHARDED, GATHERED = "sharded", "gathered"
 _LITTLE = 32  # tokens of a chunk whose logits take little memory
@@ -88,14 +88,6 @@ class Step:
         self._hidden.grad = None
         for parameter in [self._head] if self._name == SHARDED else self._head.parameters():
             parameter.grad = None
-
-
-def sent_bytes(collectives: list[Collective], ranks: int) -> int:
-    """What a rank sends, where collectives go round a ring: of all that it puts into an all-gather R - 1 times as much,
-    of a reduce-scatter or an all-to-all the part (R - 1) / R, and of an all-reduce twice that part."""
-    part = (ranks - 1) / ranks
-    shares = {GATHER: ranks - 1, SCATTER: part, "all_to_all_single": part, REDUCE: 2 * part}
-    return round(sum(shares[one.name] * one.bytes for one in collectives if one.name in shares))
 
 
 def measure_time(

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,9 +23,10 @@ from torch import Tensor
 from benchmarks.report import MIB, conditions, dump, print_conditions, print_table
 from chunked_ce import VocabShard, linear_cross_entropy
 from chunked_ce.cli import memory
+from chunked_ce.cli.counted_collectives import counted
 from chunked_ce.cli.implementations import DEEPSPEED, DTYPES, FORWARD, why_not
+from chunked_ce.cli.ranked import Taken, slowest
 from chunked_ce.cli.worker import WARM_UP
-from tests.distributed.counting import counted
 from tests.distributed.launch import run
 
 __all__ = ["Sizes", "measure_memory", "measure_time"]
@@ -101,22 +100,6 @@ def start(names: list[str]) -> None:
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled, for a minute
         deepspeed.init_distributed(dist_backend="gloo")
-
-
-class Taken(NamedTuple):
-    """Seconds of the slowest rank."""
-
-    wall: float
-    processor: float  # of processor time, whoever else was on the machine
-
-
-def slowest(function: Callable[[], None]) -> Taken:
-    dist.barrier()
-    begin = time.perf_counter(), time.process_time()
-    function()
-    seconds = torch.tensor([time.perf_counter() - begin[0], time.process_time() - begin[1]], dtype=torch.float64)
-    dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
-    return Taken(*seconds.tolist())
 
 
 def measure_time(

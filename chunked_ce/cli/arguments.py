@@ -21,7 +21,7 @@ from chunked_ce.cli.plan_arguments import add_plan
 __all__ = ["KINDS", "parser", "size", "sweep"]
 
 # Of losses that `chunked_ce.cli.implementations` has, which imports torch.
-KINDS = ("cross-entropy", "policy", "logprobs", "statistics", "divergence", "top-k")
+KINDS = ("cross-entropy", "policy", "logprobs", "statistics", "divergence", "top-k", "sharded")
 
 
 def parser() -> Parser:
@@ -39,6 +39,8 @@ def _bench(to: Parser) -> None:
     to.description = "Forward and backward of every implementation in a process of its own: time, memory and errors."
     add_shape(to)
     to.add_argument("--loss", choices=KINDS, default=KINDS[0], help=f"{', '.join(KINDS)}: beside full logits")
+    ranks_help = "processes that share the head, with --loss sharded (2): gloo, or NCCL with a GPU for each"
+    to.add_argument("--ranks", type=integer(1), metavar="R", help=ranks_help)
     to.add_argument("--dtype", choices=DTYPE_NAMES, nargs="+", help="fp32 and bf16 on a CPU, else bf16")
     to.add_argument("--sweep", type=sweep, metavar="NAME=A,B", help=f"one of {', '.join(SWEPT)}: vocab=32768,65536")
     to.add_argument("--chunk", type=integer(1), metavar="C", help="tokens in a chunk, where this can be set")

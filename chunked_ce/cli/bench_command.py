@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from chunked_ce.cli import bench_run, compare, files, machine_load, memory, report
@@ -15,7 +16,8 @@ from chunked_ce.cli.bench_run import Request
 from chunked_ce.cli.console import wide_console
 from chunked_ce.cli.documents import BUSY, CASE_SIZES, Document
 from chunked_ce.cli.heads import head_of
-from chunked_ce.cli.implementations import CROSS_ENTROPY, DEVICE, PRODUCTS, select
+from chunked_ce.cli.implementations import CROSS_ENTROPY, DEVICE, PRODUCTS, SHARDED, select
+from chunked_ce.cli.sharded_losses import NOTE
 from chunked_ce.cli.synthetic_inputs import load
 from chunked_ce.cli.worker import Task
 
@@ -30,6 +32,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.compare:
         return compare.run(arguments)
     cases = cases_of(arguments)
+    ranks, device = _ranks(arguments), _device(arguments)
+    sharing = ranks if ranks and device == "cpu" else 1
     chunk_only = bool(arguments.sweep and arguments.sweep[0] == "chunk")
     names, missing = select(arguments.only, kind=arguments.loss, chunk_only=chunk_only)
     console, errors = wide_console(), wide_console(stderr=True)
@@ -38,8 +42,9 @@ def run(arguments: argparse.Namespace) -> int:
     document: Document = {
         "command": command_line(sys.argv[1:]),
         "complete": False,
-        "conditions": report.conditions() | machine_load.shares_now(),
-        "limits": {"memory_mib": round((arguments.memory_limit or memory.total(DEVICE)) / report.MIB)},
+        "conditions": report.conditions(device) | machine_load.shares_now(),
+        "limits": {"memory_mib": round((arguments.memory_limit or memory.total(device) / sharing) / report.MIB)},
+        "notes": [NOTE.format(ranks=ranks)] if ranks else [],
         "left_out": missing,
         "planned": {
             "implementations": names,
@@ -66,28 +71,53 @@ def run(arguments: argparse.Namespace) -> int:
 
 def cases_of(arguments: argparse.Namespace) -> list[Task]:
     """One task per dtype and value of the sweep, each for the products as yet."""
+    ranks, device = _ranks(arguments), _device(arguments)
     tokens, hidden, vocab = _shape(arguments)
     name, values = arguments.sweep or ("tokens", [tokens])
     sizes: list[dict[str, Any]] = [{name: value} for value in values]
     if arguments.sweep and arguments.tensors:
         raise ValueError("--sweep needs tensors that it can make, --tensors gives one shape: use one of them")
-    return [
+    cases = [
         Task(
             implementation=PRODUCTS,
             dtype=dtype,
             tokens=tokens,
             hidden=hidden,
             vocab=vocab,
-            device=DEVICE,
+            device=device,
             chunk=arguments.chunk,
             ignored=arguments.ignored,
             tensors=arguments.tensors and str(arguments.tensors),
             rounds=arguments.rounds,
             memory_limit=arguments.memory_limit,
+            ranks=ranks,
         )._replace(**size)
-        for dtype in arguments.dtype or (("fp32", "bf16") if DEVICE == "cpu" else ("bf16",))
+        for dtype in arguments.dtype or (("fp32", "bf16") if device == "cpu" else ("bf16",))
         for size in sizes
     ]
+    for case in cases:
+        if ranks is not None and ranks > min(case.tokens, case.vocab):
+            raise ValueError(f"--ranks must be at most the tokens and the vocabulary entries of {case.title}")
+    return cases
+
+
+def _ranks(arguments: argparse.Namespace) -> int | None:
+    """The processes that share a head; None if the loss has no ranks."""
+    if arguments.loss != SHARDED:
+        if arguments.ranks is not None:
+            raise ValueError(f"--ranks needs --loss {SHARDED}, the loss was {arguments.loss}")
+        return None
+    if arguments.no_errors:
+        raise ValueError(
+            f"--no-errors has no effect with --loss {SHARDED}: `chunked-ce check` compares it with float64"
+        )
+    return 2 if arguments.ranks is None else int(arguments.ranks)
+
+
+def _device(arguments: argparse.Namespace) -> str:
+    """GPUs if there is one for each rank."""
+    enough = DEVICE == "cpu" or torch.cuda.device_count() >= (_ranks(arguments) or 1)
+    return DEVICE if enough else "cpu"
 
 
 def _shape(arguments: argparse.Namespace) -> tuple[int, int, int]:
@@ -96,7 +126,7 @@ def _shape(arguments: argparse.Namespace) -> tuple[int, int, int]:
         hidden_states, weight, _ = load(arguments.tensors, None)
         return len(hidden_states), hidden_states.shape[1], len(weight)
     head = head_of(arguments)
-    tokens, hidden, vocab = _DEFAULTS[DEVICE]
+    tokens, hidden, vocab = _DEFAULTS[_device(arguments)]
     if head:
         hidden, vocab = head.hidden, head.vocab
     return arguments.tokens or tokens, arguments.hidden or hidden, arguments.vocab or vocab
@@ -121,6 +151,8 @@ def _introduce(document: Document, out: Console) -> None:
     found = machine_load.reasons(conditions)
     if found:
         out.print(f"this machine is busy before anything is measured: {', '.join(found)}", style="yellow")
+    for note in document["notes"]:
+        out.print(note, style="dim")
     for name, reason in document["left_out"].items():
         out.print(f"left out {name}: {reason}", style="dim", soft_wrap=True)
 

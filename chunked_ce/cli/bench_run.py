@@ -14,7 +14,7 @@ from chunked_ce.cli.console import progress_bar, simple_table
 from chunked_ce.cli.documents import Document, Result
 from chunked_ce.cli.machine_load import mark_busy
 from chunked_ce.cli.measure import INTERRUPTED, Prepared, measure, not_measured, prepared
-from chunked_ce.cli.tables import COLUMNS, cells
+from chunked_ce.cli.tables import cells, columns_of
 from chunked_ce.cli.worker import Task, Worker
 
 __all__ = ["Request", "measure_all"]
@@ -74,16 +74,17 @@ def _prepared(request: Request, case: Task, folder: Path) -> Prepared | str:
 def _measured(case: Task, ready: Prepared | str, name: str, timeout: float, tick: Callable[[], None]) -> Result:
     if isinstance(ready, str):
         return not_measured(case._replace(implementation=name), ready)
-    with Worker(case.device) as worker:
+    with Worker(case.device, case.ranks) as worker:
         return measure(worker, ready.task._replace(implementation=name), timeout, tick)
 
 
 def _table(rows: Sequence[Result], title: str, note: dict[str, Any]) -> Table:
     softmax = f"loss {note['loss_nats']}, entropy {note['entropy_nats']} nats" if note else ""
-    table = simple_table(title, COLUMNS, left=(COLUMNS[0], ""), caption=softmax)
+    columns = columns_of(rows)
+    table = simple_table(title, columns, left=(columns[0], ""), caption=softmax)
     for column in table.columns[:-1]:  # only the reason of a failure may wrap
         column.no_wrap = True
     for row in rows:
         style = "red" if row["status"] != "ok" else "yellow" if row.get("busy") else None
-        table.add_row(*cells(row), style=style)
+        table.add_row(*cells(row, columns), style=style)
     return table

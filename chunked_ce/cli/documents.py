@@ -14,6 +14,7 @@ __all__ = [
     "Result",
     "case_title",
     "modern",
+    "ranks_text",
     "read_document",
     "status_of",
     "swept_size",
@@ -75,7 +76,17 @@ def case_title(result: Result) -> str:
     """
     chunk = f", chunks of {result['chunk']:,}" if result.get("chunk") else ""
     ignored = f", {result['ignored']:.0%} ignored" if result.get("ignored") else ""
-    return f"N={result['tokens']:,} D={result['hidden']:,} V={result['vocab']:,} {result['dtype']}{chunk}{ignored}"
+    sizes = f"N={result['tokens']:,} D={result['hidden']:,} V={result['vocab']:,} {result['dtype']}"
+    return f"{sizes}{chunk}{ignored}{ranks_text(result.get('ranks'))}"
+
+
+def ranks_text(ranks: int | None) -> str:
+    """The end of a title.
+
+    >>> ranks_text(None), ranks_text(2)
+    ('', ', 2 ranks')
+    """
+    return f", {ranks} rank{'s' * (ranks != 1)}" if ranks else ""
 
 
 def status_of(result: Result) -> str:

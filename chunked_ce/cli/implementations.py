@@ -21,6 +21,7 @@ from torch import Tensor
 from chunked_ce import ChunkOptions, linear_cross_entropy
 from chunked_ce.cli import peers
 from chunked_ce.cli.other_losses import OTHER_LOSSES, OtherLoss
+from chunked_ce.cli.sharded_losses import SHARDED_LOSSES, RankInputs
 from chunked_ce.cli.synthetic_inputs import LossInputs
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "KINDS",
     "LOSSES",
     "PRODUCTS",
+    "SHARDED",
     "loss_of",
     "select",
     "train_step",
@@ -61,6 +63,7 @@ CCE_EXACT = "cut-cross-entropy, no filter"
 CCE_PRETRAINING = "cut-cross-entropy, pretraining"
 QUACK = "quack"
 CROSS_ENTROPY = "cross-entropy"
+SHARDED = "sharded"  # the cross-entropy, on several ranks
 
 CHUNKED: dict[str, dict[str, Any]] = {  # those of this library, and their `ChunkOptions`
     FORWARD: {},
@@ -70,7 +73,7 @@ CHUNKED: dict[str, dict[str, Any]] = {  # those of this library, and their `Chun
 }
 _YARDSTICK_BYTES = 2**31  # of logits at a time, so that the products run where full logits do not fit
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+Loss = Callable[..., Tensor]  # of the fields of `LossInputs` or `RankInputs`
 
 
 class Implementation(NamedTuple):
@@ -137,6 +140,12 @@ def _no_torch_chunks(device: str) -> str | None:
     return f"torch {torch.__version__} has no chunked linear_cross_entropy"
 
 
+def _no_gloo(device: str) -> str | None:
+    if device == "cpu" and not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        return "this torch has no gloo"
+    return None
+
+
 _why_not_cce = functools.partial(peers.on_cuda, "cut_cross_entropy")
 
 LOSSES: dict[str, Implementation] = {
@@ -181,8 +190,17 @@ def _others() -> Iterator[tuple[str, Implementation]]:
         yield f"{kind}, {FULL}", Implementation(f"{kind}-full", full, kind=kind, yardstick=yardstick)
 
 
-LOSSES |= dict(_others())
-KINDS = (CROSS_ENTROPY, *OTHER_LOSSES)
+def _sharded() -> Iterator[tuple[str, Implementation]]:
+    for name, sharded in SHARDED_LOSSES.items():
+
+        def loss(chunk: int | None, of: Callable[[ChunkOptions], Loss] = sharded.loss) -> Loss:
+            return of(ChunkOptions(chunk_size=chunk or "auto"))
+
+        yield name, Implementation(sharded.key, loss, _no_gloo, takes_chunk=sharded.takes_chunk, kind=SHARDED)
+
+
+LOSSES |= dict(_others()) | dict(_sharded())
+KINDS = (CROSS_ENTROPY, *OTHER_LOSSES, SHARDED)
 
 
 def why_not(name: str, device: str = DEVICE) -> str | None:
@@ -224,13 +242,13 @@ def loss_of(name: str, chunk: int | None = None) -> Loss:
     return LOSSES[name].loss(chunk)
 
 
-def train_step(name: str, inputs: LossInputs, chunk: int | None = None) -> None:
+def train_step(name: str, inputs: LossInputs | RankInputs, chunk: int | None = None) -> None:
     """Forward and backward, gradients into fresh memory; the device has finished all of it on return."""
-    hidden, weight, target = inputs
+    hidden, weight = inputs[:2]
     if name in (PRODUCTS, FOUR_PRODUCTS):
         products(hidden, weight, 1 if name == PRODUCTS else 2)
     else:
-        loss_of(name, chunk)(hidden, weight, target).mean().backward()
+        loss_of(name, chunk)(*inputs).mean().backward()
         hidden.grad = weight.grad = None
     if hidden.is_cuda:
         torch.cuda.synchronize()

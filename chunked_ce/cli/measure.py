@@ -47,6 +47,8 @@ def measure(worker: Worker, task: Task, timeout: float, tick: Callable[[], None]
         for kind, content in worker.run(task, timeout):
             if kind == "memory":
                 result["peak_mib"] = round(content / MIB, 1)
+            elif kind == "sent":
+                result["sent_mib"] = round(content / MIB, 2)
             elif kind == "errors":
                 result |= {name: float(f"{error:.4g}") for name, error in content.items()}
             elif kind == "control":
@@ -74,9 +76,10 @@ def not_measured(task: Task, status: str) -> Result:
         device=task.device,
         chunk=task.chunk,
         ignored=task.ignored,
+        ranks=task.ranks,
     )
     exact = task.implementation not in LOSSES or LOSSES[task.implementation].exact
-    case = {name: getattr(task, name) for name in CASE_SIZES}
+    case = {name: getattr(task, name) for name in CASE_SIZES} | ({"ranks": task.ranks} if task.ranks else {})
     described = {"implementation": task.implementation, "exact": exact} | case
     return described | {"predicted_mib": law and round(law.peak / MIB, 1), "status": status}
 

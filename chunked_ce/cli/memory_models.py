@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from chunked_ce.light import torch
 from chunked_ce.options import ChunkOptions
 from chunked_ce.plan import MemoryPrediction, predict_memory
+from chunked_ce.sharded.costs import predict_sharded_memory
 
 __all__ = ["compiled_logits", "full_logits", "predicted"]
 
@@ -83,15 +85,28 @@ def predicted(
     device: str,
     chunk: int | None = None,
     ignored: float = 0.0,
+    ranks: int | None = None,
 ) -> MemoryPrediction | None:
-    """The memory that an implementation takes; None for those without a model."""
+    """The memory that an implementation takes, on one of ``ranks`` if it has some; None for those without a model."""
     from chunked_ce.cli.implementations import CHUNKED, FULL
+    from chunked_ce.cli.sharded_losses import OWN, SAME
+
+    if implementation == OWN and ranks and not ignored:  # how many tokens count on a rank is left to chance
+        return predict_sharded_memory(
+            math.ceil(num_tokens / ranks),
+            vocab_size,
+            hidden_size,
+            ranks=ranks,
+            dtype=dtype,
+            options=ChunkOptions(chunk_size=chunk or "auto"),
+            device_type=device,
+        )
 
     if implementation == FULL:
         return full_logits(num_tokens, vocab_size, hidden_size, dtype=dtype)
-    if implementation not in CHUNKED:
+    if implementation not in (*CHUNKED, SAME):
         return None
-    options: dict[str, Any] = {"chunk_size": chunk or "auto"} | CHUNKED[implementation]
+    options: dict[str, Any] = {"chunk_size": chunk or "auto"} | CHUNKED.get(implementation, {})
     return predict_memory(
         num_tokens,
         vocab_size,
@@ -100,4 +115,5 @@ def predicted(
         num_counted=num_tokens - round(ignored * num_tokens),
         options=ChunkOptions(**options),
         device_type=device,
+        ranks=ranks or 1,
     )

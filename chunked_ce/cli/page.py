@@ -10,7 +10,7 @@ from chunked_ce.cli.documents import BUSY, Document, Result, case_title
 from chunked_ce.cli.files import write_whole
 from chunked_ce.cli.machine_load import ADVICE
 from chunked_ce.cli.plots import COLORS, Style, legend, svg_panels, swept_of
-from chunked_ce.cli.tables import COLUMNS, cells
+from chunked_ce.cli.tables import cells, columns_of
 
 __all__ = ["page", "save_page"]
 
@@ -53,6 +53,7 @@ _COLUMNS = {
     "the least and the most",
     "peak MiB": "above the inputs, gradients included",
     "law MiB": "what chunked_ce's memory law, or the one for full logits, predicts",
+    "sent MiB": "what a rank sends in one step, where collectives go round a ring",
     "dX error, dW error": "of the gradients against float64, root mean square, as a share of the gradient's own",
     "busy": "other work on the machine disturbed the row; its point in a picture is hollow",
 }
@@ -75,6 +76,8 @@ def page(document: Document) -> str:
     cases: dict[str, list[Result]] = {}
     for row in results:
         cases.setdefault(case_title(row), []).append(row)
+    shown = columns_of(results)
+    explained = {names: text for names, text in _COLUMNS.items() if names == BUSY or names.split(", ")[0] in shown}
     command = f"<pre>{html.escape(document['command'])}</pre>\n" if document.get("command") else ""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>chunked-ce bench</title>\n'
@@ -85,14 +88,14 @@ def page(document: Document) -> str:
         f"{_legend(legend(document)) if swept_of(document) else ''}"
         f'<div class="panels">\n{"".join(svg for _, svg in svg_panels(document))}</div>\n'
         f"{''.join(_table(title, rows) for title, rows in cases.items())}"
-        f"{_list('Columns', _COLUMNS)}{_list('Conditions', facts)}{_list('Softmax of the inputs', softmax)}"
+        f"{_list('Columns', explained)}{_list('Conditions', facts)}{_list('Softmax of the inputs', softmax)}"
         f"{_list('Left out', document['left_out'])}</body></html>\n"
     )
 
 
 def _notices(document: Document) -> str:
     results, planned = document["results"], document.get("planned")
-    notices = []
+    notices = list(document.get("notes", ()))
     if planned and not document["complete"]:
         wanted = len(planned["implementations"]) * len(planned["cases"])
         notices.append(f"The measurement ended early: {len(results)} of {wanted} results.")
@@ -121,13 +124,11 @@ def _entry(name: str, style: Style) -> str:
 
 
 def _table(title: str, rows: Sequence[Result]) -> str:
-    body = "".join(
-        f"<tr{_class(row)}>{_cells('td', cells(row))}</tr>\n"  # a row is marked by its colour and in its last column
-        for row in rows
-    )
+    columns = columns_of(rows)  # a row is marked by its colour and in its last column
+    body = "".join(f"<tr{_class(row)}>{_cells('td', cells(row, columns))}</tr>\n" for row in rows)
     return (
         f'<h2>{html.escape(title)}</h2>\n<div class="scroll" tabindex="0" role="region" '
-        f'aria-label="{html.escape(title)}"><table><thead><tr>{_cells("th", COLUMNS)}</tr></thead><tbody>\n'
+        f'aria-label="{html.escape(title)}"><table><thead><tr>{_cells("th", columns)}</tr></thead><tbody>\n'
         f"{body}</tbody></table></div>\n"
     )
 

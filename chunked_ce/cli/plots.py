@@ -177,9 +177,11 @@ def swept_of(document: Document) -> str | None:
 
 
 def _fixed(results: Sequence[Result]) -> str:
-    names = {"tokens": "N", "hidden": "D", "vocab": "V"}
+    names = {"tokens": "N", "hidden": "D", "vocab": "V", "ranks": "ranks"}
     return "".join(
-        f"{short}={results[0][name]:,}  " for name, short in names.items() if len({row[name] for row in results}) == 1
+        f"{short}={results[0][name]:,}  "
+        for name, short in names.items()
+        if len({row.get(name) for row in results}) == 1 and results[0].get(name) is not None
     )
 
 

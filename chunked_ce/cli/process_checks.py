@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import multiprocessing
 import os
-import tempfile
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from multiprocessing.connection import Connection
 
 import torch
 import torch.distributed as dist
@@ -19,6 +17,7 @@ from torch import Tensor
 from chunked_ce import ChunkOptions, TokenMean, VocabShard, linear_cross_entropy
 from chunked_ce.cli import objective_checks
 from chunked_ce.cli.accuracy import gradient_of
+from chunked_ce.cli.processes import Member, Processes, failed
 from chunked_ce.cli.self_checks import CHUNK, OPTIONS, VOCAB, CheckInputs, Row, compare, plain, small_cases
 
 __all__ = ["deepspeed_rows", "interpreted_rows", "sharded_rows"]
@@ -48,13 +47,14 @@ def deepspeed_rows(timeout: float) -> list[Row]:
         return _run(_deepspeed, RANKS, timeout)
 
 
-def _interpreted(rank: int) -> Iterator[Row]:
+def _interpreted(member: Member) -> Iterator[Row]:
     for dtype in (torch.float32, torch.float16):  # to bf16 the interpreter truncates, where devices round
         yield from small_cases("cpu", dtype, "triton")
 
 
-def _sharded(rank: int) -> Iterator[Row]:
-    _join(rank)
+def _sharded(member: Member) -> Iterator[Row]:
+    member.join()
+    rank = member.rank
     for dtype in (torch.float32, torch.bfloat16):
         inputs = CheckInputs.random(dtype, "cpu")
         where = f"2 gloo processes, {str(dtype).removeprefix('torch.')}"
@@ -167,14 +167,15 @@ def _head_rows(case: str, where: str, inputs: CheckInputs, loss: Tensor, gradien
     yield from compare(case, where, inputs, ("loss", "dW"), (loss, gradient), formula)
 
 
-def _deepspeed(rank: int) -> Iterator[Row]:
+def _deepspeed(member: Member) -> Iterator[Row]:
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
 
     from chunked_ce.integrations.deepspeed import token_mean
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled, for a minute
-    _join(rank)
+    member.join()
+    rank = member.rank
     inputs = CheckInputs.random(torch.float32, "cpu")
     hidden, target = _own_tokens(rank, inputs)
     for stage in (1, 3):
@@ -214,12 +215,6 @@ class _Loss(torch.nn.Module):
 # ---- processes ----
 
 
-def _join(rank: int) -> None:
-    folder = os.environ["CHUNKED_CE_CHECK_FOLDER"]
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS))
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
-
-
 @contextmanager
 def _environment(**values: str) -> Iterator[None]:
     """Set environment variables for the processes that start within."""
@@ -232,46 +227,25 @@ def _environment(**values: str) -> Iterator[None]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def _run(function: Callable[[int], Iterator[Row]], processes: int, timeout: float) -> list[Row]:
+def _run(function: Callable[[Member], Iterator[Row]], processes: int, timeout: float) -> list[Row]:
     """The rows of all processes. Raises ``RuntimeError`` if one fails or does not end in time."""
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory(prefix="chunked-ce-") as folder, _environment(CHUNKED_CE_CHECK_FOLDER=folder):
-        started = [context.Process(target=_main, args=(function, rank, folder)) for rank in range(processes)]
-        for process in started:
-            process.start()
-        deadline = time.monotonic() + timeout
-        failed = False
-        try:
-            while any(process.is_alive() for process in started) and time.monotonic() < deadline and not failed:
-                failed = any(process.exitcode not in (None, 0) for process in started)
-                time.sleep(0.02)
-        finally:  # after Ctrl-C as well
-            for process in started:
-                process.kill()
-                process.join()
-        files = [Path(folder, f"{rank}.pt") for rank in range(processes)]
-        if not all(path.exists() for path in files):
-            raise RuntimeError(_failure(folder, timeout, late=time.monotonic() >= deadline))
-        return [Row(*row) for path in files for row in torch.load(path, weights_only=True)]
+    rows: dict[int, list[Row]] = {}
+    with Processes(_serve, processes, function) as group:
+        for rank, (kind, content) in group.messages(timeout):
+            if kind == "failed":
+                raise RuntimeError(content)
+            if kind == "rows" and rank is not None:
+                rows[rank] = [Row(*row) for row in content]
+    return [row for rank in sorted(rows) for row in rows[rank]]
 
 
-def _failure(folder: str, timeout: float, *, late: bool) -> str:
-    errors = [path.read_text().strip().splitlines()[-1] for path in Path(folder).glob("*.error")]
-    return errors[0] if errors else f"not done after {timeout:g} s" if late else "a process ended"
-
-
-def _main(function: Callable[[int], Iterator[Row]], rank: int, folder: str) -> None:
-    log = os.open(os.path.join(folder, f"{rank}.log"), os.O_WRONLY | os.O_CREAT)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+def _serve(member: Member, pipe: Connection, function: Callable[[Member], Iterator[Row]]) -> None:
     torch.set_num_threads(1)
     try:
-        rows = [tuple(row) for row in function(rank)]
-    except Exception:
-        Path(folder, f"{rank}.error").write_text(traceback.format_exc())
-        os._exit(1)  # leaving the process group properly would wait for the other rank
-    partial = Path(folder, f"{rank}.partial")
-    torch.save(rows, partial)
-    partial.rename(Path(folder, f"{rank}.pt"))
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        pipe.send(("rows", [tuple(row) for row in function(member)]))
+    except Exception as error:
+        pipe.send(failed(traceback.format_exception_only(error)[-1].strip().splitlines()[-1]))
+        return
+    pipe.send(("done", None))
+    with contextlib.suppress(EOFError):
+        pipe.recv()  # until all are done: ranks whose peers have ended fail

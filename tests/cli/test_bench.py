@@ -61,7 +61,7 @@ def test_a_process_that_is_killed_or_late():
     with Worker("cpu") as running:
         for kind, _ in running.run(task, timeout=900):
             if kind == "round":
-                os.kill(running._process.pid, signal.SIGKILL)
+                os.kill(running.processes[0].pid, signal.SIGKILL)
                 break
         ending = list(running.run(task, timeout=900))
     assert ending[-1] == ("failed", "out of memory (killed)")
@@ -73,7 +73,7 @@ def test_a_process_that_is_killed_or_late():
 class Fake:
     """Instead of a process: what it would say, until Ctrl-C in the second round of full logits."""
 
-    def __init__(self, device):
+    def __init__(self, device, ranks=None):
         pass
 
     def __enter__(self):

@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks.sharded_head import GATHERED, SHARDED, Sizes, measure_time, sent_bytes
+from benchmarks.sharded_head import GATHERED, SHARDED, Sizes, measure_time
 from chunked_ce import ChunkOptions, VocabShard, linear_cross_entropy
+from chunked_ce.cli.counted_collectives import counted, sent_bytes
 from chunked_ce.parallel.collectives import all_gather_single, reduce_scatter_single
 from chunked_ce.sharded.costs import bytes_sent_gathered, bytes_sent_sharded, most_tokens
-from tests.distributed.counting import counted
 from tests.distributed.launch import run
 from tests.distributed.threads import run_threads
 

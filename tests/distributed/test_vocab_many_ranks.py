@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from chunked_ce import ChunkOptions, VocabShard, cross_entropy, linear_cross_entropy, linear_logprobs
+from chunked_ce.cli.counted_collectives import GATHER, REDUCE, SCATTER, Collective, counted
 from tests.cases import array, assert_close, chunks, gradients, problem, random_like
-from tests.distributed.counting import GATHER, REDUCE, SCATTER, Collective, counted
 from tests.distributed.threads import run_threads
 
 RANKS = 64

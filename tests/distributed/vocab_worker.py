@@ -21,6 +21,7 @@ from chunked_ce import (
     linear_divergence,
     linear_logprobs,
 )
+from chunked_ce.cli.counted_collectives import REDUCE, SCATTER, counted
 from tests.cases import (
     REDUCTIONS_AND_WAYS,
     WAYS,
@@ -33,7 +34,6 @@ from tests.cases import (
     random_like,
 )
 from tests.distributed import vocab_cases
-from tests.distributed.counting import REDUCE, SCATTER, counted
 from tests.precision import LOW, NAMES, assert_no_worse, plain_and_expected
 from tests.reference import rows
 

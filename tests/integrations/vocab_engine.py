@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from chunked_ce import ChunkOptions, VocabShard
+from chunked_ce.cli.counted_collectives import GATHER, counted
 from chunked_ce.integrations.deepspeed import token_mean
-from tests.distributed.counting import GATHER, counted
 from tests.distributed.token_training import HIDDEN, LEARNING_RATE, State, new_model, window
 from tests.integrations.test_deepspeed import attempt, end, masters, quiet_deepspeed
 
