@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import re
 import sys
 from collections.abc import Callable
@@ -11,7 +12,18 @@ from typing import NoReturn
 
 from chunked_ce.cli.model_shapes import MODELS
 
-__all__ = ["DTYPE_NAMES", "Parser", "add_json", "add_shape", "integer", "memory_size", "share", "size", "sweep"]
+__all__ = [
+    "DTYPE_NAMES",
+    "Parser",
+    "add_json",
+    "add_shape",
+    "integer",
+    "memory_size",
+    "model_name",
+    "share",
+    "size",
+    "sweep",
+]
 
 DTYPE_NAMES = ("fp32", "bf16", "fp16")
 SWEPT = ("tokens", "hidden", "vocab", "chunk")
@@ -93,6 +105,23 @@ def sweep(text: str) -> tuple[str, list[int]]:
     return name, [int(number) for number in numbers]
 
 
+def model_name(text: str) -> str:
+    """The name of a known model.
+
+    >>> model_name("llama3-8b")
+    Traceback (most recent call last):
+        ...
+    argparse.ArgumentTypeError: must be a known model, such as llama-3-8b, was 'llama3-8b'; ...
+    """
+    if text not in MODELS:
+        near = difflib.get_close_matches(text.lower(), MODELS, n=1) or list(MODELS)
+        raise argparse.ArgumentTypeError(
+            f"must be a known model, such as {near[0]}, was {text!r}; --help lists them, --config takes "
+            "any other's config.json"
+        )
+    return text
+
+
 def add_json(to: Parser) -> None:
     to.add_argument("--json", nargs="?", const="-", metavar="FILE", help="as JSON into FILE, or onto the output")
 
@@ -101,5 +130,5 @@ def add_shape(to: Parser) -> None:
     to.add_argument("--tokens", type=integer(1), metavar="N", help="tokens in one call of the loss (plan: 8192)")
     to.add_argument("--hidden", type=integer(1), metavar="D", help="hidden size")
     to.add_argument("--vocab", type=integer(1), metavar="V", help="vocabulary entries")
-    to.add_argument("--model", choices=MODELS, metavar="NAME", help=f"a known model: {', '.join(MODELS)}")
+    to.add_argument("--model", type=model_name, metavar="NAME", help=f"a known model: {', '.join(MODELS)}")
     to.add_argument("--config", type=Path, metavar="FILE", help="a Transformers config.json")

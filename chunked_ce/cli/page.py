@@ -11,6 +11,7 @@ from chunked_ce.cli.files import write_whole
 from chunked_ce.cli.machine_load import ADVICE
 from chunked_ce.cli.plots import COLORS, Style, legend, svg_panels, swept_of
 from chunked_ce.cli.tables import cells, columns_of
+from chunked_ce.cli.units import threads_text
 
 __all__ = ["page", "save_page"]
 
@@ -83,7 +84,7 @@ def page(document: Document) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>chunked-ce bench</title>\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_CSS}</style></head><body>\n'
         f"<h1>Time and memory of a loss over a large vocabulary</h1>\n{command}{_notices(document)}"
-        f'<p class="soft">{html.escape(str(conditions["device"]))}, {conditions["threads"]} threads, '
+        f'<p class="soft">{html.escape(str(conditions["device"]))}, {threads_text(conditions["threads"])}, '
         f"{html.escape(str(conditions['date']))}</p>\n"
         f"{_legend(legend(document)) if swept_of(document) else ''}"
         f'<div class="panels">\n{"".join(svg for _, svg in svg_panels(document))}</div>\n'

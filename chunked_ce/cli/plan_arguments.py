@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from chunked_ce.cli.argument_types import DTYPE_NAMES, Parser, add_json, add_shape, integer, memory_size, share, size
-from chunked_ce.cli.model_shapes import MODELS
+from chunked_ce.cli.argument_types import (
+    DTYPE_NAMES,
+    Parser,
+    add_json,
+    add_shape,
+    integer,
+    memory_size,
+    model_name,
+    share,
+    size,
+)
 
 __all__ = ["add_plan"]
 
@@ -50,8 +59,8 @@ def add_plan(to: Parser) -> None:
     run.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help=f"{', '.join(OPTIMIZERS)} (adamw)")
     run.add_argument("--checkpointing", choices=CHECKPOINTING, default="none", help="of activations (none)")
     run.add_argument("--lora", type=integer(0), default=0, metavar="R", help="rank of LoRA on all linear layers")
-    run.add_argument("--reference-model", choices=MODELS, metavar="NAME", help="for dpo and grpo (the trained model)")
-    run.add_argument("--teacher-model", choices=MODELS, metavar="NAME", help="for distill")
+    run.add_argument("--reference-model", type=model_name, metavar="NAME", help="for dpo and grpo (the trained model)")
+    run.add_argument("--teacher-model", type=model_name, metavar="NAME", help="for distill")
     run.add_argument("--teacher-hidden", type=integer(1), metavar="D", help="hidden size of a teacher elsewhere")
 
     ranks = to.add_argument_group("ranks")

@@ -14,7 +14,7 @@ import torch
 
 from chunked_ce.cli.files import dump
 from chunked_ce.cli.implementations import DEVICE
-from chunked_ce.cli.units import GIB, MIB, bytes_text
+from chunked_ce.cli.units import GIB, MIB, bytes_text, threads_text
 
 __all__ = ["GIB", "MIB", "bytes_text", "conditions", "conditions_text", "dump"]
 
@@ -38,7 +38,10 @@ def conditions(device: str = DEVICE) -> dict[str, Any]:
 def conditions_text(measured: dict[str, Any]) -> str:
     """Two lines for people."""
     versions = ", ".join(f"{name} {version}" for name, version in measured["versions"].items())
-    where, load = f"{measured['device']}, {measured['threads']} threads", f"load average {measured['load_average']}"
+    where, load = (
+        f"{measured['device']}, {threads_text(measured['threads'])}",
+        f"load average {measured['load_average']}",
+    )
     return f"{measured['date']}: {where}, {load}\n{versions}"
 
 

@@ -1,8 +1,8 @@
-"""Bytes for people."""
+"""Numbers for people."""
 
 from __future__ import annotations
 
-__all__ = ["GIB", "MIB", "bytes_text"]
+__all__ = ["GIB", "MIB", "bytes_text", "threads_text"]
 
 MIB, GIB = 2**20, 2**30
 
@@ -13,3 +13,11 @@ def bytes_text(size: float) -> str:
     ('3.00 GiB', '1.0 MiB', '0.0 MiB')
     """
     return f"{size / GIB:,.2f} GiB" if size >= GIB else f"{size / MIB:,.1f} MiB"
+
+
+def threads_text(number: int) -> str:
+    """
+    >>> threads_text(1), threads_text(2)
+    ('1 thread', '2 threads')
+    """
+    return f"{number} thread{'s' if number != 1 else ''}"

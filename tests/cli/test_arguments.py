@@ -26,7 +26,7 @@ def ended(arguments, capsys):
         ([], "plan | bench | check"),
         (["train"], "bench"),
         (["plan"], "--hidden and --vocab"),
-        (["plan", "--model", "gpt-17"], "llama-3-8b"),
+        (["plan", "--model", "llama3-8b"], "llama-3-8b"),
         (["plan", "--model", "gpt2", "--tokens", "0"], "integer >= 1"),
         (["plan", "--model", "gpt2", "--memory", "much"], "80GiB"),
         (["plan", "--model", "gpt2", "--zero", "4"], "3"),
