@@ -38,7 +38,8 @@ def parser() -> Parser:
 def _bench(to: Parser) -> None:
     to.description = "Forward and backward of every implementation in a process of its own: time, memory and errors."
     add_shape(to)
-    to.add_argument("--loss", choices=KINDS, default=KINDS[0], help=f"{', '.join(KINDS)}: beside full logits")
+    loss_help = f"{', '.join(KINDS)}: beside full logits; {KINDS[-1]} is the cross-entropy on --ranks"
+    to.add_argument("--loss", choices=KINDS, default=KINDS[0], help=loss_help)
     ranks_help = "processes that share the head, with --loss sharded (2): gloo, or NCCL with a GPU for each"
     to.add_argument("--ranks", type=integer(1), metavar="R", help=ranks_help)
     to.add_argument("--dtype", choices=DTYPE_NAMES, nargs="+", help="fp32 and bf16 on a CPU, else bf16")
