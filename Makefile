@@ -84,6 +84,7 @@ bench: install
 	$(BIN)/python -m benchmarks.objectives --json $(RESULTS)/objectives.json
 	$(BIN)/python -m benchmarks.memory --tokens 1024 2048 4096 8192 16384 --vocab 32768 65536 131072 262144 --full-up-to 0 \
 		--json $(RESULTS)/memory_law.json
+	$(BIN)/python -m benchmarks.verify --json $(RESULTS)/verify.json
 	$(BIN)/python -m benchmarks.vocab_parallel --json $(RESULTS)/vocab_parallel.json
 	$(BIN)/python -m benchmarks.sharded_head --tokens 512 --repeats 3 --json $(RESULTS)/sharded_head.json
 	$(BIN)/python examples/filtered_training.py --width 256 --depth 3 --steps 120 --learning-rate 4e-4 --out $(FILTERED)

@@ -168,7 +168,11 @@ def _backward_of_statistics(ctx: Any, upstream: Sequence[Tensor | None]) -> tupl
     names = tuple(name for name in names if STATISTICS[name].differentiable)
     specification = specification._replace(needed=tuple(needed), slopes=names)
     call = Call(source, class_weight, target, ctx.ignore_index, specification, extra)
-    given = {name: grad for name in names if (grad := slope_of[name]) is not None}
+    given: dict[str, Tensor] = {}
+    for name in names:  # a comprehension that binds a name is more than compiled autograd reads
+        slope = slope_of[name]
+        if slope is not None:
+            given[name] = slope
     if torch.is_grad_enabled() or is_batched(*given.values()):
 
         def outputs() -> list[Tensor]:

@@ -64,6 +64,7 @@ def _free_ports(number: int) -> list[int]:
         return [probe.getsockname()[1] for probe in probes]
 
 
+@pytest.mark.thorough
 def test_in_two_processes():
     scripts = [pages.blocks(page, "py")[0] for page in TWO_PROCESSES]
     ranks = launch.run(_scripts, 2, scripts, _free_ports(len(scripts)))
