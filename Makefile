@@ -79,7 +79,8 @@ SWEEP := --tokens 4096 --hidden 256 --sweep vocab=32768,65536,131072 --rounds 3 
 FILTERED := runs/filtered
 bench: install
 	$(BIN)/chunked-ce bench $(SWEEP) --dtype bf16 --json $(RESULTS)/vocabulary.json --plot docs/vocabulary.png
-	$(BIN)/chunked-ce bench $(SWEEP) --dtype fp32 --json $(RESULTS)/vocabulary_fp32.json
+	$(BIN)/chunked-ce bench --tokens 1024 --hidden 256 --dtype fp32 --sweep vocab=16384,32768,65536 --rounds 3 --no-errors \
+		--only forward backward least full compiled deepspeed --json $(RESULTS)/vocabulary_fp32.json
 	$(BIN)/python -m benchmarks.ratios --json $(RESULTS)/ratios.json
 	$(BIN)/python -m benchmarks.objectives --json $(RESULTS)/objectives.json
 	$(BIN)/python -m benchmarks.memory --tokens 1024 2048 4096 8192 16384 --vocab 32768 65536 131072 262144 --full-up-to 0 \

@@ -75,7 +75,7 @@ ROWS = (
         "any",
         "cross-entropy",
         "vocabulary shards",
-        "the least memory",
+        "less memory by default",
         "deepspeed",
     ),
     Row(
