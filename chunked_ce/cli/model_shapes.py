@@ -93,11 +93,6 @@ class ModelShape:
         return matrices + self.hidden * self.experts
 
     @property
-    def layer_parameters(self) -> int:
-        """Of the layers, on average (rounded up)."""
-        return -(-self.layers_parameters // self.layers) if self.layers else 0
-
-    @property
     def layers_parameters(self) -> int:
         """Of all layers and the last norm."""
         mixtures = self.layers - self.dense_layers if self.experts else 0

@@ -60,15 +60,13 @@ def run(arguments: argparse.Namespace) -> int:
         return _verify(arguments, found)
     plans = _plans(arguments, found, room) if arguments.details or arguments.json else []
     if arguments.json:
-        request = dataclasses.asdict(_request(found.run)) | {
-            "head": found.run.model.source,
-            "model": found.run.model.name,
-        }
+        request = _request(found.run)
+        names = {"head": found.run.model.source, "model": found.run.model.name}
         document = document_of(found) | {
-            "request": request,
+            "request": dataclasses.asdict(request) | names,
             "room": {"bytes": room.size, "is": room.source},
             "unit": "bytes per rank",
-            "plans": [_document(plan, _request(found.run)) for plan in plans],
+            "plans": [_document(plan, request) for plan in plans],
             "exact_and_estimated": ESTIMATED,
         }
         files.dump(document, arguments.json)
